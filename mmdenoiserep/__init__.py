@@ -1,0 +1,37 @@
+"""DenoiseRep (arXiv 2406.08773) for OpenMMLab: train linear denoisers on a backbone, fold them into its weights.
+
+The names of the core need torch only. Where mmengine is installed, importing this package also registers
+``DenoiseRepBackbone``, ``DenoiseLossHook`` and ``DenoiseFusionHook`` in its root registries.
+"""
+
+from importlib.util import find_spec
+
+from .core import (
+    DenoiseConv2d,
+    DenoiseLinear,
+    NoiseSchedule,
+    apply_denoiserep,
+    closed_form,
+    fuse_checkpoint,
+    fuse_model,
+    fuse_state_dict,
+    verify_fusion,
+)
+
+__version__ = '0.1.0'
+__all__ = [
+    'DenoiseConv2d',
+    'DenoiseLinear',
+    'NoiseSchedule',
+    'apply_denoiserep',
+    'closed_form',
+    'fuse_checkpoint',
+    'fuse_model',
+    'fuse_state_dict',
+    'verify_fusion',
+]
+
+if find_spec('mmengine'):
+    from .engine import DenoiseFusionHook, DenoiseLossHook, DenoiseRepBackbone
+
+    __all__ += ['DenoiseFusionHook', 'DenoiseLossHook', 'DenoiseRepBackbone']

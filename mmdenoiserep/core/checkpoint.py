@@ -1,0 +1,260 @@
+"""Checkpoint files: reading those of strangers without running their code, fusing them, writing all or nothing."""
+
+import os
+import pickle
+import re
+import statistics
+import tempfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fuse import DENOISER_KEY, FusionError, fuse_state_dict
+
+STAMP = 'denoiserep'
+"""Key in the ``meta`` of a fused file."""
+
+
+class CheckpointError(Exception):
+    """A file that can't be read, fused or written; the message is one sentence that names it and says what to do."""
+
+
+class Inert:
+    """Stands in for classes and functions that training checkpoints refer to; does nothing with what it is given."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+INERT_GLOBALS = (
+    'mmengine.logging.history_buffer.HistoryBuffer',
+    'builtins.getattr',
+    'numpy.ndarray',
+    'numpy.dtype',
+    'numpy._core.multiarray._reconstruct',
+    'numpy._core.multiarray.scalar',
+    'numpy.core.multiarray._reconstruct',
+    'numpy.core.multiarray.scalar',
+    '_codecs.encode',
+)
+"""What mmengine's training checkpoints name besides tensors and plain data: read as :class:`Inert`."""
+
+
+@dataclass(frozen=True)
+class FusedCheckpoint:
+    """What :func:`fuse_checkpoint` wrote.
+
+    Attributes:
+        layers: Relative change of the weight, ``|W' - W| / |W|`` (Frobenius norm), by layer name.
+        notes: Sentences about what was stripped, dropped or may surprise.
+    """
+
+    layers: Mapping[str, float]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        largest = max(self.layers, key=self.layers.__getitem__)
+        return '\n'.join(
+            [
+                f'{len(self.layers)} layers fused; relative change of their weights: '
+                f'median {statistics.median(self.layers.values()):.2e}, largest {self.layers[largest]:.2e} ({largest})',
+                *(f'note: {note}' for note in self.notes),
+            ]
+        )
+
+
+def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict[str, Any]:
+    """Reads a checkpoint file on the CPU.
+
+    By default only tensors and plain data are read (``weights_only=True``); the pickled mmengine and numpy objects of a
+    training checkpoint become inert placeholders, so no code of the file runs.
+
+    Args:
+        path: A file that ``torch.save`` wrote.
+        allow_pickle: Reads any pickle, which runs code that the file brings; only for files you trust.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, no checkpoint, or needs code.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f'{path} does not exist')
+    if not path.is_file():
+        raise CheckpointError(f'{path} is not a file')
+    try:
+        mmap = zipfile.is_zipfile(path)
+        with _only_inert_globals():
+            checkpoint = torch.load(path, map_location='cpu', weights_only=not allow_pickle, mmap=mmap)
+    except OSError as error:
+        raise CheckpointError(f'{path} cannot be read: {error.strerror or error}') from None
+    except Exception as error:  # a damaged file may break the reader anywhere
+        needs_code = re.search(r'Unsupported (?:global|class|type).*?([\w.]+\.\w+)', str(error))
+        if isinstance(error, pickle.UnpicklingError) and needs_code:
+            raise CheckpointError(
+                f'{path} can only be read by running code that it brings ({needs_code[1]}); '
+                'if you trust whoever made it, pass --allow-pickle'
+            ) from None
+        raise CheckpointError(f'{path} is truncated or no PyTorch checkpoint; copy or download it again') from None
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint with a state_dict')
+    return dict(checkpoint)
+
+
+def fuse_checkpoint(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    check: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None] | None = None,
+) -> FusedCheckpoint:
+    """Reads a checkpoint with denoisers and writes the vanilla one; the source is not changed.
+
+    The output holds ``meta`` (plain data only, stamped ``meta['denoiserep']``) and ``state_dict``, and loads with
+    ``weights_only=True``. It appears under its name when it is complete, or not at all.
+
+    Args:
+        source: Checkpoint with ``denoiser.*`` keys; prefixes of DDP and ``torch.compile`` are stripped.
+        target: File to write.
+        overwrite: Whether the target may exist.
+        allow_pickle: See :func:`read_checkpoint`.
+        check: Called with the denoised and the fused state dict before anything is written; what it raises stops that.
+
+    Raises:
+        CheckpointError: Anything that keeps the file from being read, fused or written.
+    """
+    source, target = Path(source), Path(target)
+    _check_target(source, target, overwrite)
+    checkpoint = read_checkpoint(source, allow_pickle)
+    notes: list[str] = []
+    state = _clean_keys(checkpoint.get('state_dict', checkpoint), source, notes)
+    meta = checkpoint.get('meta') if 'state_dict' in checkpoint else None
+    meta = dict(meta) if isinstance(meta, Mapping) else {}
+    if STAMP in meta:
+        raise CheckpointError(
+            f'{source} is fused already (its meta says so); it loads into the vanilla config as it is'
+        )
+    if 'ema_state_dict' in checkpoint:
+        notes.append('the run kept averaged weights (EMA); they are what its state_dict holds, and what was fused')
+    try:
+        fused = fuse_state_dict(state)
+    except FusionError as error:
+        raise CheckpointError(f'{source} cannot be fused: {error}') from None
+
+    layers = {match['layer'] for key in state if (match := DENOISER_KEY.fullmatch(key))}
+    changes = {
+        prefix.rstrip('.') or 'the model': _relative_change(state[f'{prefix}weight'], fused[f'{prefix}weight'])
+        for prefix in sorted(layers)
+    }
+    unchanged = sum(
+        change == 0 and state[f'{prefix}weight'].element_size() < 4
+        for prefix, change in zip(sorted(layers), changes.values(), strict=True)
+    )
+    if unchanged:
+        notes.append(
+            f'{unchanged} of {len(layers)} weights are stored in half precision and did not change: '
+            'the correction is smaller than their rounding; fuse a float32 checkpoint instead'
+        )
+    kept = {key: value for key, value in meta.items() if _is_plain(value)}
+    if dropped := sorted(set(meta) - set(kept)):
+        notes.append(f'left out of meta, because it is no plain data: {", ".join(dropped)}')
+    if check:
+        check(state, fused)
+    kept[STAMP] = dict(fused=True, layers=len(layers))
+    write_atomically(dict(meta=kept, state_dict=fused), target)
+    return FusedCheckpoint(changes, tuple(notes))
+
+
+def write_atomically(content: Any, target: Path) -> None:
+    """Saves with ``torch.save`` under a temporary name in the same folder, then renames.
+
+    The bytes depend on the content alone, not on the name or the time.
+
+    Raises:
+        CheckpointError: The folder or disk does not take the file; nothing is left behind.
+    """
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f'.{target.name[:64]}.', suffix='.part', dir=target.parent)
+    except OSError as error:
+        raise CheckpointError(f'{target} cannot be written: {error.strerror or error}') from None
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError | RuntimeError):  # torch's zip writer turns a full disk into a RuntimeError
+            reason = getattr(error, 'strerror', None) or 'the disk is full or took only a part of it'
+            raise CheckpointError(f'{target} cannot be written: {reason}; nothing was left behind') from None
+        raise
+
+
+@contextmanager
+def _only_inert_globals() -> Iterator[None]:
+    """Lets ``torch.load`` know :data:`INERT_GLOBALS` and nothing else, whatever the process allows besides."""
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        torch.serialization.add_safe_globals([(Inert, name) for name in INERT_GLOBALS])  # type: ignore[list-item]
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed)
+
+
+def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    if target.is_dir():
+        raise CheckpointError(f'{target} is a folder; name the file to write, such as {target / "fused.pth"}')
+    if target.exists():
+        if source.exists() and target.samefile(source):
+            raise CheckpointError(f'{target} is the input itself; name another file to write')
+        if not overwrite:
+            raise CheckpointError(f'{target} exists; name another file, or pass --overwrite')
+    if not target.parent.is_dir():
+        raise CheckpointError(f'the folder {target.parent} does not exist; create it first')
+
+
+def _clean_keys(state: Any, source: Path, notes: list[str]) -> 'OrderedDict[str, Tensor]':
+    """Returns the state dict without the prefixes of wrappers, with a note about what was stripped."""
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise CheckpointError(f'{source} has no state_dict; its keys are not the names of parameters')
+    others = sorted(key for key, value in state.items() if not isinstance(value, Tensor))
+    if others or not state:
+        raise CheckpointError(f'{source} has no state_dict, and {others[0] if others else "it"} holds no tensor')
+    clean = OrderedDict((key.replace('_orig_mod.', ''), value) for key, value in state.items())
+    if list(clean) != list(state):
+        notes.append('stripped _orig_mod. (torch.compile) from the names')
+    if all(key.startswith('module.') for key in clean):
+        clean = OrderedDict((key.removeprefix('module.'), value) for key, value in clean.items())
+        notes.append('stripped module. (DataParallel or DDP) from the names')
+    if not notes and hasattr(state, '_metadata'):
+        clean._metadata = state._metadata  # type: ignore[attr-defined]
+    return clean
+
+
+def _relative_change(before: Tensor, after: Tensor) -> float:
+    before, after = before.double(), after.double()
+    return ((after - before).norm() / before.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return type(value) in (dict, OrderedDict) and all(_is_plain(v) for kv in value.items() for v in kv)
+    if isinstance(value, list | tuple):
+        return type(value) in (list, tuple) and all(map(_is_plain, value))
+    return value is None or type(value) in (str, int, float, bool)

@@ -1,0 +1,7 @@
+"""What plugs the method into mmengine's runners."""
+
+from .backbone import DenoiseRepBackbone
+from .fusion_hook import DenoiseFusionHook
+from .loss_hook import DenoiseLossHook
+
+__all__ = ['DenoiseFusionHook', 'DenoiseLossHook', 'DenoiseRepBackbone']

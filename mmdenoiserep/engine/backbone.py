@@ -1,0 +1,125 @@
+"""Builds any backbone of any OpenMMLab library with denoisers on its layers."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+from ..core import ConversionReport, NoiseSchedule, apply_denoiserep
+from ..core.targets import Targets
+
+
+@MODELS.register_module()
+def DenoiseRepBackbone(
+    backbone: Mapping[str, Any],
+    targets: Targets = 'all',
+    exclude: str | Sequence[str] = (),
+    rank: int | None = None,
+    bias: bool | None = None,
+    schedule: Mapping[str, Any] | None = None,
+    image_size: int | Sequence[int] | None = None,
+    pretrained: str | None = None,
+) -> nn.Module:
+    """Builds the inner backbone, gives its target layers denoisers and returns that same backbone.
+
+    There is no wrapper at run time: every parameter keeps its name, so vanilla checkpoints, ``init_cfg``,
+    ``frozen_stages`` and layer-wise learning rates work as before. The conversion is logged once as a table.
+
+    Args:
+        backbone: Config of the inner backbone, built in the default scope, or in the one that its ``_scope_`` or the
+            prefix of its type (``mmdet.SwinTransformer``) names.
+        targets: See :func:`mmdenoiserep.apply_denoiserep`.
+        exclude: Likewise.
+        rank: Likewise.
+        bias: Likewise.
+        schedule: Arguments of :class:`mmdenoiserep.NoiseSchedule`; None takes the official ones.
+        image_size: Side or (height, width) of the dummy image for the dry run, in pixels; None takes ``img_size`` of
+            the backbone's config, or 224.
+        pretrained: Handed to the inner backbone (mmseg's segmentors set it from their own ``pretrained``).
+
+    Raises:
+        KeyError: The inner type is in no registry in reach.
+        ValueError: See :func:`mmdenoiserep.apply_denoiserep`.
+    """
+    config = dict(backbone)
+    if pretrained is not None:
+        config['pretrained'] = pretrained
+    module = _build(config)
+    size = image_size or config.get('img_size') or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (1, config.get('in_channels') or 3, height, width)
+    report = apply_denoiserep(
+        module,
+        targets,
+        exclude,
+        rank=rank,
+        bias=bias,
+        schedule=NoiseSchedule(**schedule) if schedule else None,
+        example_input=torch.randn(shape, generator=torch.Generator().manual_seed(0)),
+    )
+    print_log(f'DenoiseRep on {type(module).__module__}.{type(module).__qualname__}:\n{report}', logger='current')
+    module.register_forward_hook(LossHookGuard(report, shape))
+    return module
+
+
+def _build(config: dict[str, Any]) -> nn.Module:
+    try:
+        return MODELS.build(config)
+    except KeyError as error:
+        if 'is not in the' not in str(error):
+            raise
+        scope = DefaultScope.get_current_instance()
+        where = f'the default scope is {scope.scope_name}' if scope else 'no default scope is set'
+        raise KeyError(
+            f'DenoiseRepBackbone found no backbone {config.get("type")!r} ({where}); set default_scope in the config, '
+            f'or name the library in the type, such as mmdet.{config.get("type")}'
+        ) from None
+
+
+class LossHookGuard:
+    """Forward hook of a denoised backbone: training it without a :class:`DenoiseLossHook` is an error, not a no-op.
+
+    Nothing trains the denoisers but the loss of that hook. The error comes in the backward pass, so that running a
+    model in training mode for other purposes stays possible.
+
+    Attributes:
+        report: What the conversion did.
+        image_shape: Shape of the dummy image, (1, C, H, W).
+        satisfied: Whether a DenoiseLossHook is at work.
+    """
+
+    def __init__(self, report: ConversionReport, image_shape: tuple[int, ...]) -> None:
+        self.report = report
+        self.image_shape = image_shape
+        self.satisfied = False
+
+    def __call__(self, backbone: nn.Module, args: tuple, output: Any) -> None:
+        """Makes a backward pass through the output raise, unless a DenoiseLossHook is at work."""
+        if backbone.training and torch.is_grad_enabled() and not self.satisfied:
+            _guard_backward(output)
+
+
+def _guard_backward(output: Any) -> None:
+    if isinstance(output, torch.Tensor) and output.requires_grad:
+        output.register_hook(_refuse_backward)
+    elif isinstance(output, dict | list | tuple):  # some backbones return tuples of tuples
+        for value in output.values() if isinstance(output, dict) else output:
+            _guard_backward(value)
+
+
+def _refuse_backward(grad: torch.Tensor) -> None:
+    raise RuntimeError(
+        'a denoised backbone is being trained without the loss of its denoisers, which would stay as they are; '
+        "add custom_hooks = [dict(type='DenoiseLossHook')] to the config"
+    )
+
+
+def find_guards(model: nn.Module) -> Iterator[tuple[str, nn.Module, LossHookGuard]]:
+    """Yields the name, the module and the guard of every backbone that :func:`DenoiseRepBackbone` built."""
+    for name, module in model.named_modules():
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, LossHookGuard):
+                yield name, module, hook

@@ -1,0 +1,158 @@
+"""Adds the loss of the denoisers to the losses of the model that a runner trains."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapperDict
+from mmengine.registry import HOOKS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..core import DenoiseLayer
+from .backbone import find_guards
+
+MODES = ('joint', 'label_free')
+
+
+@HOOKS.register_module()
+class DenoiseLossHook(Hook):
+    """Trains the denoisers: adds ``loss_denoise`` to the dict that the model returns with ``mode='loss'``.
+
+        joint:       ``L = L_label + weight * mean over layers of L_p``
+        label_free:  ``L = mean over layers of L_p``; only the denoisers get a gradient, the backbone stays in eval mode
+
+    While the model's forward is open, every denoised layer hands over its detached input; when it closes, the losses
+    are computed once and the inputs are let go. So activation checkpointing, which runs layers again in the backward
+    pass, changes nothing, and the loss is scaled, accumulated, logged and averaged over processes like any other.
+
+    The input and the correction are constants for the label loss, so ``weight`` scales nothing but the gradient of the
+    denoisers: under Adam it makes no difference. Gradient clipping is applied to the denoisers and to the other
+    parameters separately, so that the others are clipped as they would be without denoisers.
+
+    Args:
+        mode: ``'joint'`` or ``'label_free'``. Label-free training on several processes needs
+            ``find_unused_parameters=True`` in the config.
+        weight: lambda of the joint loss.
+
+    Raises:
+        ValueError: An unknown mode or a weight that is not positive; at the start of the training: no trainable
+            denoiser in the model, or distributed label-free training without ``find_unused_parameters``.
+        RuntimeError: A denoised layer was not executed in the first iteration.
+    """
+
+    def __init__(self, mode: str = 'joint', weight: float = 0.01) -> None:
+        if mode not in MODES:
+            raise ValueError(f'mode of DenoiseLossHook must be one of {", ".join(MODES)}, got {mode!r}')
+        if not weight > 0:
+            raise ValueError(f'weight of DenoiseLossHook must be positive, got {weight}')
+        self.mode = mode
+        self.weight = weight
+
+    def before_train(self, runner) -> None:
+        """Starts listening; later than EMAHook's deep copy of the model, which stays without these hooks."""
+        runner.model.train()  # as the loop does next: some backbones (Swin) freeze their stages only then
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, DenoiseLayer)}
+        if not layers:
+            raise ValueError(
+                'DenoiseLossHook found no denoised layer in the model; wrap the backbone: model = dict(backbone=dict('
+                "_delete_=True, type='DenoiseRepBackbone', backbone=_base_.model.backbone))"
+            )
+        self.layers = {n: m for n, m in layers.items() if any(p.requires_grad for p in m.denoiser.parameters())}
+        if not self.layers:
+            raise ValueError(
+                'all denoisers are frozen with their layers (frozen_stages?), so there is nothing to train'
+            )
+        unused_allowed = getattr(runner.model, 'find_unused_parameters', True)
+        if self.mode == 'label_free' and runner.world_size > 1 and not unused_allowed:
+            raise ValueError(
+                'label-free training gives only the denoisers a gradient, which several processes have to be told: '
+                'add find_unused_parameters = True to the config'
+            )
+        self.inputs: dict[str, list[Tensor]] | None = None
+        self.first = True
+        self.handles = [
+            model.register_forward_pre_hook(self._open, with_kwargs=True),
+            model.register_forward_hook(self._close),
+            *(layer.register_forward_pre_hook(self._listener(name)) for name, layer in self.layers.items()),
+        ]
+        self.guards = [guard for _, _, guard in find_guards(model)]
+        for guard in self.guards:
+            guard.satisfied = True
+        denoisers = {id(p) for layer in layers.values() for p in layer.denoiser.parameters()}
+        wrappers = [runner.optim_wrapper] if isinstance(runner.optim_wrapper, OptimWrapper) else runner.optim_wrapper
+        self.clipped = [
+            w for w in (wrappers if isinstance(wrappers, list) else wrappers.values()) if w.clip_grad_kwargs
+        ]
+        for wrapper in self.clipped:
+            wrapper.clip_func = _SeparateClip(wrapper.clip_func, denoisers)
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Label-free: holds the backbone and every BatchNorm in eval mode, which ``model.train()`` has just left."""
+        if self.mode == 'label_free':
+            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            for child in model.children():
+                denoised = any(isinstance(m, DenoiseLayer) for m in child.modules())
+                for module in child.modules():
+                    if denoised or isinstance(module, _BatchNorm):
+                        module.training = False
+
+    def after_train(self, runner) -> None:
+        """Stops listening."""
+        for handle in self.handles:
+            handle.remove()
+        for guard in self.guards:
+            guard.satisfied = False
+        for wrapper in self.clipped:
+            wrapper.clip_func = wrapper.clip_func.clip
+        self.layers = {}
+
+    def _open(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.inputs = {name: [] for name in self.layers} if kwargs.get('mode') == 'loss' else None
+
+    def _listener(self, name: str) -> Callable:
+        def listen(layer: nn.Module, args: tuple) -> None:
+            if self.inputs is not None:
+                self.inputs[name].append(args[0].detach())
+
+        return listen
+
+    def _close(self, model: nn.Module, args: tuple, losses: Any) -> dict | None:
+        if self.inputs is None:
+            return None
+        inputs, self.inputs = self.inputs, None
+        if self.first:
+            self.first = False
+            if idle := [name for name, stash in inputs.items() if not stash]:
+                raise RuntimeError(
+                    f'these layers have a denoiser but are not called in training: {", ".join(idle)}; '
+                    'add them to exclude of DenoiseRepBackbone'
+                )
+        loss = torch.stack([_layer_loss(self.layers[n], stash) for n, stash in inputs.items() if stash]).mean()
+        if self.mode == 'label_free':
+            return dict(loss_denoise=loss)
+        return dict(losses, loss_denoise=self.weight * loss)
+
+
+def _layer_loss(layer: DenoiseLayer, inputs: list[Tensor]) -> Tensor:
+    """Returns the loss over the tokens of all calls of a layer in one iteration (a shared layer has several)."""
+    numbers = [x.numel() for x in inputs]
+    total = max(sum(numbers), 1)
+    return torch.stack([layer.denoise_loss(x) * (n / total) for x, n in zip(inputs, numbers, strict=True)]).sum()
+
+
+class _SeparateClip:
+    """Clips the gradients of the denoisers and of the other parameters separately; returns the norm of the others."""
+
+    def __init__(self, clip: Callable, denoisers: set[int]) -> None:
+        self.clip = clip
+        self.denoisers = denoisers
+
+    def __call__(self, parameters: list[nn.Parameter], **kwargs) -> Tensor | None:
+        own = [p for p in parameters if id(p) in self.denoisers]
+        others = [p for p in parameters if id(p) not in self.denoisers]
+        norms = [self.clip(group, **kwargs) for group in (own, others) if group]
+        return norms[-1] if norms else None

@@ -1,0 +1,45 @@
+"""What several test files use."""
+
+import torch
+from torch import nn
+
+from mmdenoiserep.core import DenoiseLayer
+from mmdenoiserep.core.layers import convert_layer
+
+
+def randomise(model, size=0.3, seed=0):
+    """Give every denoiser and every BatchNorm of a model random values that matter, and return the model."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal_(tensor, scale, offset=0.0):
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        tensor.data.copy_(noise * scale + offset)
+
+    for module in model.modules():
+        if isinstance(module, DenoiseLayer):
+            for name, parameter in module.denoiser.named_parameters():
+                fan_in = 1 if name in ('scale', 'bias') else parameter.shape[-1]
+                normal_(parameter, size / fan_in**0.5 if name != 'down' else fan_in**-0.5)
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            normal_(module.running_mean, 0.2)
+            module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+            normal_(module.weight, 0.2, 1.0)
+            normal_(module.bias, 0.2)
+    return model
+
+
+def denoised(layer, rank=None, bias=None, timestep=7, schedule=None, size=0.3):
+    """Give one Linear or Conv2d a random denoiser, in place, and return it."""
+    convert_layer(layer, timestep, schedule, rank, bias)
+    return randomise(layer, size)
+
+
+def dense(layer):
+    """Return B of a denoised layer as one (C, C) matrix."""
+    return torch.block_diag(*layer.denoiser.matrix().detach())
+
+
+def relative(actual, expected):
+    """Return the largest difference over the largest magnitude."""
+    assert actual.shape == expected.shape
+    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()

@@ -1,0 +1,102 @@
+"""What the tools share: reading a config and checking a checkpoint against its model."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict, DictAction
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Reads ``args.config`` and applies ``--work-dir``, ``--cfg-options`` and ``--launcher`` where the tool has them.
+
+    The work dir is, in this order: ``--work-dir``, the one in the config, ``work_dirs/<name of the config>``.
+    A config that can't be read ends the program with one sentence.
+    """
+    try:
+        cfg = Config.fromfile(args.config)
+    except Exception as error:  # a config is a program: reading it may fail in any way
+        sys.exit(f'{Path(sys.argv[0]).stem}: the config {args.config} cannot be read ({type(error).__name__}: {error})')
+    if getattr(args, 'cfg_options', None):
+        cfg.merge_from_dict(parse_options(args.cfg_options))
+    if hasattr(args, 'launcher'):
+        cfg.launcher = args.launcher
+        cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
+    return cfg
+
+
+def parse_options(options: list[str]) -> dict:
+    """Turns ``KEY=VALUE`` words into a dict as mmengine's own tools do."""
+    if wrong := [option for option in options if '=' not in option]:
+        sys.exit(f'{Path(sys.argv[0]).stem}: --cfg-options takes KEY=VALUE, got {wrong[0]!r}')
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--options', nargs='+', action=DictAction)
+    return parser.parse_args(['--options', *options]).options
+
+
+def use_amp(cfg: Config) -> None:
+    """Switches the optimizer wrapper to automatic mixed precision."""
+    wrapper = cfg.optim_wrapper
+    if wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
+        sys.exit(f'train: --amp works with OptimWrapper, the config has {wrapper.type}')
+    wrapper.type = 'AmpOptimWrapper'
+    wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
+    """Makes the visualization hook of the config draw every prediction (each library names its options its own way)."""
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    if hook is None:
+        sys.exit(f'test: {args.config} has no default_hooks.visualization, which --show and --show-dir need')
+    scope = cfg.get('default_scope')
+    hook.update(
+        {'enable' if scope == 'mmpretrain' else 'draw': True}, show=args.show, wait_time=args.wait_time, interval=1
+    )
+    if args.show_dir and scope == 'mmseg':
+        cfg.visualizer.save_dir = args.show_dir
+    elif args.show_dir:
+        hook['out_dir' if scope == 'mmpretrain' else 'test_out_dir'] = args.show_dir
+
+
+def use_tta(cfg: Config) -> None:
+    """Wraps the model and the test pipeline with the test-time augmentation that the config defines."""
+    if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+        sys.exit('test: --tta needs tta_model and tta_pipeline in the config')
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
+def refuse_other_weights(model, path: str) -> None:
+    """Ends the program when a denoised checkpoint meets a vanilla model: its denoisers would be dropped silently."""
+    if '://' in path:
+        return
+    from mmdenoiserep.core import CheckpointError, DenoiseLayer, read_checkpoint
+    from mmdenoiserep.core.fuse import DENOISER_KEY
+
+    try:
+        checkpoint = read_checkpoint(path)
+    except CheckpointError as error:
+        sys.exit(f'test: {error}')
+    denoised_file = any(DENOISER_KEY.search(str(key)) for key in checkpoint.get('state_dict', checkpoint))
+    denoised_model = any(isinstance(module, DenoiseLayer) for module in model.modules())
+    if denoised_file and not denoised_model:
+        sys.exit(
+            f'test: {path} has denoisers and the config has none; run tools/fuse_checkpoint.py {path} OUT, '
+            'or take the config that it was trained with'
+        )
+    if denoised_model and 'denoiserep' in checkpoint.get('meta', {}):
+        sys.exit(f'test: {path} is fused; take the config without DenoiseRepBackbone')
+
+
+def without_denoising(model: ConfigDict) -> ConfigDict:
+    """Returns a model config in which every DenoiseRepBackbone is replaced by the backbone inside it."""
+    if isinstance(model, dict):
+        kind = model.get('type')
+        if getattr(kind, '__name__', str(kind)).split('.')[-1] == 'DenoiseRepBackbone':
+            inner = without_denoising(model['backbone'])
+            return inner if model.get('pretrained') is None else ConfigDict(inner, pretrained=model['pretrained'])
+        return ConfigDict({key: without_denoising(value) for key, value in model.items()})
+    return type(model)(map(without_denoising, model)) if isinstance(model, list | tuple) else model

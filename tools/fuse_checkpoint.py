@@ -1,0 +1,56 @@
+"""Folds the denoisers of a checkpoint into its weights: the output loads into the config without denoising."""
+
+import argparse
+import sys
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('input', help='checkpoint of a training run with DenoiseRep')
+    parser.add_argument('output', help='file to write')
+    parser.add_argument(
+        '--verify',
+        metavar='CONFIG',
+        help='the config of that run: build the denoised and the vanilla model, compare their outputs on the same '
+        'random images and write nothing if they differ',
+    )
+    parser.add_argument('--overwrite', action='store_true', help='replace the output if it exists')
+    parser.add_argument(
+        '--allow-pickle',
+        action='store_true',
+        help='read any pickle, which runs code that the input brings; only for files you trust',
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Fuses one file."""
+    args = parse_args()
+    from mmdenoiserep.core import CheckpointError, fuse_checkpoint
+
+    check = None
+    if args.verify:
+        from common import load_config
+        from verify import build_both, compare
+
+        models = build_both(load_config(argparse.Namespace(config=args.verify)), args.verify)
+
+        def check(denoised, fused):
+            compare(*models, denoised, fused, args.input)
+
+    try:
+        result = fuse_checkpoint(
+            args.input, args.output, overwrite=args.overwrite, allow_pickle=args.allow_pickle, check=check
+        )
+    except CheckpointError as error:
+        sys.exit(f'fuse_checkpoint: {error}')
+    print(result)
+    print(f'{args.output} loads into the config without denoising, on machines without this package too')
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit('fuse_checkpoint: interrupted; nothing was written')

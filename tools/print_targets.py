@@ -1,0 +1,52 @@
+"""Prints which layers of a config's backbone get a denoiser, and which can't, without training or loading anything."""
+
+import argparse
+import sys
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='a config with DenoiseRepBackbone, or one of your own without it')
+    parser.add_argument(
+        '--targets',
+        nargs='+',
+        metavar='TARGET',
+        help='try these instead: mlp, linear, conv2d, all, or regular expressions that match a whole name',
+    )
+    parser.add_argument('--exclude', nargs='+', metavar='REGEX', help='names to leave out')
+    parser.add_argument('--rank', type=int, help='rank of the denoisers (default: full)')
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Builds the backbone and prints the table of its conversion."""
+    args = parse_args()
+    from mmengine.logging import MMLogger
+    from mmengine.registry import MODELS, init_default_scope
+
+    import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone for configs that do not import it)
+    from common import load_config, without_denoising
+    from mmdenoiserep.engine.backbone import find_guards
+
+    cfg = load_config(args)
+    if not cfg.get('model', {}).get('backbone'):
+        sys.exit(f'print_targets: {args.config} has no model.backbone')
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    inner = without_denoising(cfg.model.backbone)
+    backbone = cfg.model.backbone if inner != cfg.model.backbone else dict(type='DenoiseRepBackbone', backbone=inner)
+    options = dict(targets=args.targets, exclude=args.exclude, rank=args.rank)
+    backbone.update({key: value for key, value in options.items() if value is not None})
+    MMLogger.get_current_instance().setLevel('ERROR')  # the table is printed once, below
+    try:
+        model = MODELS.build(backbone)
+    except (KeyError, ValueError) as error:
+        sys.exit(f'print_targets: {error.args[0]}')
+    for _, module, guard in find_guards(model):
+        print(f'{type(module).__module__}.{type(module).__qualname__}')
+        print(guard.report)
+
+
+if __name__ == '__main__':
+    main()

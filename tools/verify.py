@@ -1,0 +1,44 @@
+"""Builds the denoised and the vanilla model of a config and compares them on the same images."""
+
+import sys
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from common import without_denoising
+from mmdenoiserep.core import CheckpointError, verify_fusion
+from mmdenoiserep.engine.backbone import find_guards
+
+
+def build_both(cfg: Config, path: str) -> tuple[nn.Module, nn.Module]:
+    """Returns the denoised and the vanilla model of a config, in eval mode and without loading any weights."""
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    denoised = MODELS.build(cfg.model)
+    if not any(find_guards(denoised)):
+        sys.exit(f'fuse_checkpoint: {path} has no DenoiseRepBackbone; --verify needs the config of the training run')
+    return denoised, MODELS.build(without_denoising(cfg.model))
+
+
+def compare(denoised: nn.Module, vanilla: nn.Module, state: dict, fused: dict, path: str) -> None:
+    """Loads both state dicts, prints how far the outputs of the backbones are apart, and raises if too far.
+
+    Raises:
+        CheckpointError: The names or shapes do not fit the config, or a difference is beyond the tolerance.
+    """
+    for model, weights, kind in ((denoised, state, 'denoised'), (vanilla, fused, 'vanilla')):
+        expected = {name: value.shape for name, value in model.state_dict().items()}
+        actual = {name: value.shape for name, value in weights.items()}
+        if expected != actual:
+            wrong = sorted(set(expected.items()) ^ set(actual.items()))[0][0]
+            raise CheckpointError(f'{path} does not fit the {kind} model of the config; first difference: {wrong}')
+        # names and shapes are compared above, because some library models drop buffers of their own while loading
+        model.load_state_dict(weights, strict=False)
+    for name, backbone, guard in find_guards(denoised):
+        dtype = next(backbone.parameters()).dtype
+        images = torch.randn((2, *guard.image_shape[1:]), generator=torch.Generator().manual_seed(0)).to(dtype)
+        result = verify_fusion(backbone, vanilla.get_submodule(name), images)
+        print(f'{name} on two random images {tuple(images.shape)}, unfused against fused:\n{result}')
+        if not result.ok:
+            raise CheckpointError(f'{path}: fused and unfused {name} differ beyond the tolerance; nothing was written')
