@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=.venv
 stamps=$venv/.install
-requirements=${REQUIREMENTS:-requirements}
+requirements=requirements
 chain=""
 
 say() { printf '\n== %s\n' "$*"; }
@@ -42,13 +42,13 @@ step() {
     installed=yes
 }
 
-pip_install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$@"; }
+pip_install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$requirements/constraints.txt" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$@"; }
 
 create_venv() { "$(find_python)" -m venv "$venv"; }
 
 compile_mmcv() {
     # -O2 without debug information: 6 minutes and a 1 MB library instead of half an hour and 84 MB.
-    MAX_JOBS=${MAX_JOBS:-$(nproc)} CFLAGS="-g0 -O2 -w" pip_install --no-build-isolation --no-deps "$1"
+    MAX_JOBS=${MAX_JOBS:-$(nproc)} CFLAGS="-g0 -O2 -w" pip_install --no-build-isolation --no-deps "$1" || return
     "$venv/bin/python" -W ignore -c 'import mmcv.ops' || fail "mmcv was installed without its compiled operators; is a C++17 compiler (g++) there?"
 }
 

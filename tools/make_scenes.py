@@ -169,7 +169,7 @@ def compose_scene(images, labels, size, rng):
         brightness, opacity = np.zeros((2, size, size), np.float32)
         area = np.s_[top : top + side, left : left + side]
         brightness[area], opacity[area] = cut_out(images[choice], side)
-        tint = rng.uniform(0.35, 1, 3).astype(np.float32)
+        tint = rng.uniform(0.6, 1, 3).astype(np.float32)
         colour = (40 + 215 * brightness[..., None]) * (tint / tint.max())
         layers.append((int(labels[choice]), colour, opacity))
 
@@ -270,7 +270,7 @@ def main():
     """Run the command line."""
     parser = argparse.ArgumentParser(description='Compose Fashion-MNIST articles into scenes with annotations.')
     parser.add_argument('out', metavar='OUT', type=Path, help='output folder')
-    parser.add_argument('--train', type=int, default=600, help='number of training scenes (default: %(default)s)')
+    parser.add_argument('--train', type=int, default=1000, help='number of training scenes (default: %(default)s)')
     parser.add_argument('--val', type=int, default=100, help='number of validation scenes (default: %(default)s)')
     parser.add_argument('--size', type=int, default=128, help='side of a scene in pixels (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='seed, 0 or more (default: %(default)s)')

@@ -2,7 +2,7 @@
 
 _base_ = './mask-rcnn_swin_scenes.py'
 
-load_from = 'work_dirs/demo/baseline/iter_600.pth'
+load_from = 'work_dirs/demo/baseline/iter_800.pth'
 train_cfg = dict(max_iters=150)
 optim_wrapper = dict(optimizer=dict(lr=1e-4))
 param_scheduler = [dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=False, begin=0, end=150, T_max=150)]

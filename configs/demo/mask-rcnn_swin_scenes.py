@@ -1,4 +1,7 @@
-"""A small Mask R-CNN with a Swin backbone, trained from scratch on composed scenes in minutes on two CPU cores."""
+"""A small Mask R-CNN with a Swin backbone, trained from scratch on composed scenes on two CPU cores.
+
+Make the scenes first: python tools/make_scenes.py work_dirs/scenes
+"""
 
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
@@ -18,7 +21,7 @@ model = dict(
         out_indices=(0, 1, 2, 3),
         init_cfg=None,
     ),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
+    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64, norm_cfg=dict(type='GN', num_groups=8)),
     rpn_head=dict(in_channels=64, feat_channels=64),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=1)),
@@ -29,13 +32,13 @@ model = dict(
     train_cfg=dict(
         rpn=dict(sampler=dict(num=64)),
         rpn_proposal=dict(nms_pre=200, max_per_img=100),
-        rcnn=dict(sampler=dict(num=48)),
+        rcnn=dict(sampler=dict(num=48, pos_fraction=0.5)),
     ),
     test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100)),
 )
 
 # The validation interval is never reached, so that validation runs once, after the last iteration.
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=600, val_interval=10**9)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=800, val_interval=10**9)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
@@ -46,7 +49,7 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, begin=300, end=600, T_max=300),
+    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, begin=400, end=800, T_max=400),
 ]
 
 default_hooks = dict(

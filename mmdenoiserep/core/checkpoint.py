@@ -1,5 +1,6 @@
 """Checkpoint files: reading those of strangers without running their code, fusing them, writing all or nothing."""
 
+import errno
 import os
 import pickle
 import re
@@ -95,10 +96,10 @@ def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict
         mmap = zipfile.is_zipfile(path)
         with _only_inert_globals():
             checkpoint = torch.load(path, map_location='cpu', weights_only=not allow_pickle, mmap=mmap)
-    except OSError as error:
-        raise CheckpointError(f'{path} cannot be read: {error.strerror or error}') from None
-    except Exception as error:  # a damaged file may break the reader anywhere
-        needs_code = re.search(r'Unsupported (?:global|class|type).*?([\w.]+\.\w+)', str(error))
+    except Exception as error:  # a damaged file may break the reader anywhere, and make it seek to impossible places
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise CheckpointError(f'{path} cannot be read: {error.strerror or error}') from None
+        needs_code = re.search(r'(?i)unsupported (?:global|class|type).*?([\w.]+\.\w+)', str(error))
         if isinstance(error, pickle.UnpicklingError) and needs_code:
             raise CheckpointError(
                 f'{path} can only be read by running code that it brings ({needs_code[1]}); '

@@ -122,7 +122,9 @@ def apply_denoiserep(
 
     names = _layer_names(module)
     layers = {aliases[0]: module.get_submodule(aliases[0]) for aliases in names}
-    execution = probe_execution(module, {n: m for n, m in layers.items() if _plain_weight(m)}, example_input)
+    execution = probe_execution(
+        module, {n: m for n, m in layers.items() if _plain_weight(m) and 'forward' not in m.__dict__}, example_input
+    )
     owners = _weight_owners(module)
 
     chosen, skipped = _choose(names, layers, parsed, excluded, lambda layer: _why_not(layer, execution, owners))
@@ -139,10 +141,12 @@ def apply_denoiserep(
         kind = type(layer).__name__
         try:
             denoised = convert_layer(layer, timestep, schedule, **{'rank': rank, 'bias': bias, **target.overrides})
-        except ValueError as error:
+        except BaseException as error:
             for done in converted:
                 restore_layer(done)
-            raise ValueError(f'{name}: {error}') from None
+            if isinstance(error, ValueError):
+                raise ValueError(f'{name}: {error}') from None
+            raise
         converted.append(denoised)
         extra = sum(p.numel() for p in denoised.denoiser.parameters())
         rows.append(ConvertedLayer(name, kind, tuple(denoised.weight.shape), timestep, extra))
@@ -169,10 +173,11 @@ def _choose(
     for aliases in names:
         name, layer = aliases[0], layers[aliases[0]]
         entries = [t for t in targets if any(t.matches(alias, layer) for alias in aliases)]
-        if not entries or any(pattern.fullmatch(alias) for pattern in excluded for alias in aliases):
+        if not entries:
             continue
-        reason = why_not(layer)
-        if reason:
+        if any(pattern.fullmatch(alias) for pattern in excluded for alias in aliases):
+            reason = 'it is excluded'
+        elif reason := why_not(layer):
             skipped[name] = reason
         else:
             chosen[name] = entries[0]
@@ -212,6 +217,8 @@ def _why_not(layer: nn.Module, execution: Execution, owners: Mapping[int, int]) 
     vanilla = f'{type(layer).__module__}.{type(layer).__qualname__}'
     if vanilla not in EXACT_CLASSES:
         return f'{vanilla} may compute something else than the plain layer'
+    if 'forward' in layer.__dict__:
+        return 'its forward was replaced on the object'
     if not _plain_weight(layer):
         return 'its weight is not a parameter of its own (weight norm or a parametrisation)'
     if any(owners[id(p)] > 1 for p in layer._parameters.values() if p is not None):
@@ -219,7 +226,7 @@ def _why_not(layer: nn.Module, execution: Execution, owners: Mapping[int, int]) 
     if execution.failure:
         return ''
     if id(layer) in execution.bypassed:
-        return 'bypassed: its weight is used outside of its own forward'
+        return 'bypassed: its weight or bias is used outside of its own forward'
     if id(layer) not in execution.order:
         return 'not executed on the dummy image'
     return ''

@@ -100,6 +100,12 @@ def _fold(name: str, state: Mapping[str, Tensor], prefix: str, parameters: dict)
     try:
         matrix = correction_matrix(wide)
         groups, size = matrix.shape[:2]
+        if (weight.dim() == 2 and groups != 1) or any(
+            len(value) != groups for key, value in wide.items() if key != 'bias'
+        ):
+            raise RuntimeError
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise RuntimeError
         # (groups, outputs of a group, inputs of a group, kernel taps); a Linear layer is one group with one tap
         blocks = weight.detach().double().cpu().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
         if matrix.shape != (groups, blocks.shape[2], blocks.shape[2]):

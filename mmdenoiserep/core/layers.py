@@ -39,8 +39,8 @@ class Denoiser(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if rank is not None and rank < 1:
-            raise ValueError(f'the rank of a denoiser must be at least 1 (or None for full rank), got {rank}')
+        if rank is not None and (not isinstance(rank, int) or rank < 1):
+            raise ValueError(f'the rank of a denoiser must be a number from 1 (or None for full rank), got {rank!r}')
         size = channels // groups
 
         def zeros(*shape: int) -> nn.Parameter:
@@ -52,8 +52,9 @@ class Denoiser(nn.Module):
             self.scale = zeros(groups)
             self.up = zeros(groups, size, rank)
             # With up = 0 the start is exactly B = 0; down must not be zero too, or neither would get a gradient.
+            # B is of the order of c1, about 2e-3: down starts near its square root, so that one learning rate suits both.
             # A generator of its own: converting a model leaves the random numbers of the training run as they were.
-            noise = torch.randn(groups, rank, size, generator=torch.Generator().manual_seed(0)) / size**0.5
+            noise = torch.randn(groups, rank, size, generator=torch.Generator().manual_seed(0)) * (0.05 / size**0.5)
             self.down = nn.Parameter(noise.to(device=device, dtype=dtype or self.up.dtype))
         self.bias = zeros(channels) if bias else None
 
@@ -281,7 +282,7 @@ def convert_layer(
     layer.vanilla_class = vanilla
     try:
         layer._attach(timestep, schedule, rank, bias)
-    except ValueError:
+    except BaseException:
         restore_layer(layer)
         raise
     return layer

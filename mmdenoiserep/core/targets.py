@@ -48,7 +48,7 @@ def parse_targets(targets: Targets, options: Collection[str]) -> list[Target]:
     Raises:
         ValueError: An entry is not one of these, or there is none.
     """
-    entries = [targets] if isinstance(targets, str | Mapping) else list(targets)
+    entries = list(targets) if isinstance(targets, Sequence) and not isinstance(targets, str) else [targets]
     if not entries:
         raise ValueError(f'targets is empty: name a preset ({", ".join(PRESETS)}) or a regular expression')
     return [_parse_target(entry, options) for entry in entries]

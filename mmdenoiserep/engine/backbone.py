@@ -69,8 +69,8 @@ def _build(config: dict[str, Any]) -> nn.Module:
     try:
         return MODELS.build(config)
     except KeyError as error:
-        if 'is not in the' not in str(error):
-            raise
+        if not str(error.args[0]).startswith(f'{config.get("type")} is not in the'):
+            raise  # it is about something inside the backbone
         scope = DefaultScope.get_current_instance()
         where = f'the default scope is {scope.scope_name}' if scope else 'no default scope is set'
         raise KeyError(

@@ -1,5 +1,6 @@
 """Keeps a fused copy beside every checkpoint that a run keeps."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from mmengine.dist import master_only
@@ -54,17 +55,22 @@ class DenoiseFusionHook(Hook):
                 try:
                     fuse_checkpoint(source, _fused_path(source), overwrite=True)
                 except CheckpointError as error:
-                    _fused_path(source).unlink(missing_ok=True)  # what an earlier file of that name left
+                    _remove_fused(source)  # what an earlier file of that name left
                     runner.logger.error(f'no fused copy: {error}')
                 else:
                     runner.logger.info(f'Fused copy for the config without denoising: {_fused_path(source)}')
         for source in [source for source in self.fused if not source.exists()]:
             del self.fused[source]
-            _fused_path(source).unlink(missing_ok=True)
+            _remove_fused(source)
 
 
 def _fused_path(source: Path) -> Path:
     return source.with_name(f'{source.stem}_fused{source.suffix}')
+
+
+def _remove_fused(source: Path) -> None:
+    with suppress(OSError):  # nothing to stop a training for
+        _fused_path(source).unlink(missing_ok=True)
 
 
 def _version(path: Path) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..core import DenoiseLayer
 from .backbone import find_guards
@@ -40,7 +40,8 @@ class DenoiseLossHook(Hook):
     Raises:
         ValueError: An unknown mode or a weight that is not positive; at the start of the training: no trainable
             denoiser in the model, or distributed label-free training without ``find_unused_parameters``.
-        RuntimeError: A denoised layer was not executed in the first iteration.
+        RuntimeError: A denoised layer was not executed in the first iteration, or the model was trained without calling
+            it with ``mode='loss'``.
     """
 
     def __init__(self, mode: str = 'joint', weight: float = 0.01) -> None:
@@ -83,22 +84,29 @@ class DenoiseLossHook(Hook):
         for guard in self.guards:
             guard.satisfied = True
         denoisers = {id(p) for layer in layers.values() for p in layer.denoiser.parameters()}
-        wrappers = [runner.optim_wrapper] if isinstance(runner.optim_wrapper, OptimWrapper) else runner.optim_wrapper
-        self.clipped = [
-            w for w in (wrappers if isinstance(wrappers, list) else wrappers.values()) if w.clip_grad_kwargs
-        ]
+        wrapper = runner.optim_wrapper
+        wrappers = wrapper.optim_wrappers.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+        self.clipped = [w for w in wrappers if getattr(w, 'clip_grad_kwargs', None)]
         for wrapper in self.clipped:
             wrapper.clip_func = _SeparateClip(wrapper.clip_func, denoisers)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Label-free: holds the backbone and every BatchNorm in eval mode, which ``model.train()`` has just left."""
+        """Label-free: holds the backbone and all running statistics in eval mode, which ``train()`` has just left."""
         if self.mode == 'label_free':
             model = runner.model.module if is_model_wrapper(runner.model) else runner.model
             for child in model.children():
                 denoised = any(isinstance(m, DenoiseLayer) for m in child.modules())
                 for module in child.modules():
-                    if denoised or isinstance(module, _BatchNorm):
+                    if denoised or isinstance(module, _NormBase):
                         module.training = False
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Makes sure that the first iteration has passed where the loss is added."""
+        if self.first:
+            raise RuntimeError(
+                "the model was trained without calling it with mode='loss', where DenoiseLossHook adds the loss of the "
+                'denoisers; its train_step must do that'
+            )
 
     def after_train(self, runner) -> None:
         """Stops listening."""

@@ -24,14 +24,15 @@ def allow_training_checkpoints() -> None:
     code of the file, so it may stay in force for files from others too.
     """
     dtypes = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
+    arrays = [multiarray._reconstruct, multiarray.scalar]
     torch.serialization.add_safe_globals(
         [
             HistoryBuffer,
             (history_statistic, 'builtins.getattr'),
             np.ndarray,
             np.dtype,
-            multiarray._reconstruct,
-            multiarray.scalar,
+            *arrays,
+            *((function, f'numpy.core.multiarray.{function.__name__}') for function in arrays),  # as numpy 1 names them
             *dtypes,
         ]
     )

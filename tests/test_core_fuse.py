@@ -1,0 +1,370 @@
+"""Tests of the fusion: exact per layer and for whole backbones, and never touching the live model."""
+
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+from helpers import denoised, randomise, relative
+from mmpretrain.models import MobileNetV2, ResNet, SwinTransformer, SwinTransformerV2, VisionTransformer
+from mmseg.models import MixVisionTransformer
+from mmseg.models import VisionTransformer as SegVisionTransformer
+from torch import nn
+
+from mmdenoiserep import apply_denoiserep, fuse_model, fuse_state_dict, verify_fusion
+from mmdenoiserep.core import DenoiseLayer, FusionError
+from mmdenoiserep.core.layers import Denoiser, convert_layer
+
+
+def linear(**kw):
+    """A Linear layer of 12 inputs."""
+    return lambda: nn.Linear(12, 10, **kw)
+
+
+def conv(*args, out=12, **kw):
+    """A Conv2d of 12 channels."""
+    return lambda: nn.Conv2d(12, out, *args, **kw)
+
+
+# name: (how to build it, whether design.md grants the denoiser a bias)
+LAYERS = {
+    'linear': (linear(), True),
+    'linear-no-bias': (linear(bias=False), False),
+    'conv1x1': (conv(1), True),
+    'conv3x3': (conv(3), True),
+    'conv3x5-no-bias': (conv((3, 5), bias=False), False),
+    'zeros': (conv(3, padding=1), False),
+    'zeros-one-axis': (conv(3, padding=(0, 1)), False),
+    'zeros-no-bias': (conv(3, padding=1, bias=False), False),
+    'same': (conv(3, padding='same'), False),
+    'same-1x1': (conv(1, padding='same'), True),
+    'valid': (conv(3, padding='valid'), True),
+    'stride': (conv(3, stride=2, padding=1), False),
+    'patch-embedding': (conv(4, stride=4), True),
+    'dilation': (conv(3, dilation=2), True),
+    'reflect': (conv(3, padding=1, padding_mode='reflect'), True),
+    'circular': (conv(3, padding=2, padding_mode='circular'), True),
+    'replicate': (conv(3, padding=1, padding_mode='replicate'), True),
+    'reflect-same': (conv(3, padding='same', padding_mode='reflect'), True),
+    'reflect-no-bias': (conv(3, padding=1, padding_mode='reflect', bias=False), False),
+    'groups': (conv(3, groups=3), True),
+    'groups-wider': (conv(3, out=24, groups=2, stride=2, dilation=2, padding=2), False),
+    'groups-circular': (conv(3, groups=4, padding=1, padding_mode='circular'), True),
+    'depthwise': (conv(3, groups=12), True),
+    'depthwise-zeros': (conv(3, groups=12, padding=1, bias=False), False),
+    'depthwise-multiplied': (conv(3, out=24, groups=12, padding=1, padding_mode='replicate'), True),
+}
+
+
+def example(layer, dtype=torch.float64):
+    """Random input of a layer of LAYERS."""
+    shape = (2, 7, 12) if isinstance(layer, nn.Linear) else (2, 12, 9, 8)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-13), (torch.float32, 1e-5)], ids=['double', 'float'])
+@pytest.mark.parametrize('rank', [None, 2])
+@pytest.mark.parametrize('kind', LAYERS)
+def test_layers_fuse_exactly(kind, rank, dtype, tolerance):
+    """Every row of the table of design.md: a plain layer of the same shape gives the same output."""
+    build, with_bias = LAYERS[kind]
+    torch.manual_seed(0)
+    vanilla = build().to(dtype)
+    layer = denoised(copy.deepcopy(vanilla), rank)
+    assert (layer.denoiser.bias is not None) == with_bias
+    fused = fuse_model(layer)
+    assert type(fused) is type(vanilla)
+    assert signature(fused.state_dict()) == signature(vanilla.state_dict())
+    x = example(vanilla, dtype)
+    with torch.no_grad():
+        assert relative(fused(x), layer(x)) < tolerance
+        assert relative(vanilla(x), layer(x)) > 0.05
+
+
+def signature(state):
+    """Keys in order with shapes and dtypes."""
+    return [(key, value.shape, value.dtype) for key, value in state.items()]
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('rank', [None, 4])
+@pytest.mark.parametrize(
+    'build, shape',
+    [
+        (lambda: nn.Linear(256, 192), (64, 256)),
+        (lambda: nn.Linear(256, 192, bias=False), (64, 256)),
+        (lambda: nn.Conv2d(64, 32, 3), (1, 64, 12, 12)),
+        (lambda: nn.Conv2d(64, 64, 3, padding=1, groups=4), (1, 64, 12, 12)),
+    ],
+    ids=['linear', 'linear-no-bias', 'conv', 'grouped'],
+)
+def test_half_precision(build, shape, rank, dtype):
+    """Against float64, the fused half-precision layer errs at most twice as much as the vanilla one."""
+    torch.manual_seed(0)
+    vanilla = build().to(dtype)
+    layer = denoised(copy.deepcopy(vanilla), rank)
+    fused = fuse_model(layer)
+    x = torch.randn(shape).to(dtype)
+    with torch.no_grad():
+        reference = copy.deepcopy(layer).double()(x.double())
+        own = relative(vanilla(x), copy.deepcopy(vanilla).double()(x.double()))
+        assert fused.weight.dtype == dtype
+        assert relative(fused(x), reference) < 2 * own
+        assert relative(vanilla(x), reference) > 10 * own
+
+
+def test_zero_padding_needs_the_care():
+    """A denoiser bias forced into a zero-padded conv is wrong at the borders, and there only."""
+    torch.manual_seed(0)
+    layer = denoised(nn.Conv2d(12, 8, 3, padding=1, dtype=torch.float64))
+    weight = layer.denoiser.weight.detach()
+    layer.denoiser = Denoiser(12, bias=True, dtype=torch.float64)
+    layer.denoiser.load_state_dict({'weight': weight, 'bias': torch.ones(12)})
+    x = example(layer)
+    wrong = (fuse_model(layer)(x) - layer(x)).abs()
+    assert wrong[..., 1:-1, 1:-1].max() < 1e-12
+    assert wrong.max() > 0.1
+
+
+# Whole backbones
+
+VIT = {'embed_dims': 32, 'num_layers': 2, 'num_heads': 2, 'feedforward_channels': 64}
+SWIN = {'embed_dims': 32, 'depths': [2, 2], 'num_heads': [2, 4]}
+BACKBONES = {
+    'resnet': (lambda: ResNet(18, stem_channels=16, base_channels=16, out_indices=(0, 1, 2, 3)), 32),
+    'mobilenet': (lambda: MobileNetV2(widen_factor=0.25, out_indices=(2, 7)), 64),
+    'swin': (lambda: SwinTransformer(SWIN, img_size=56, out_indices=(0, 1)), 56),
+    'swin-v2': (
+        lambda: SwinTransformerV2(
+            {**SWIN, 'extra_norm_every_n_blocks': 0}, img_size=64, window_size=8, out_indices=(0, 1)
+        ),
+        64,
+    ),
+    'vit': (lambda: VisionTransformer(VIT, img_size=32, patch_size=8, out_type='featmap'), 32),
+    'beit-like': (lambda: VisionTransformer(VIT, img_size=32, patch_size=8, qkv_bias=False), 32),
+    'segformer': (
+        lambda: MixVisionTransformer(embed_dims=16, num_layers=[1, 1, 1, 1], num_heads=[1, 1, 2, 4]),
+        64,
+    ),
+    'mmseg-vit': (
+        lambda: SegVisionTransformer(img_size=32, patch_size=8, embed_dims=32, num_layers=2, num_heads=2),
+        32,
+    ),
+}
+
+
+def build_backbone(kind, rank=None, targets='all', dtype=torch.float64):
+    """Return (vanilla, denoised with random values, an image batch, the report)."""
+    build, size = BACKBONES[kind]
+    torch.manual_seed(0)
+    vanilla = build()
+    vanilla.init_weights()
+    vanilla = randomise(vanilla.to(dtype))
+    images = torch.randn(2, 3, size, size, dtype=dtype)
+    model = copy.deepcopy(vanilla)
+    report = apply_denoiserep(model, targets, rank=rank, example_input=images[:1])
+    return vanilla, randomise(model), images, report
+
+
+@pytest.mark.parametrize('rank', [None, 3])
+@pytest.mark.parametrize('kind', BACKBONES)
+def test_backbones_fuse_exactly(kind, rank):
+    """Relative 1e-9 in float64 with random denoisers and BatchNorm; the vanilla model would not pass."""
+    vanilla, model, images, report = build_backbone(kind, rank)
+    assert report.order == 'execution'
+    assert len(report.layers) >= 5
+    fused = fuse_model(model)
+    verification = verify_fusion(model, fused, images)
+    assert verification.ok, str(verification)
+    assert all(difference.tolerance == 1e-9 for difference in verification.differences)
+    assert max(difference.max_abs for difference in verification.differences) > 0
+    noop = verify_fusion(model, vanilla, images)
+    assert not noop.ok
+    assert min(difference.max_rel for difference in noop.differences) > 1e-2
+
+    assert [type(module) for module in fused.modules()] == [type(module) for module in vanilla.modules()]
+    assert signature(fused.state_dict()) == signature(vanilla.state_dict())
+    assert repr(fused) == repr(vanilla)
+    expected = copy.deepcopy(vanilla).load_state_dict(vanilla.state_dict(), strict=False)  # SwinV2 drops tables
+    assert copy.deepcopy(vanilla).load_state_dict(fused.state_dict(), strict=False) == expected
+
+
+def test_bypassed_layers_would_be_wrong():
+    """Converting SwinV2's qkv by force breaks the fusion, so skipping it is needed."""
+    _, model, images, report = build_backbone('swin-v2')
+    name = next(name for name, reason in report.skipped.items() if name.endswith('.qkv') and 'bypassed' in reason)
+    convert_layer(model.get_submodule(name), 1, None, None, None)
+    assert not verify_fusion(randomise(model), example_input=images).ok
+
+
+@pytest.mark.parametrize('train', [True, False])
+def test_fusing_leaves_the_model_and_repeats(train):
+    """Two fusions are bitwise equal, in train and eval mode; the live model, its buffers and modes stay."""
+    _, model, images, _ = build_backbone('resnet', 3, dtype=torch.float32)
+    for module in model.modules():
+        module.training = train
+    before = copy.deepcopy(model.state_dict())
+    random_state = torch.get_rng_state()
+    first, second = fuse_model(model), fuse_model(model)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(module.training == train for module in (*model.modules(), *first.modules()))
+    assert any(isinstance(module, DenoiseLayer) for module in model.modules())
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    first, second = first.state_dict(), second.state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    shared = {value.data_ptr() for value in after.values()} & {value.data_ptr() for value in first.values()}
+    assert not shared
+
+
+def test_fused_model_keeps_requires_grad():
+    """Frozen layers come back frozen, others trainable, and the fused model can be trained."""
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 4))
+    model[0].requires_grad_(False)
+    apply_denoiserep(model, 'all', example_input=torch.zeros(1, 12))
+    fused = fuse_model(randomise(model))
+    assert [parameter.requires_grad for parameter in fused.parameters()] == [False, False, True, True]
+    fused(torch.ones(1, 12)).sum().backward()
+    assert fused[1].weight.grad is not None
+
+
+# State dicts
+
+
+class Shared(nn.Module):
+    """One layer in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.second = nn.Linear(12, 12, dtype=torch.float64)
+
+    def forward(self, x):
+        """Run it twice."""
+        return self.second(self.first(x).relu())
+
+
+@pytest.mark.parametrize('rank', [None, 2])
+def test_shared_layer(rank):
+    """A layer in two places is fused once, under both names."""
+    vanilla = Shared()
+    model, x = copy.deepcopy(vanilla), torch.randn(3, 12, dtype=torch.float64)
+    apply_denoiserep(model, 'all', rank=rank, example_input=x)
+    fused = fuse_model(randomise(model))
+    assert fused.first is fused.second
+    assert verify_fusion(model, fused, x).ok
+    state = fuse_state_dict(model.state_dict())
+    assert torch.equal(state['first.weight'], state['second.weight'])
+    vanilla.load_state_dict(state, strict=True)
+    assert relative(vanilla(x), model(x)) < 1e-12
+
+
+def test_state_dict_fusion_keeps_the_rest():
+    """Other entries stay the same objects in the same order; `_metadata` stays without the denoisers."""
+    model = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Linear(12, 4))
+    metadata = copy.deepcopy(model.state_dict()._metadata)
+    keys = list(model.state_dict())
+    apply_denoiserep(model, '0', example_input=torch.zeros(1, 12))
+    state = randomise(model).state_dict()
+    before = {key: value.clone() for key, value in state.items()}
+    fused = fuse_state_dict(state)
+    assert list(fused) == keys
+    assert fused._metadata == metadata
+    assert all(fused[key] is state[key] for key in keys if not key.startswith('0.'))
+    assert not torch.equal(fused['0.weight'], state['0.weight'])
+    assert all(torch.equal(state[key], before[key]) for key in before)
+
+
+def test_layer_without_a_prefix():
+    """The state dict of a single layer is fused too."""
+    layer = denoised(nn.Linear(12, 4))
+    fused = fuse_state_dict(layer.state_dict())
+    assert list(fused) == ['weight', 'bias']
+    assert torch.equal(fused['weight'], fuse_model(layer).weight)
+
+
+def broken(**changes):
+    """A fusable state dict of one Linear(12, 4) named fc with some entries changed; None removes."""
+    rank = changes.pop('rank', None)
+    state = OrderedDict((f'fc.{key}', value) for key, value in denoised(nn.Linear(12, 4), rank).state_dict().items())
+    for key, value in changes.items():
+        key = f'fc.{key}'.replace('__', '.')
+        state.pop(key, None)
+        if value is not None:
+            state[key] = value
+    return state
+
+
+@pytest.mark.parametrize(
+    'state, message',
+    [
+        (broken(denoiser__weight=None, denoiser__bias=None), 'no denoiser'),
+        (broken(weight=None), 'fc has a denoiser but no weight'),
+        (broken(bias=None), 'has a bias, but the layer has none'),
+        (broken(denoiser__weight=None), 'incomplete'),
+        (broken(rank=2, denoiser__up=None), 'incomplete'),
+        (broken(rank=2, denoiser__weight=torch.zeros(1, 12, 12)), 'denoiser of fc'),
+        (broken(denoiser__weight=torch.full((1, 12, 12), float('nan'))), r'fc\.denoiser\.weight holds NaN or Inf'),
+        (broken(denoiser__bias=torch.full((12,), float('inf'))), r'fc\.denoiser\.bias holds NaN or Inf'),
+        (broken(weight=torch.full((4, 12), float('-inf'))), r'fc\.weight holds NaN or Inf'),
+        (broken(bias=torch.full((4,), float('nan'))), r'fc\.bias holds NaN or Inf'),
+        (broken(denoiser__weight=torch.zeros(1, 11, 11)), r'\(1, 11, 11\).* does not fit its weight \(4, 12\)'),
+        (broken(denoiser__weight=torch.zeros(2, 12, 12)), 'does not fit'),
+        (broken(denoiser__weight=torch.zeros(5, 12, 12)), 'does not fit'),
+        (broken(denoiser__weight=torch.zeros(12, 12)), 'does not fit'),
+        (broken(denoiser__weight=torch.zeros(())), 'does not fit'),
+        (broken(denoiser__bias=torch.zeros(1)), 'does not fit'),
+        (broken(bias=torch.zeros(1)), 'does not fit'),
+        (broken(weight=torch.zeros(12)), 'does not fit'),
+        (broken(rank=2, denoiser__scale=torch.zeros(2)), 'does not fit'),
+        (broken(rank=2, denoiser__scale=torch.zeros(())), 'does not fit'),
+        (broken(rank=2, denoiser__up=torch.zeros(1, 12, 3)), 'does not fit'),
+        (broken(rank=2, denoiser__down=torch.zeros(4, 2, 12)), 'does not fit'),
+    ],
+)
+def test_what_can_not_be_fused(state, message):
+    """A state dict that does not fit is refused with one sentence that names the layer."""
+    with pytest.raises(FusionError, match=message) as caught:
+        fuse_state_dict(state)
+    assert '\n' not in str(caught.value)
+
+
+def test_overflow_is_refused():
+    """A fused weight that the stored dtype can't hold is an error, not Inf in a file."""
+    layer = denoised(nn.Linear(12, 4)).half()
+    layer.denoiser.weight.data.fill_(6e4)
+    layer.weight.data.fill_(100)
+    with pytest.raises(FusionError, match=r'overflows torch\.float16'):
+        fuse_model(layer)
+
+
+def test_fusing_a_vanilla_model_is_refused():
+    """So is fusing twice."""
+    layer = denoised(nn.Linear(12, 4))
+    with pytest.raises(FusionError, match='no denoiser'):
+        fuse_model(fuse_model(layer))
+
+
+# Verification
+
+
+def test_verification_finds_what_is_wrong():
+    """NaN, Inf and a wrong weight are not ok; other outputs are an error."""
+    layer = denoised(nn.Linear(12, 4))
+    x = example(layer, torch.float32)
+    good = fuse_model(layer)
+    verification = verify_fusion(layer, good, x)
+    assert verification.ok
+    assert verification.differences[0].output == 'output'
+    assert {'largest', 'relative', 'tolerance', 'ok'} <= set(str(verification).split())
+    for value in (float('nan'), float('inf'), good.weight[0, 0].item() + 0.1):
+        bad = copy.deepcopy(good)
+        bad.weight.data[0, 0] = value
+        result = verify_fusion(layer, bad, x)
+        assert not result.ok
+        assert 'TOO LARGE' in str(result)
+    assert not verify_fusion(layer, good, x, tolerance=-1.0).ok
+    with pytest.raises(ValueError, match='shape'):
+        verify_fusion(layer, nn.Linear(12, 5), x)
+    with pytest.raises(ValueError, match='different outputs'):
+        verify_fusion(layer, nn.GRU(12, 4), x)

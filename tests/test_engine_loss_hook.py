@@ -1,0 +1,685 @@
+"""DenoiseLossHook: what it adds, what it leaves alone, and every way of training that could break it."""
+
+import copy
+from pathlib import Path
+
+import mmdet.models  # noqa: F401
+import mmpretrain.models  # noqa: F401
+import pytest
+import torch
+import torch.multiprocessing
+from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.registry import HOOKS, MODELS
+from mmengine.testing.runner_test_case import ToyDataset
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from engine_distributed import WORLD, run_scenario, scenarios, worker
+from engine_helpers import (
+    TinyModel,
+    assert_equal,
+    denoised,
+    gradients,
+    inner,
+    is_denoiser,
+    make_runner,
+    message,
+    runner_case,
+    snapshot,
+    split,
+    tiny_model,
+    train,
+)
+from helpers import randomise
+from mmdenoiserep import NoiseSchedule, apply_denoiserep, fuse_model
+from mmdenoiserep.core import DenoiseLayer
+from mmdenoiserep.engine.backbone import find_guards
+from mmdenoiserep.engine.loss_hook import DenoiseLossHook
+from mmdenoiserep.engine.resume import allow_training_checkpoints
+
+JOINT = dict(type='DenoiseLossHook', mode='joint', weight=0.1)
+LABEL_FREE = dict(type='DenoiseLossHook', mode='label_free')
+CHECKPOINTING = (dict(), dict(activation_checkpointing=['backbone']))
+SWIN = dict(
+    type='mmdet.SwinTransformer',
+    embed_dims=12,
+    depths=(1, 1),
+    num_heads=(1, 2),
+    strides=(4, 2),
+    out_indices=(0, 1),
+    window_size=4,
+    drop_path_rate=0.0,
+)
+RESNET = dict(type='mmpretrain.ResNet', depth=18, stem_channels=8, base_channels=8, out_indices=(3,))
+CONVNEXT = dict(
+    type='mmpretrain.ConvNeXt', arch=dict(depths=[1, 1, 1, 1], channels=[4, 8, 8, 12]), gap_before_final_norm=False
+)
+
+
+@pytest.fixture
+def case():
+    with runner_case() as case:
+        yield case
+
+
+@HOOKS.register_module()
+class Unguard(Hook):
+    """Makes a control: trains a denoised model as it is, without the loss of its denoisers."""
+
+    def before_train(self, runner):
+        for _, _, guard in find_guards(inner(runner)):
+            guard.satisfied = True
+
+
+@HOOKS.register_module()
+class Watch(Hook):
+    """Keeps the losses that the model returns, and the inputs of every denoised layer in the open forward."""
+
+    priority = 'LOWEST'
+
+    def before_train(self, runner):
+        self.losses, self.inputs, self.calls, open_ = [], [], {}, []
+        model = inner(runner)
+
+        def begin(module, args):
+            open_.append(True)
+            self.inputs.append({})
+
+        def end(module, args, output):
+            open_.clear()
+            self.losses.append(output)
+
+        def listen(name):
+            def hear(layer, args):
+                self.calls[name] = self.calls.get(name, 0) + 1
+                if open_:
+                    self.inputs[-1].setdefault(name, []).append(args[0].detach().clone())
+
+            return hear
+
+        model.register_forward_pre_hook(begin)
+        model.register_forward_hook(end)
+        for name, layer in denoised_layers(model).items():
+            layer.register_forward_pre_hook(listen(name))
+
+
+def denoised_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, DenoiseLayer)}
+
+
+def find_hook(runner, kind):
+    return next(hook for hook in runner.hooks if isinstance(hook, kind))
+
+
+def token_rows(layer, inputs):
+    """Returns all tokens of several inputs of a layer as one input."""
+    if isinstance(layer, nn.Linear):
+        return torch.cat([x.flatten(0, -2) for x in inputs])
+    rows = torch.cat([x.transpose(0, 1).flatten(1) for x in inputs], 1)
+    return rows[None, :, :, None]
+
+
+def expected_loss(model, inputs):
+    """The mean over layers of the loss on all tokens that the layer saw."""
+    layers = denoised_layers(model)
+    return torch.stack(
+        [layers[name].denoise_loss(token_rows(layers[name], seen)) for name, seen in inputs.items()]
+    ).mean()
+
+
+@pytest.mark.parametrize('views', [1, 2])
+@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+def test_value_of_the_loss(case, hook, views):
+    """loss_denoise is the mean over layers of the loss over all tokens, also of layers that are called several times.
+
+    The model has Conv2d layers, a Linear on (B, H, W, C) that stands in two places, and a backbone that is called twice
+    on images of different sizes.
+    """
+    runner = train(case, tiny_model(views=views), [hook, dict(type='Watch')])
+    watch, model = find_hook(runner, Watch), inner(runner)
+    inputs = watch.inputs[0]
+    assert {name: len(seen) for name, seen in inputs.items()} == {
+        'backbone.stem': views,
+        'backbone.conv': views,
+        'backbone.shared': 2 * views,
+    }
+    losses = watch.losses[0]
+    own = {key: p.detach().clone() for key, p in model.named_parameters() if is_denoiser(key)}
+    # the step has moved the denoisers: go back to those that the loss was computed with
+    recorded, rate = runner.optim_wrapper.gradients[0], 0.1
+    for name, parameter in model.named_parameters():
+        if is_denoiser(name):
+            parameter.data.add_(recorded[id(parameter)], alpha=rate)
+    assert own
+    factor = hook.get('weight', 1)
+    torch.testing.assert_close(losses['loss_denoise'], factor * expected_loss(model, inputs), rtol=1e-5, atol=0)
+    assert losses['loss_denoise'] > 0
+
+
+def test_loss_is_logged_and_summed_like_any_other(case):
+    """The log holds loss_denoise, and the total of parse_losses holds it too."""
+    runner = train(case, tiny_model(), [JOINT, dict(type='Watch')])
+    scalars = {key: buffer.current() for key, buffer in runner.message_hub.log_scalars.items()}
+    assert scalars['train/loss'] == pytest.approx(scalars['train/loss_cls'] + scalars['train/loss_denoise'], rel=1e-6)
+    assert scalars['train/loss_denoise'] > 0
+    total, logged = inner(runner).parse_losses(find_hook(runner, Watch).losses[0])
+    assert logged['loss_denoise'].item() == pytest.approx(scalars['train/loss_denoise'])
+    assert total.item() == pytest.approx(scalars['train/loss'])
+    text = Path(runner._log_dir, f'{runner.timestamp}.log').read_text()
+    assert 'loss_denoise: ' in text
+
+
+@pytest.mark.parametrize('backbone', [dict(type='TinyBackbone'), SWIN, CONVNEXT, RESNET])
+def test_joint_leaves_the_gradients_of_the_base_alone(case, backbone):
+    """Bitwise the gradients of a run without the hook; the denoisers get weight times the gradient of their loss."""
+    runs = []
+    for hooks in ([dict(type='Unguard')], [JOINT], [JOINT | dict(weight=1.0), dict(type='Watch')]):
+        model = dict(type='FeatureModel', backbone=denoised(backbone, image_size=32))
+        runs.append(train(case, model, hooks, size=32))
+    control, light, full = [gradients(runner) for runner in runs]
+    base = split(control)[1]
+    assert not split(control)[0]
+    assert any(value.abs().max() > 0 for value in base.values())
+    for actual in (light, full):
+        assert_equal(split(actual)[1], base)
+    own = split(full)[0]
+    scale = max(value.abs().max() for value in own.values()).item()
+    assert_equal(split(light)[0], {key: 0.1 * value for key, value in own.items()}, rtol=1e-4, atol=1e-6 * scale)
+
+    model = randomise(MODELS.build(dict(type='FeatureModel', backbone=denoised(backbone, image_size=32))))
+    expected_loss(model, find_hook(runs[2], Watch).inputs[0]).backward()
+    expected = {key: p.grad for key, p in model.named_parameters() if is_denoiser(key)}
+    assert_equal(own, expected, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_label_free_trains_the_denoisers_and_nothing_else(case):
+    """After five steps with weight decay and momentum the base and all BatchNorm buffers are bitwise as before."""
+    changes = dict(
+        train_cfg=dict(by_epoch=False, max_iters=5),
+        optim_wrapper=dict(type='RecordingWrapper', optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=0.1)),
+    )
+    runner = make_runner(case, tiny_model(), [dict(type='Randomise'), LABEL_FREE], **changes)
+    before = snapshot(randomise(inner(runner)))
+    runner.train()
+    after = snapshot(inner(runner))
+    assert_equal(split(after)[1], split(before)[1])
+    assert all(not torch.equal(after[key], before[key]) for key in split(before)[0])
+    for step in range(5):
+        assert gradients(runner, step) and all(map(is_denoiser, gradients(runner, step)))
+    assert all(p.grad is None for key, p in inner(runner).named_parameters() if not is_denoiser(key))
+
+
+def test_label_free_without_the_care_would_drift(case, monkeypatch):
+    """The counter-proof: without the eval mode, the running statistics of backbone and head move."""
+    monkeypatch.setattr(DenoiseLossHook, 'before_train_iter', Hook.before_train_iter)
+    runner = make_runner(case, tiny_model(), [dict(type='Randomise'), LABEL_FREE])
+    before = snapshot(randomise(inner(runner)))
+    runner.train()
+    after = snapshot(inner(runner))
+    for norm in ('backbone.bn1', 'backbone.bn2', 'norm'):
+        assert not torch.equal(after[f'{norm}.running_mean'], before[f'{norm}.running_mean'])
+        assert not torch.equal(after[f'{norm}.running_var'], before[f'{norm}.running_var'])
+
+
+def test_label_free_holds_running_statistics_of_any_norm(case):
+    """InstanceNorm with running statistics stands still too, inside and outside of the backbone."""
+
+    @MODELS.register_module(force=True)
+    class WithInstanceNorm(TinyModel):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.neck = nn.InstanceNorm2d(3, track_running_stats=True)
+
+        def forward(self, inputs, data_samples=None, mode='tensor'):
+            return super().forward(self.neck(torch.stack(inputs)), data_samples, mode)
+
+    model = tiny_model() | dict(type='WithInstanceNorm')
+    runner = train(case, model, [LABEL_FREE], train_cfg=dict(by_epoch=False, max_iters=2))
+    assert torch.equal(inner(runner).neck.running_mean, torch.zeros(3))
+    runner = train(case, model, [JOINT])
+    assert not torch.equal(inner(runner).neck.running_mean, torch.zeros(3))
+
+
+@pytest.mark.parametrize('backbone', [SWIN, RESNET, RESNET | dict(type='mmdet.ResNet', norm_eval=False)])
+@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+def test_activation_checkpointing(case, backbone, hook):
+    """with_cp runs layers twice, which changes neither the loss nor a gradient."""
+    runs = []
+    for with_cp in (False, True):
+        model = dict(type='FeatureModel', backbone=denoised(backbone | dict(with_cp=with_cp), image_size=16))
+        runs.append(train(case, model, [hook, dict(type='Watch')], size=16))
+    plain, checkpointed = runs
+    losses = [find_hook(runner, Watch).losses[0]['loss_denoise'] for runner in runs]
+    assert torch.equal(*losses)
+    assert_equal(gradients(checkpointed), gradients(plain))
+    calls = [find_hook(runner, Watch).calls for runner in runs]
+    twice = [name for name in calls[0] if calls[1][name] == 2 * calls[0][name]]
+    assert calls[0] == {name: 1 for name in calls[0]}
+    assert bool(twice) is (hook is JOINT)  # the test would show nothing if no layer ran twice
+
+
+@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+def test_activation_checkpointing_of_the_runner(case, hook):
+    """mmengine's own activation_checkpointing, around the whole backbone, changes the loss as little."""
+    runs = [train(case, tiny_model(), [hook, dict(type='Watch')], **options) for options in CHECKPOINTING]
+    losses = [find_hook(runner, Watch).losses[0]['loss_denoise'] for runner in runs]
+    assert torch.equal(*losses)
+    own = [split(gradients(runner))[0] for runner in runs]
+    assert_equal(own[1], own[0])
+
+
+def test_bf16_autocast(case):
+    """Under autocast the layers see bf16, and the loss is computed in float32 from what they saw."""
+    optim_wrapper = dict(type='AutocastWrapper', optimizer=dict(type='SGD', lr=0.1))
+    runner = train(case, tiny_model(), [JOINT, dict(type='Watch')], optim_wrapper=optim_wrapper)
+    watch, model = find_hook(runner, Watch), inner(runner)
+    inputs = watch.inputs[0]
+    assert inputs['backbone.shared'][0].dtype == torch.bfloat16
+    loss = watch.losses[0]['loss_denoise']
+    assert loss.dtype == torch.float32
+    fresh = randomise(MODELS.build(tiny_model()))
+    torch.testing.assert_close(loss, 0.1 * expected_loss(fresh, inputs), rtol=1e-5, atol=0)
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in gradients(runner).values())
+    assert set(split(gradients(runner))[0]) == {key for key, _ in model.named_parameters() if is_denoiser(key)}
+
+
+@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+def test_gradient_accumulation(case, hook):
+    """Two half batches give the gradients of the whole one."""
+    model = tiny_model(denoised(dict(type='TinyBackbone', norm=False)), norm=False)
+    optimizer = dict(type='SGD', lr=0.1)
+    whole = train(case, model, [hook], optim_wrapper=dict(type='RecordingWrapper', optimizer=optimizer))
+    loader = dict(case.iter_based_cfg.train_dataloader.to_dict(), batch_size=2, dataset=dict(type='TinyDataset'))
+    loader['sampler'] = dict(type='InfiniteSampler', shuffle=False)
+    halves = train(
+        case,
+        model,
+        [hook],
+        train_dataloader=loader,
+        train_cfg=dict(by_epoch=False, max_iters=2),
+        optim_wrapper=dict(type='RecordingWrapper', optimizer=optimizer, accumulative_counts=2),
+    )
+    assert len(halves.optim_wrapper.gradients) == len(whole.optim_wrapper.gradients) == 1
+    assert_equal(gradients(halves), gradients(whole), rtol=1e-4, atol=1e-6)
+    assert split(gradients(whole))[0]
+
+
+@pytest.fixture(scope='module')
+def distributed(tmp_path_factory):
+    """Results of all scenarios of engine_distributed: of one process, and of each of two."""
+    folder = tmp_path_factory.mktemp('distributed')
+    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
+    alone = {
+        name: run_scenario(scenario, 1, str(folder / f'alone_{name}'))
+        for name, scenario in scenarios().items()
+        if name != 'refused'
+    }
+    ranks = [torch.load(folder / f'rank{rank}.pth', weights_only=True) for rank in range(WORLD)]
+    return folder, alone, ranks
+
+
+@pytest.mark.parametrize('name', ['joint', 'label_free', 'label_free_synced'])
+def test_two_processes_give_the_gradients_of_one(distributed, name):
+    """DDP on two gloo processes: the gradients and weights of one process on the same global batch, on both ranks."""
+    _, alone, ranks = distributed
+    for rank in ranks:
+        assert len(rank[name]['gradients']) == 2
+        for ours, theirs in zip(rank[name]['gradients'], alone[name]['gradients'], strict=True):
+            assert split(theirs)[0]
+            assert bool(split(theirs)[1]) is (name == 'joint')
+            assert_equal(ours, theirs, rtol=1e-4, atol=1e-6)
+        assert_equal(rank[name]['state'], alone[name]['state'], rtol=1e-4, atol=1e-6)
+    assert_equal(ranks[0][name]['state'], ranks[1][name]['state'])
+    logged = sum(rank[name]['loss'] for rank in ranks) / WORLD
+    assert logged == pytest.approx(alone[name]['loss'], rel=1e-5)
+
+
+def test_label_free_on_two_processes_keeps_the_base(distributed):
+    """Weights and BatchNorm buffers of the base are bitwise those of one process, with SyncBuffersHook too."""
+    _, alone, ranks = distributed
+    for name in ('label_free', 'label_free_synced'):
+        for rank in ranks:
+            assert_equal(split(rank[name]['state'])[1], split(alone[name]['state'])[1])
+
+
+def test_sync_buffers_hook_in_joint_training(distributed):
+    """The buffers differ from process to process until SyncBuffersHook averages them; denoisers have none."""
+    _, _, ranks = distributed
+    first, second = (rank['joint_synced']['state'] for rank in ranks)
+    assert_equal(first, second)
+    buffers = dict(MODELS.build(tiny_model()).named_buffers())
+    assert buffers and not any(map(is_denoiser, buffers))
+
+
+def test_label_free_on_several_processes_needs_the_flag(distributed):
+    """Without find_unused_parameters one sentence says so, on every rank, before anything is trained."""
+    _, _, ranks = distributed
+    for rank in ranks:
+        assert 'add find_unused_parameters = True to the config' in rank['refused']['error']
+        assert '\n' not in rank['refused']['error']
+
+
+def test_only_the_main_process_writes_fused_copies(distributed):
+    """Two processes, one copy of each checkpoint."""
+    folder, _, ranks = distributed
+    assert ranks[0]['label_free_synced']['written'] == ['iter_1_fused.pth', 'iter_2_fused.pth']
+    assert ranks[1]['label_free_synced']['written'] == []
+    assert {path.name for path in (folder / 'label_free_synced').glob('*_fused.pth')} == {
+        'iter_1_fused.pth',
+        'iter_2_fused.pth',
+    }
+
+
+def test_ema_copy_holds_no_listeners(case):
+    """EMAHook's copy of the model is neither listened to nor trained; its average follows the denoisers."""
+    seen = []
+
+    class Look(Hook):
+        priority = 'LOWEST'
+
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            average = next(hook for hook in runner.hooks if hasattr(hook, 'ema_model')).ema_model
+            listening = [sum(len(m._forward_pre_hooks) for m in x.modules()) for x in (average, inner(runner))]
+            seen.append((listening, [len(m._forward_hooks) for m in (average.module, inner(runner))]))
+
+    runner = make_runner(case, tiny_model(), [dict(type='EMAHook', momentum=0.5), JOINT, dict(type='Randomise')])
+    runner.register_hook(Look())
+    start = snapshot(inner(runner))
+    runner.train()
+    assert seen == [([0, 4], [0, 1])]  # the live one: the model and its three layers, and what closes the forward
+    average = next(hook for hook in runner.hooks if hasattr(hook, 'ema_model')).ema_model.module
+    key = 'backbone.conv.denoiser.weight'
+    assert not torch.equal(average.state_dict()[key], start[key])
+    assert [guard.satisfied for _, _, guard in find_guards(average)] == [False]
+
+
+@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+@pytest.mark.parametrize('ema', [False, True])
+def test_resume_continues_identically(case, hook, ema, tmp_path, monkeypatch):
+    """Four iterations in one go, or two and a resume and two: bitwise the same weights and optimizer."""
+    allowed = torch.serialization.get_safe_globals()
+    allow_training_checkpoints()
+    hooks = [hook, *([dict(type='EMAHook', momentum=0.3)] if ema else [])]
+    changes = dict(
+        optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=0.01), clip_grad=dict(max_norm=1.0)),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1, by_epoch=False)),
+        param_scheduler=dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=4),
+    )
+
+    def run(name, iterations, start, **more):
+        runner = make_runner(
+            case,
+            tiny_model(views=2),
+            [*hooks, *start],
+            work_dir=str(tmp_path / name),
+            train_cfg=dict(by_epoch=False, max_iters=iterations),
+            **changes,
+            **more,
+        )
+        runner.train()
+        return snapshot(inner(runner)), runner.optim_wrapper.state_dict(), runner
+
+    start = [dict(type='Randomise')]
+    weights, optimizer, _ = run('straight', 4, start)
+    early, _, _ = run('parts', 2, start)
+    checkpoint = str(tmp_path / 'parts' / 'iter_2.pth')
+    resumed_weights, resumed_optimizer, runner = run('parts', 4, [], load_from=checkpoint, resume=True)
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(allowed)
+    assert runner.iter == 4
+    assert_equal(resumed_weights, weights)
+    assert all(not torch.equal(early[key], weights[key]) for key in split(weights)[0])
+    assert resumed_optimizer['param_groups'] == optimizer['param_groups']
+    assert resumed_optimizer['state'].keys() == optimizer['state'].keys() and optimizer['state']
+    for index, state in optimizer['state'].items():
+        assert_equal(resumed_optimizer['state'][index], state)
+
+
+@pytest.mark.parametrize(
+    'backbone',
+    [SWIN | dict(frozen_stages=1), RESNET | dict(frozen_stages=2), RESNET | dict(type='mmdet.ResNet', frozen_stages=1)],
+)
+@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+def test_frozen_stages(case, backbone, hook):
+    """Frozen layers keep their denoisers and have no part in the loss, also where train() is what freezes them."""
+    model = dict(type='FeatureModel', backbone=denoised(backbone, image_size=16))
+    runner = make_runner(case, model, [dict(type='Randomise'), hook, dict(type='Watch')], size=16)
+    before = snapshot(randomise(inner(runner)))
+    runner.train()
+    layers = denoised_layers(inner(runner))
+    frozen = {name for name, layer in layers.items() if not layer.weight.requires_grad}
+    assert frozen and frozen != set(layers)
+    after = snapshot(inner(runner))
+    for name, layer in layers.items():
+        for key, _ in layer.denoiser.named_parameters():
+            full = f'{name}.denoiser.{key}'
+            assert (full in gradients(runner)) is (name not in frozen)
+            assert torch.equal(after[full], before[full]) is (name in frozen)
+    watch = find_hook(runner, Watch)
+    fresh = MODELS.build(model)
+    fresh.load_state_dict(before)
+    inputs = {name: seen for name, seen in watch.inputs[0].items() if name not in frozen}
+    expected = hook.get('weight', 1) * expected_loss(fresh, inputs)
+    torch.testing.assert_close(watch.losses[0]['loss_denoise'], expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize('backbone', [SWIN | dict(frozen_stages=2), RESNET | dict(frozen_stages=4)])
+def test_all_frozen_is_one_sentence(case, backbone):
+    """Where the backbone freezes every stage there is nothing to train, which is said at once."""
+    runner = make_runner(
+        case, dict(type='FeatureModel', backbone=denoised(backbone, image_size=16)), [LABEL_FREE], size=16
+    )
+    with pytest.raises(ValueError, match='all denoisers are frozen') as error:
+        runner.train()
+    message(error)
+    assert runner.iter == 0
+
+
+def test_layer_that_training_does_not_call(case):
+    """A layer that only runs in eval mode would be fused with an untrained denoiser: an error that names it."""
+    runner = make_runner(case, tiny_model(denoised(dict(type='TinyBackbone', sometimes=True))), [JOINT])
+    with pytest.raises(RuntimeError, match='backbone.extra') as error:
+        runner.train()
+    text = message(error)
+    assert 'exclude' in text
+    assert 'backbone.stem' not in text
+    assert runner.iter == 0
+
+
+def test_train_step_that_goes_around_the_forward(case):
+    """A model that computes its losses without forward(mode='loss') would train no denoiser: an error, no silence."""
+
+    @MODELS.register_module(force=True)
+    class GoesAround(TinyModel):
+        def train_step(self, data, optim_wrapper):
+            loss = self.backbone(torch.stack(data['inputs']))[0].square().mean()
+            optim_wrapper.update_params(loss)
+            return dict(loss=loss)
+
+    runner = make_runner(case, tiny_model() | dict(type='GoesAround'), [JOINT])
+    with pytest.raises(RuntimeError, match="without calling it with mode='loss'") as error:
+        runner.train()
+    message(error)
+    assert runner.iter == 0
+
+
+def test_model_without_denoised_layers(case):
+    """The hook in a vanilla config says what to wrap."""
+    runner = make_runner(case, tiny_model(dict(type='TinyBackbone')), [JOINT])
+    with pytest.raises(ValueError, match='found no denoised layer') as error:
+        runner.train()
+    assert 'DenoiseRepBackbone' in message(error)
+
+
+@pytest.mark.parametrize(
+    ('options', 'names'),
+    [
+        (dict(mode='both'), "'both'"),
+        (dict(mode=None), 'None'),
+        (dict(weight=0), 'positive, got 0'),
+        (dict(weight=-0.1), 'positive, got -0.1'),
+        (dict(weight=float('nan')), 'positive, got nan'),
+    ],
+)
+def test_bad_options(options, names):
+    """An unknown mode or a weight that trains nothing is refused at once."""
+    with pytest.raises(ValueError, match=names) as error:
+        HOOKS.build(dict(type='DenoiseLossHook', **options))
+    message(error)
+
+
+@pytest.mark.parametrize(
+    ('clip', 'function'),
+    [
+        (dict(type='norm', max_norm=0.01), nn.utils.clip_grad_norm_),
+        (dict(max_norm=0.01, norm_type=1), nn.utils.clip_grad_norm_),
+        (dict(type='value', clip_value=1e-3), nn.utils.clip_grad_value_),
+    ],
+)
+def test_clipping_treats_the_base_as_in_the_control(case, clip, function):
+    """The base is clipped bitwise as in the vanilla model, and logged so; the denoisers are clipped by themselves."""
+    runs = []
+    for model, hooks in ((tiny_model(dict(type='TinyBackbone')), []), (tiny_model(), [JOINT])):
+        optim_wrapper = dict(type='RecordingWrapper', optimizer=dict(type='SGD', lr=0.1), clip_grad=dict(clip))
+        runner = make_runner(case, model, hooks, optim_wrapper=optim_wrapper)
+        runner.train()
+        runs.append(runner)
+    control, runner = runs
+    own, base = split(gradients(runner))
+    assert_equal(base, gradients(control))
+    assert runner.optim_wrapper.clip_func is function
+    together = torch.cat([value.flatten() for value in own.values()])
+    assert together.abs().max() > 0
+    if 'clip_value' in clip:
+        assert together.abs().max() == pytest.approx(1e-3)
+    else:
+        order = clip.get('norm_type', 2)
+        assert together.norm(order).item() == pytest.approx(0.01, rel=1e-3)
+        assert torch.cat([value.flatten() for value in base.values()]).norm(order).item() == pytest.approx(
+            0.01, rel=1e-3
+        )
+        norms = [run.message_hub.get_scalar('train/grad_norm').current() for run in runs]
+        assert norms[0] == norms[1] > 0.01
+
+
+def test_clipping_in_label_free_mode(case):
+    """Where only the denoisers have gradients, those are clipped and their norm is logged."""
+    optim_wrapper = dict(type='RecordingWrapper', optimizer=dict(type='SGD', lr=0.1), clip_grad=dict(max_norm=0.01))
+    runner = train(case, tiny_model(), [LABEL_FREE], optim_wrapper=optim_wrapper)
+    together = torch.cat([value.flatten() for value in gradients(runner).values()])
+    assert together.norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert runner.message_hub.get_scalar('train/grad_norm').current() > 0.01
+
+
+def test_several_optimizers(case):
+    """With an OptimWrapperDict each of its wrappers clips the two groups separately."""
+
+    @MODELS.register_module(force=True)
+    class TwoOptimizers(TinyModel):
+        def train_step(self, data, optim_wrapper):
+            losses = self._run_forward(self.data_preprocessor(data, True), mode='loss')
+            total, logged = self.parse_losses(losses)
+            total.backward()
+            for wrapper in optim_wrapper.optim_wrappers.values():
+                wrapper.step()
+                wrapper.zero_grad()
+            return logged
+
+    runner = make_runner(case, tiny_model() | dict(type='TwoOptimizers'), [JOINT])
+    model = inner(runner)
+    wrappers = {
+        name: OptimWrapper(torch.optim.SGD(part.parameters(), lr=0.1), clip_grad=dict(clip) if clip else None)
+        for name, part, clip in (('backbone', model.backbone, dict(max_norm=0.01)), ('head', model.head, None))
+    }
+    runner.optim_wrapper = OptimWrapperDict(**wrappers)
+    runner.train()
+    own = torch.cat([p.flatten() for key, p in model.named_parameters() if is_denoiser(key)])  # they were zero
+    assert own.norm().item() == pytest.approx(0.1 * 0.01, rel=1e-2)
+    assert wrappers['backbone'].clip_func is nn.utils.clip_grad_norm_
+
+
+@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+def test_nothing_is_left_behind(case, hook):
+    """After training no hook listens, the guard is up again, and the model fuses to a vanilla one."""
+    runner = train(case, tiny_model(), [hook])
+    model = inner(runner)
+    assert all(not m._forward_pre_hooks for m in model.modules())
+    assert not model._forward_hooks
+    model.train()
+    with pytest.raises(RuntimeError, match='DenoiseLossHook'):
+        model.backbone(torch.randn(2, 3, 9, 9))[0].sum().backward()
+    losses = model([torch.randn(3, 9, 9)] * 2, [torch.tensor(1)] * 2, mode='loss')
+    assert set(losses) == {'loss_cls'}
+    fused = fuse_model(model)
+    vanilla = MODELS.build(tiny_model(dict(type='TinyBackbone')))
+    vanilla.load_state_dict(fused.state_dict(), strict=True)
+    model.eval()
+    vanilla.eval()
+    images = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(vanilla(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_validation_between_iterations_adds_nothing(case):
+    """Predicting neither computes a loss nor leaves inputs behind."""
+    runner = make_runner(case, tiny_model(), [JOINT, dict(type='Watch')], by_epoch=True, default_hooks=dict())
+    runner.train()
+    watch = find_hook(runner, Watch)
+    assert [type(output) for output in watch.losses] == ([dict] * 4 + [list] * 4) * 2
+    assert all('loss_denoise' in output for output in watch.losses if isinstance(output, dict))
+    assert find_hook(runner, DenoiseLossHook).inputs is None
+
+
+def test_hook_on_a_model_converted_without_the_factory(case, monkeypatch):
+    """mmengine's own toy model, converted by apply_denoiserep: the hook needs nothing from the factory."""
+    data = torch.randn(12, 2, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(ToyDataset, 'data', data)
+    config = copy.deepcopy(case.iter_based_cfg)
+    config.custom_hooks = [LABEL_FREE]
+    config.optim_wrapper = dict(optimizer=dict(type='Adam', lr=1e-3))
+    config.randomness = dict(seed=1)
+    runner = case.build_runner(config)
+    schedule = NoiseSchedule(0.02, 0.05, 10)  # strong noise, so that a dozen steps are worth something
+    apply_denoiserep(runner.model, 'linear', schedule=schedule, example_input=torch.randn(1, 2))
+    before, loss = snapshot(runner.model), runner.model.linear1.denoise_loss(data).item()
+    runner.train()
+    own, base = split(snapshot(runner.model))
+    assert_equal(base, split(before)[1])
+    assert own and all(not torch.equal(value, before[key]) for key, value in own.items())
+    assert runner.model.linear1.denoise_loss(data).item() < loss - 1e-3
+    assert len(runner.message_hub.get_scalar('train/loss_denoise').data[0]) == 12
+
+
+def test_empty_batch_of_tokens(case):
+    """A layer that sees no token in an iteration adds zero and breaks nothing."""
+    model = randomise(MODELS.build(tiny_model()))
+    hook = DenoiseLossHook()
+    hook.layers = denoised_layers(model)
+    hook.first = True
+    hook._open(model, (), dict(mode='loss'))
+    for name, layer in hook.layers.items():
+        channels = layer.denoiser.bias.numel() if layer.denoiser.bias is not None else 3
+        shape = (0, channels) if isinstance(layer, nn.Linear) else (0, channels, 9, 9)
+        hook._listener(name)(layer, (torch.zeros(shape),))
+    losses = hook._close(model, (), dict(loss_cls=torch.tensor(1.0)))
+    assert losses['loss_denoise'].item() == 0
+    assert losses['loss_cls'].item() == 1
+    losses['loss_denoise'].backward()
+    assert all((p.grad == 0).all() for layer in hook.layers.values() for p in layer.denoiser.parameters())
+
+
+def test_batchnorm_modes_in_both_modes(case):
+    """Joint training leaves the modes of all modules alone; label-free has every BatchNorm in eval mode."""
+    for hook, expected in ((JOINT, True), (LABEL_FREE, False)):
+        modes = []
+
+        class Look(Hook):
+            priority = 'LOWEST'
+
+            def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None, modes=modes):
+                modes.extend(m.training for m in inner(runner).modules() if isinstance(m, _BatchNorm))
+
+        runner = make_runner(case, tiny_model(), [hook], train_cfg=dict(by_epoch=False, max_iters=2))
+        runner.register_hook(Look())
+        runner.train()
+        assert modes == [expected] * 6

@@ -1,0 +1,162 @@
+"""What allow_training_checkpoints lets through weights_only, and what it does not."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer
+
+from engine_helpers import inner, make_runner, runner_case, snapshot, tiny_model
+from mmdenoiserep.engine.resume import allow_training_checkpoints
+
+JOINT = dict(type='DenoiseLossHook')
+
+
+@pytest.fixture
+def case():
+    with runner_case() as case:
+        yield case
+
+
+@pytest.fixture(autouse=True)
+def clean_allow_list():
+    """Every test starts with torch's own list and leaves what it found."""
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(allowed)
+
+
+@pytest.fixture
+def checkpoint(case):
+    """A training checkpoint of mmengine, with optimizer, schedule and message hub."""
+    checkpoint = dict(type='CheckpointHook', interval=1, by_epoch=False)
+    runner = make_runner(
+        case,
+        tiny_model(),
+        [JOINT],
+        train_cfg=dict(by_epoch=False, max_iters=2),
+        default_hooks=dict(checkpoint=checkpoint),
+        param_scheduler=dict(type='CosineAnnealingLR', by_epoch=False, T_max=4),
+    )
+    runner.train()
+    return Path(runner.work_dir, 'iter_2.pth'), runner
+
+
+def test_training_checkpoint_loads_under_weights_only(checkpoint):
+    """It is refused before and read after, with the histories of the log as they were."""
+    path, runner = checkpoint
+    with pytest.raises(pickle.UnpicklingError, match='HistoryBuffer'):
+        torch.load(path, weights_only=True)
+    allow_training_checkpoints()
+    content = torch.load(path, weights_only=True)
+    assert {'state_dict', 'optimizer', 'param_schedulers', 'message_hub', 'meta'} <= set(content)
+    history = content['message_hub']['log_scalars']['train/loss_denoise']
+    assert isinstance(history, HistoryBuffer)
+    values, counts = history.data
+    expected, _ = runner.message_hub.log_scalars['train/loss_denoise'].data
+    assert values.tolist() == expected.tolist()
+    assert len(values) == 2 and counts.tolist() == [1, 1]
+    assert history.mean() == pytest.approx(values.mean())
+    assert history.statistics('max', 2) == values.max()
+    assert {name: method for name, method in history._statistics_methods.items()} == {
+        name: getattr(HistoryBuffer, name) for name in ('min', 'max', 'current', 'mean')
+    }
+
+
+def test_runner_resumes(checkpoint, case):
+    """The unchanged Runner resumes: it fails without the list and goes on where it was with it."""
+    path, first = checkpoint
+    for allowed in (False, True):
+        runner = make_runner(
+            case,
+            tiny_model(),
+            [JOINT],
+            train_cfg=dict(by_epoch=False, max_iters=3),
+            param_scheduler=dict(type='CosineAnnealingLR', by_epoch=False, T_max=4),
+            load_from=str(path),
+            resume=True,
+        )
+        if allowed:
+            allow_training_checkpoints()
+            runner.train()
+            assert runner.iter == 3
+            assert len(runner.optim_wrapper.gradients) == 1
+            assert snapshot(inner(runner)).keys() == snapshot(inner(first)).keys()
+        else:
+            with pytest.raises(pickle.UnpicklingError):
+                runner.train()
+
+
+def test_file_written_with_numpy_1(checkpoint, tmp_path):
+    """numpy 1 pickled the same functions as numpy.core, without the underscore."""
+    path, _ = checkpoint
+    old = tmp_path / 'old.pth'
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(old, 'w') as target:
+        for entry in source.infolist():
+            content = source.read(entry)
+            if entry.filename.endswith('data.pkl'):
+                assert b'numpy._core.multiarray' in content
+                content = content.replace(b'numpy._core.multiarray', b'numpy.core.multiarray')
+            target.writestr(entry.filename, content)
+    allow_training_checkpoints()
+    content = torch.load(old, weights_only=True)
+    assert len(content['message_hub']['log_scalars']['train/loss'].data[0]) == 2
+
+
+class Reduce:
+    """Pickles as a call."""
+
+    def __init__(self, function, *args):
+        self.call = (function, args)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    'attack',
+    [
+        lambda marker: Reduce(os.system, f'touch {marker}'),
+        lambda marker: Reduce(eval, f'open({str(marker)!r}, "w")'),
+        lambda marker: Reduce(getattr, HistoryBuffer, '__init__'),
+        lambda marker: Reduce(getattr, HistoryBuffer, '__subclasses__'),
+        lambda marker: Reduce(getattr, HistoryBuffer, 'update'),
+        lambda marker: Reduce(getattr, np.ndarray, 'tofile'),
+        lambda marker: Reduce(getattr, Reduce(getattr, HistoryBuffer, 'mean'), '__globals__'),
+        lambda marker: Reduce(np.load, str(marker)),
+        lambda marker: Reduce(HistoryBuffer, Reduce(os.mkdir, str(marker)), []),
+    ],
+    ids=['system', 'eval', 'init', 'subclasses', 'method', 'ndarray', 'globals', 'numpy', 'nested'],
+)
+def test_malicious_files_are_refused_and_do_not_run(attack, tmp_path):
+    """Neither foreign functions nor attributes other than the four statistics get through."""
+    marker, path = tmp_path / 'marker', tmp_path / 'evil.pth'
+    torch.save(dict(state_dict={}, message_hub=attack(marker)), path)
+    allow_training_checkpoints()
+    with pytest.raises((pickle.UnpicklingError, ValueError)):
+        torch.load(path, weights_only=True)
+    assert not marker.exists()
+
+
+def test_the_attack_would_run_without_weights_only(tmp_path):
+    """The counter-proof: the same file does run its code where pickles are trusted."""
+    marker, path = tmp_path / 'marker', tmp_path / 'evil.pth'
+    torch.save(dict(message_hub=Reduce(os.system, f'touch {marker}')), path)
+    torch.load(path, weights_only=False)
+    assert marker.exists()
+
+
+def test_real_getattr_is_never_on_the_list():
+    """What answers to builtins.getattr is a stand-in."""
+    allow_training_checkpoints()
+    entries = torch.serialization.get_safe_globals()
+    assert getattr not in entries
+    stand_in = [entry[0] for entry in entries if isinstance(entry, tuple) and entry[1] == 'builtins.getattr']
+    assert len(stand_in) == 1 and stand_in[0] is not getattr
+    assert stand_in[0](HistoryBuffer, 'mean') is HistoryBuffer.mean
