@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import randomise
 from mmengine.logging import MessageHub
 from torch import nn
 
+from helpers import randomise
 from mmdenoiserep import apply_denoiserep, fuse_checkpoint, fuse_model, fuse_state_dict
 from mmdenoiserep.core import CheckpointError, read_checkpoint
 
@@ -95,9 +95,9 @@ def test_training_checkpoint_is_read_safely(source):
     """Tensors and plain data come back; mmengine's and numpy's objects are inert; the process' allow-list stays."""
     with pytest.raises(pickle.UnpicklingError):
         torch.load(source, weights_only=True)
-    allowed = torch.serialization.get_safe_globals()
+    allowed = set(torch.serialization.get_safe_globals())
     checkpoint = read_checkpoint(source)
-    assert torch.serialization.get_safe_globals() == allowed
+    assert set(torch.serialization.get_safe_globals()) == allowed
     assert checkpoint['meta'] == META
     expected = torch.load(source, weights_only=False)
     assert all(torch.equal(checkpoint['state_dict'][k], value) for k, value in expected['state_dict'].items())
@@ -108,7 +108,7 @@ def test_training_checkpoint_is_read_safely(source):
 @pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'legacy'])
 @pytest.mark.parametrize('rank', [None, 2])
 def test_fused_file(tmp_path, target, rank, zipped):
-    """The output holds `meta` and `state_dict` with exactly the vanilla keys, shapes and dtypes, and the fused values."""
+    """The output holds `meta` and `state_dict` with exactly the vanilla keys, shapes and dtypes, and fused values."""
     model = build_denoised(rank)
     source = tmp_path / 'in.pth'
     torch.save(training_checkpoint(model), source, _use_new_zipfile_serialization=zipped)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import denoised, randomise
 from mmcv.cnn import ConvWS2d
 from mmpretrain.models import RepVGG, SwinTransformerV2
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
+from helpers import denoised, randomise
 from mmdenoiserep import DenoiseConv2d, DenoiseLinear, NoiseSchedule, apply_denoiserep, fuse_model, verify_fusion
 from mmdenoiserep.core import DenoiseLayer
 

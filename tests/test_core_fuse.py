@@ -5,12 +5,12 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from helpers import denoised, randomise, relative
 from mmpretrain.models import MobileNetV2, ResNet, SwinTransformer, SwinTransformerV2, VisionTransformer
 from mmseg.models import MixVisionTransformer
 from mmseg.models import VisionTransformer as SegVisionTransformer
 from torch import nn
 
+from helpers import denoised, randomise, relative
 from mmdenoiserep import apply_denoiserep, fuse_model, fuse_state_dict, verify_fusion
 from mmdenoiserep.core import DenoiseLayer, FusionError
 from mmdenoiserep.core.layers import Denoiser, convert_layer
@@ -141,7 +141,7 @@ BACKBONES = {
         64,
     ),
     'vit': (lambda: VisionTransformer(VIT, img_size=32, patch_size=8, out_type='featmap'), 32),
-    'beit-like': (lambda: VisionTransformer(VIT, img_size=32, patch_size=8, qkv_bias=False), 32),
+    'vit-without-qkv-bias': (lambda: VisionTransformer(VIT, img_size=32, patch_size=8, qkv_bias=False), 32),
     'segformer': (
         lambda: MixVisionTransformer(embed_dims=16, num_layers=[1, 1, 1, 1], num_heads=[1, 1, 2, 4]),
         64,
@@ -229,6 +229,24 @@ def test_fused_model_keeps_requires_grad():
     assert fused[1].weight.grad is not None
 
 
+def test_fused_model_has_no_hooks_of_this_package():
+    """Hooks of this package stay with the live model; those of others are kept in the copy too."""
+    layer, calls = denoised(nn.Linear(12, 4)), []
+
+    def own(*args):
+        calls.append('own')
+
+    own.__module__ = 'mmdenoiserep.engine.loss_hook'
+    for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+        register(own)
+        register(lambda *args: calls.append('other'))
+    x = example(layer, torch.float32)
+    fuse_model(layer)(x)
+    assert calls == ['other'] * 2
+    layer(x)
+    assert sorted(calls) == ['other'] * 4 + ['own'] * 2
+
+
 # State dicts
 
 
@@ -309,14 +327,15 @@ def broken(**changes):
         (broken(weight=torch.full((4, 12), float('-inf'))), r'fc\.weight holds NaN or Inf'),
         (broken(bias=torch.full((4,), float('nan'))), r'fc\.bias holds NaN or Inf'),
         (broken(denoiser__weight=torch.zeros(1, 11, 11)), r'\(1, 11, 11\).* does not fit its weight \(4, 12\)'),
-        (broken(denoiser__weight=torch.zeros(2, 12, 12)), 'does not fit'),
+        (broken(denoiser__weight=torch.zeros(2, 12, 12), denoiser__bias=None), 'does not fit'),
         (broken(denoiser__weight=torch.zeros(5, 12, 12)), 'does not fit'),
         (broken(denoiser__weight=torch.zeros(12, 12)), 'does not fit'),
         (broken(denoiser__weight=torch.zeros(())), 'does not fit'),
         (broken(denoiser__bias=torch.zeros(1)), 'does not fit'),
         (broken(bias=torch.zeros(1)), 'does not fit'),
         (broken(weight=torch.zeros(12)), 'does not fit'),
-        (broken(rank=2, denoiser__scale=torch.zeros(2)), 'does not fit'),
+        (broken(rank=2, denoiser__scale=torch.zeros(2), denoiser__bias=None), 'does not fit'),
+        (broken(rank=2, denoiser__up=torch.zeros(2, 12, 2), denoiser__bias=None), 'does not fit'),
         (broken(rank=2, denoiser__scale=torch.zeros(())), 'does not fit'),
         (broken(rank=2, denoiser__up=torch.zeros(1, 12, 3)), 'does not fit'),
         (broken(rank=2, denoiser__down=torch.zeros(4, 2, 12)), 'does not fit'),
@@ -368,3 +387,10 @@ def test_verification_finds_what_is_wrong():
         verify_fusion(layer, nn.Linear(12, 5), x)
     with pytest.raises(ValueError, match='different outputs'):
         verify_fusion(layer, nn.GRU(12, 4), x)
+
+
+def test_a_foreign_key_beside_a_denoiser_is_refused():
+    """Nothing called denoiser.* may stay in what claims to be vanilla."""
+    layer = DenoiseLinear(4, 4)
+    with pytest.raises(FusionError, match=r'denoiser\.gain'):
+        fuse_state_dict({**layer.state_dict(), 'denoiser.gain': torch.ones(1)})

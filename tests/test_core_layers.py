@@ -6,9 +6,9 @@ import pickle
 
 import pytest
 import torch
-from helpers import dense, denoised, relative
 from torch import nn
 
+from helpers import denoised, dense
 from mmdenoiserep import DenoiseConv2d, DenoiseLinear, NoiseSchedule, closed_form
 from mmdenoiserep.core.layers import Denoiser, convert_layer, restore_layer
 

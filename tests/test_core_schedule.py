@@ -9,8 +9,9 @@ from mmdenoiserep import NoiseSchedule
 mpmath.mp.dps = 60
 
 
-def exact_step(timestep, start=mpmath.mpf('1e-4'), end=mpmath.mpf('2e-3'), steps=1000):
+def exact_step(timestep, start='1e-4', end='2e-3', steps=1000):
     """Work out (signal, noise, c1, c3 - 1) of design.md with 60 digits."""
+    start, end = mpmath.mpf(start), mpmath.mpf(end)
     betas = [start + (end - start) * i / (steps - 1) for i in range(timestep + 1)]
     abar = mpmath.fprod(1 - beta for beta in betas)
     noise = mpmath.sqrt(1 - abar)
@@ -50,7 +51,7 @@ def test_other_constants():
     """Both ends and the number of steps can be chosen."""
     schedule = NoiseSchedule(0.01, 0.3, 10)
     assert len(schedule) == 10
-    exact = exact_step(9, mpmath.mpf('0.01'), mpmath.mpf('0.3'), 10)
+    exact = exact_step(9, '0.01', '0.3', 10)
     assert list(schedule.reverse_step(9)) == pytest.approx([float(value) for value in exact], rel=1e-12, abs=0)
 
 

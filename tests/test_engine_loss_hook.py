@@ -371,7 +371,8 @@ def test_only_the_main_process_writes_fused_copies(distributed):
     }
 
 
-def test_ema_copy_holds_no_listeners(case):
+@pytest.mark.parametrize('order', [1, -1])
+def test_ema_copy_holds_no_listeners(case, order):
     """EMAHook's copy of the model is neither listened to nor trained; its average follows the denoisers."""
     seen = []
 
@@ -383,7 +384,9 @@ def test_ema_copy_holds_no_listeners(case):
             listening = [sum(len(m._forward_pre_hooks) for m in x.modules()) for x in (average, inner(runner))]
             seen.append((listening, [len(m._forward_hooks) for m in (average.module, inner(runner))]))
 
-    runner = make_runner(case, tiny_model(), [dict(type='EMAHook', momentum=0.5), JOINT, dict(type='Randomise')])
+    runner = make_runner(
+        case, tiny_model(), [dict(type='Randomise'), *[dict(type='EMAHook', momentum=0.5), JOINT][::order]]
+    )
     runner.register_hook(Look())
     start = snapshot(inner(runner))
     runner.train()

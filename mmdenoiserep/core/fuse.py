@@ -46,6 +46,8 @@ def fuse_state_dict(state: Mapping[str, Tensor]) -> 'OrderedDict[str, Tensor]':
 
     fused = OrderedDict((key, value) for key, value in state.items() if not DENOISER_KEY.fullmatch(key))
     for layer, parameters in denoisers.items():
+        if foreign := [key for key in fused if key.startswith(f'{layer}denoiser.')]:
+            raise FusionError(f'{foreign[0]} is nothing that a denoiser of this package holds')
         weight, bias = _fold(layer.rstrip('.') or 'the model', state, layer, parameters)
         fused[f'{layer}weight'] = weight
         if bias is not None:

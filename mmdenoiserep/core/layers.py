@@ -52,7 +52,7 @@ class Denoiser(nn.Module):
             self.scale = zeros(groups)
             self.up = zeros(groups, size, rank)
             # With up = 0 the start is exactly B = 0; down must not be zero too, or neither would get a gradient.
-            # B is of the order of c1, about 2e-3: down starts near its square root, so that one learning rate suits both.
+            # B is of the order of c1, about 2e-3: down starts near its square root, so one learning rate suits both.
             # A generator of its own: converting a model leaves the random numbers of the training run as they were.
             noise = torch.randn(groups, rank, size, generator=torch.Generator().manual_seed(0)) * (0.05 / size**0.5)
             self.down = nn.Parameter(noise.to(device=device, dtype=dtype or self.up.dtype))

@@ -17,8 +17,8 @@ class Execution:
 
     Attributes:
         order: The layers in the order of their first call, by ``id``.
-        bypassed: The layers whose weight or bias was used outside of their own forward, by ``id``: a denoiser in the layer's
-            forward would be skipped there, but would be in the weight once it is fused.
+        bypassed: The layers whose weight or bias was used outside of their own forward, by ``id``: a denoiser in the
+            layer's forward would be skipped there, but would be in the weight once it is fused.
         failure: Why there was no pass, empty if there was one.
     """
 
