@@ -11,7 +11,7 @@ from mmseg.models import VisionTransformer as SegVisionTransformer
 from torch import nn
 
 from helpers import denoised, randomise, relative
-from mmdenoiserep import apply_denoiserep, fuse_model, fuse_state_dict, verify_fusion
+from mmdenoiserep import DenoiseLinear, apply_denoiserep, fuse_model, fuse_state_dict, verify_fusion
 from mmdenoiserep.core import DenoiseLayer, FusionError
 from mmdenoiserep.core.layers import Denoiser, convert_layer
 
