@@ -133,6 +133,13 @@ def test_save_last(case):
     assert_fused(Path(runner.work_dir), ['epoch_2.pth', 'epoch_3.pth'])
 
 
+def test_checkpoint_that_is_written_again(case):
+    """A run that keeps one file and writes it anew has the fused copy of its last content."""
+    runner = run(case, checkpoint=dict(filename_tmpl='latest.pth'))
+    assert_fused(Path(runner.work_dir), ['latest.pth'])
+    assert load(Path(runner.work_dir, 'latest_fused.pth'))['meta']['epoch'] == 3
+
+
 def test_save_best(case):
     """The best checkpoint moves on twice, and its fused copy with it."""
     runner = run(
