@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,7 @@ import torch
 from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import nn
@@ -27,6 +29,7 @@ def load_models(configs: dict[str, str], checkpoints: dict[str, str], fused: Pat
     """Returns the four detectors in eval mode; ``fused`` is the baseline's config with the fused file."""
     allow_training_checkpoints()
     init_default_scope('mmdet')
+    MMLogger.get_current_instance().setLevel('ERROR')
     sources = {name: (configs[name], checkpoints[name]) for name in configs} | {'fused': (configs['baseline'], fused)}
     models = {}
     for name, (config, checkpoint) in sources.items():
@@ -54,11 +57,11 @@ def table(models: dict[str, nn.Module], metrics: dict[str, tuple[float, float]])
             'The control had the same data, iterations and seed as the denoised detector. One seed: differences of a',
             'few thousandths are noise.',
             '',
-            'Unfused against fused, FPN features and RPN outputs on 8 validation scenes:',
+            'Unfused against fused on 8 validation scenes:',
             str(exact),
             '',
             format_table(
-                ('', 'parameters', 'FLOPs'),
+                ('', 'parameters', 'FLOPs of backbone, neck and RPN'),
                 [(name, f'{p:,}', f'{f:,}') for name, (p, f) in zip(('baseline', 'fused'), cost, strict=True)],
             ),
             f'Latency, fused over baseline, batch 1, {torch.get_num_threads()} threads: median '
@@ -69,22 +72,30 @@ def table(models: dict[str, nn.Module], metrics: dict[str, tuple[float, float]])
 
 
 class Features(nn.Module):
-    """What a detector computes before anything is thresholded: FPN features, RPN scores and RPN boxes."""
+    """What a detector computes before anything is thresholded."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
         self.detector = detector
 
-    def forward(self, images: torch.Tensor) -> tuple:
-        """Returns the features and the RPN's raw outputs for images (B, 3, H, W), normalised."""
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns FPN features, RPN scores and RPN boxes of all levels, flat, for images (B, 3, H, W), normalised."""
         features = self.detector.extract_feat(images)
-        return features, self.detector.rpn_head(features)
+        outputs = zip(
+            ('FPN features', 'RPN scores', 'RPN boxes'), (features, *self.detector.rpn_head(features)), strict=True
+        )
+        return {name: torch.cat([level.flatten() for level in levels]) for name, levels in outputs}
 
 
 def _scenes(model: nn.Module, count: int):
     """Yields one preprocessed batch of the first ``count`` validation scenes, and keeps their data samples."""
-    dataset = DATASETS.build(model.cfg.test_dataloader.dataset)
+    dataset = _dataset(model)
     yield model.data_preprocessor(pseudo_collate([dataset[i] for i in range(count)]))
+
+
+def _dataset(model: nn.Module):
+    with redirect_stdout(None):  # pycocotools reports its progress
+        return DATASETS.build(model.cfg.test_dataloader.dataset)
 
 
 def _cost(model: nn.Module) -> tuple[int, int]:
@@ -123,8 +134,7 @@ def draw(models: dict[str, nn.Module], logs: dict[str, list[dict]], path: Path, 
     from matplotlib import pyplot as plt
 
     columns = ('truth', 'baseline', 'control', 'fused')
-    cfg = models['baseline'].cfg
-    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    dataset = _dataset(models['baseline'])
     batch = [dataset[i] for i in range(scenes)]
     with torch.no_grad():
         found = {name: models[name].test_step(pseudo_collate(batch)) for name in columns[1:]}
@@ -135,7 +145,7 @@ def draw(models: dict[str, nn.Module], logs: dict[str, list[dict]], path: Path, 
         for column, name in enumerate(columns):
             axes = figure.add_subplot(grid[row, column * 3 : column * 3 + 3])
             instances = sample['data_samples'].gt_instances if name == 'truth' else found[name][row].pred_instances
-            axes.imshow(_overlay(image, instances, cfg.metainfo.classes))
+            axes.imshow(_overlay(image, instances, dataset.metainfo['classes']))
             axes.axis('off')
             if row == 0:
                 axes.set_title({'fused': 'denoised, fused'}.get(name, name))

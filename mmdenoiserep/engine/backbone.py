@@ -75,7 +75,7 @@ def _build(config: dict[str, Any]) -> nn.Module:
         where = f'the default scope is {scope.scope_name}' if scope else 'no default scope is set'
         raise KeyError(
             f'DenoiseRepBackbone found no backbone {config.get("type")!r} ({where}); set default_scope in the config, '
-            f'or name the library in the type, such as mmdet.{config.get("type")}'
+            f'or name the library in the type, such as mmdet.{str(config.get("type")).split(".")[-1]}'
         ) from None
 
 
