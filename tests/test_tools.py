@@ -236,7 +236,7 @@ def test_training_without_the_hook_is_an_error(scenes, user_configs, tmp_path):
     [
         ('model.backbone.targets=layers.9.*', 'matches no layer'),
         ('model.backbone.targets=(', 'no valid regular expression'),
-        ('model.backbone.rank=0', 'at least 1'),
+        ('model.backbone.rank=0', 'patch_embed.projection: the rank'),
         ('model.backbone.backbone.type=VisionTransfromer', 'found no backbone'),
         ('default_scope=None', 'default_scope'),
     ],
