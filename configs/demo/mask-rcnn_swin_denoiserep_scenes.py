@@ -1,6 +1,6 @@
-"""The demo: the small baseline, trained on for 150 iterations with denoisers on every embedding layer (joint mode).
+"""The demo: the small baseline, trained on for 120 iterations with denoisers on every embedding layer (joint mode).
 
-The denoisers learn at 5e-5: with Adam a larger rate overshoots, since the optimal B has entries near 1e-4. In 150
+The denoisers learn at 5e-5: with Adam a larger rate overshoots, since the optimal B has entries near 1e-4. In 120
 iterations that is a beginning; loss_denoise falls by some percent, while the closed form would more than halve it.
 """
 
