@@ -15,6 +15,6 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['mmdenoiserep*']),
-    install_requires=['torch>=2.4'],
+    install_requires=['torch>=2.6'],
     extras_require={'mm': ['mmengine>=0.10.5', 'mmcv>=2.0.1']},
 )

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +27,8 @@ def run(title: str, *command: str) -> None:
     """Prints and runs one command of the project; its failure ends the demo."""
     print(f'\n=== {title}\n$ python {" ".join(command)}', flush=True)
     started = time.perf_counter()
-    if code := subprocess.run([sys.executable, '-W', 'ignore', *command]).returncode:
+    environment = {**os.environ, 'PYTHONWARNINGS': 'ignore'}  # the stack warns about its own old habits, often
+    if code := subprocess.run([sys.executable, *command], env=environment).returncode:
         sys.exit(f'demo: this step failed with exit code {code}: {title}')
     print(f'=== done in {time.perf_counter() - started:.0f} s', flush=True)
 
@@ -72,6 +74,7 @@ def main() -> None:
     run("6/7 Evaluate the fused file in the baseline's unchanged config", *evaluate)
 
     print('\n=== 7/7 Compare and draw', flush=True)
+    warnings.simplefilter('ignore')
     import demo_report
 
     metrics = {name: average_precision(name) for name in (*CONFIGS, 'fused')}

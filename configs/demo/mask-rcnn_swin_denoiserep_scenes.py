@@ -1,7 +1,7 @@
 """The demo: the small baseline, trained on for 120 iterations with denoisers on every embedding layer (joint mode).
 
-The denoisers learn at 5e-5: with Adam a larger rate overshoots, since the optimal B has entries near 1e-4. In 120
-iterations that is a beginning; loss_denoise falls by some percent, while the closed form would more than halve it.
+The denoisers learn at 5e-5: with Adam a much larger rate overshoots, since most entries of the optimal B are near 1e-4.
+120 iterations are a beginning: loss_denoise falls by some percent.
 """
 
 _base_ = ['./mask-rcnn_swin_baseline-ft_scenes.py', '../_base_/denoiserep.py']
