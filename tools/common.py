@@ -2,9 +2,12 @@
 
 import argparse
 import sys
+from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config.utils import MODULE2PACKAGE
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -13,6 +16,9 @@ def load_config(args: argparse.Namespace) -> Config:
     The work dir is, in this order: ``--work-dir``, the one in the config, ``work_dirs/<name of the config>``.
     A config that can't be read ends the program with one sentence.
     """
+    if find_spec('mmseg') and not any(distributions(name='mmsegmentation')):
+        # the maintained fork of the stack ships mmseg under another name, and mmengine looks for the old one
+        MODULE2PACKAGE['mmseg'] = 'mmseg'
     try:
         cfg = Config.fromfile(args.config)
     except Exception as error:  # a config is a program: reading it may fail in any way
