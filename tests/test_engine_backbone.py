@@ -17,21 +17,23 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from engine_helpers import assert_equal, denoised, is_denoiser, make_runner, message, runner_case, split, tiny_model
+from engine_helpers import (
+    TINY_SWIN,
+    assert_equal,
+    denoised,
+    is_denoiser,
+    make_runner,
+    message,
+    runner_case,
+    split,
+    tiny_model,
+)
 from helpers import randomise
 from mmdenoiserep.core import DenoiseLayer, NoiseSchedule, fuse_model
 
 LIBRARIES = {'mmdet': mmdet, 'mmseg': mmseg, 'mmpretrain': mmpretrain}
 CONVNEXT_ARCH = dict(depths=[1, 1, 1, 1], channels=[4, 8, 8, 12])
-SWIN = dict(
-    type='SwinTransformer',
-    embed_dims=12,
-    depths=(1, 1),
-    num_heads=(1, 2),
-    strides=(4, 2),
-    out_indices=(0, 1),
-    window_size=4,
-)
+SWIN = TINY_SWIN | dict(type='SwinTransformer')
 RESNET = dict(type='ResNet', depth=18, stem_channels=8, base_channels=8)
 BACKBONES = {
     'mmdet-swin': ('mmdet', SWIN),

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine_distributed import WORLD, run_scenario, scenarios, worker
 from engine_helpers import (
+    TINY_SWIN,
     TinyModel,
     assert_equal,
     denoised,
@@ -41,16 +42,7 @@ from mmdenoiserep.engine.resume import allow_training_checkpoints
 JOINT = dict(type='DenoiseLossHook', mode='joint', weight=0.1)
 LABEL_FREE = dict(type='DenoiseLossHook', mode='label_free')
 CHECKPOINTING = (dict(), dict(activation_checkpointing=['backbone']))
-SWIN = dict(
-    type='mmdet.SwinTransformer',
-    embed_dims=12,
-    depths=(1, 1),
-    num_heads=(1, 2),
-    strides=(4, 2),
-    out_indices=(0, 1),
-    window_size=4,
-    drop_path_rate=0.0,
-)
+SWIN = TINY_SWIN | dict(type='mmdet.SwinTransformer', drop_path_rate=0.0)
 RESNET = dict(type='mmpretrain.ResNet', depth=18, stem_channels=8, base_channels=8, out_indices=(3,))
 CONVNEXT = dict(
     type='mmpretrain.ConvNeXt', arch=dict(depths=[1, 1, 1, 1], channels=[4, 8, 8, 12]), gap_before_final_norm=False

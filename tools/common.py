@@ -80,6 +80,7 @@ def refuse_other_weights(model, path: str) -> None:
     if '://' in path:
         return
     from mmdenoiserep.core import CheckpointError, DenoiseLayer, read_checkpoint
+    from mmdenoiserep.core.checkpoint import STAMP
     from mmdenoiserep.core.fuse import DENOISER_KEY
 
     try:
@@ -93,7 +94,7 @@ def refuse_other_weights(model, path: str) -> None:
             f'test: {path} has denoisers and the config has none; run tools/fuse_checkpoint.py {path} OUT, '
             'or take the config that it was trained with'
         )
-    if denoised_model and 'denoiserep' in checkpoint.get('meta', {}):
+    if denoised_model and STAMP in (checkpoint.get('meta') or {}):
         sys.exit(f'test: {path} is fused; take the config without DenoiseRepBackbone')
 
 

@@ -103,7 +103,7 @@ def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict
         if isinstance(error, pickle.UnpicklingError) and needs_code:
             raise CheckpointError(
                 f'{path} can only be read by running code that it brings ({needs_code[1]}); '
-                'if you trust whoever made it, pass --allow-pickle'
+                'if you trust whoever made it, fuse_checkpoint.py reads it with --allow-pickle'
             ) from None
         raise CheckpointError(f'{path} is truncated or no PyTorch checkpoint; copy or download it again') from None
     if not isinstance(checkpoint, Mapping):
