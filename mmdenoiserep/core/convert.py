@@ -111,7 +111,8 @@ def apply_denoiserep(
 
     Raises:
         ValueError: The module has denoisers already, an entry of targets or exclude is malformed, an entry of targets
-            matches no convertible layer, an option does not fit a layer, or there are more layers than timesteps.
+            matches no convertible layer or one of exclude no layer at all, an option does not fit a layer, or there are
+            more layers than timesteps.
             The model is then as it was.
     """
     if any(isinstance(m, DenoiseLayer) for m in module.modules()):
@@ -165,8 +166,12 @@ def _choose(
     """Returns the layers to convert with their target, and the matched layers that can't be, with the reason.
 
     Raises:
-        ValueError: A target matches no layer that can be denoised.
+        ValueError: A target matches no layer that can be denoised, or an entry of exclude matches no layer at all.
     """
+    for pattern in excluded:
+        if not any(pattern.fullmatch(alias) for aliases in names for alias in aliases):
+            near = near_names(pattern.pattern, list(layers))
+            raise ValueError(f'the entry {pattern.pattern!r} of exclude matches no layer{near}')
     chosen: dict[str, Target] = {}
     skipped: dict[str, str] = {}
     matched: dict[Target, str] = {}
@@ -214,6 +219,10 @@ def _weight_owners(module: nn.Module) -> dict[int, int]:
 
 def _why_not(layer: nn.Module, execution: Execution, owners: Mapping[int, int]) -> str:
     """Returns why a layer can't get a denoiser that fuses exactly; empty if it can."""
+    if any(owners[id(p)] > 1 for p in layer._parameters.values() if p is not None):
+        return 'its weight or bias is shared with another layer'
+    if id(layer) in execution.bypassed:
+        return 'bypassed: its weight or bias is used outside of its own forward'
     vanilla = f'{type(layer).__module__}.{type(layer).__qualname__}'
     if vanilla not in EXACT_CLASSES:
         return f'{vanilla} may compute something else than the plain layer'
@@ -221,13 +230,7 @@ def _why_not(layer: nn.Module, execution: Execution, owners: Mapping[int, int]) 
         return 'its forward was replaced on the object'
     if not _plain_weight(layer):
         return 'its weight is not a parameter of its own (weight norm or a parametrisation)'
-    if any(owners[id(p)] > 1 for p in layer._parameters.values() if p is not None):
-        return 'its weight or bias is shared with another layer'
-    if execution.failure:
-        return ''
-    if id(layer) in execution.bypassed:
-        return 'bypassed: its weight or bias is used outside of its own forward'
-    if id(layer) not in execution.order:
+    if not execution.failure and id(layer) not in execution.order:
         return 'not executed on the dummy image'
     return ''
 

@@ -29,19 +29,29 @@ class Execution:
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Holds modules in eval mode without gradients, and gives every submodule its own mode back.
+    """Holds modules in eval mode without gradients; afterwards they are as they were.
 
-    The flags are set one by one, because ``train()`` of a backbone may freeze parameters or return nothing.
+    ``eval()`` of a backbone does more than set flags: it may freeze parameters, renew a cache that the forward reads
+    (LeViT) or leave a part in training mode. So it is called, and what it changes is put back one by one.
     """
-    modes = {m: m.training for module in modules for m in module.modules()}
+    parts = {part: part.training for module in modules for part in module.modules()}
+    attributes = {part: dict(part.__dict__) for part in parts if type(part).train is not nn.Module.train}
+    trainable = {p: p.requires_grad for module in modules for p in module.parameters()}
     try:
-        for module in modes:
-            module.training = False
         with torch.no_grad():
+            for module in modules:
+                module.eval()
+            for part in parts:
+                part.training = False
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for part, before in attributes.items():
+            part.__dict__.clear()
+            part.__dict__.update(before)
+        for part, training in parts.items():
+            part.training = training
+        for parameter, requires_grad in trainable.items():
+            parameter.requires_grad_(requires_grad)
 
 
 def probe_execution(module: nn.Module, layers: Mapping[str, nn.Module], example_input: Any = None) -> Execution:
@@ -61,21 +71,24 @@ def probe_execution(module: nn.Module, layers: Mapping[str, nn.Module], example_
     if example_input is None:
         generator = torch.Generator().manual_seed(0)
         example_input = torch.randn(1, 3, 224, 224, generator=generator).to(reference)
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    stores = [part._buffers for part in module.modules()]
+    buffers = [(store, name, buffer) for store in stores for name, buffer in store.items() if buffer is not None]
+    values = [buffer.clone() for _, _, buffer in buffers]
     devices = [reference.device] if reference.is_cuda else []
     try:
         for layer in layers.values():
             layer.forward = partial(watch.run, layer, layer.forward)
-        with torch.random.fork_rng(devices), evaluating(module), watch:
+        with torch.random.fork_rng(devices), watch, evaluating(module):
             module(example_input)
     except Exception as error:  # any model may fail on an input that is not made for it, in any way
         return Execution(failure=f'{type(error).__name__}: {error}'.strip().splitlines()[0])
     finally:
         for layer in layers.values():
             layer.__dict__.pop('forward', None)
-        for name, buffer in module.named_buffers():
-            if name in buffers and buffer.shape == buffers[name].shape and not torch.equal(buffer, buffers[name]):
-                buffer.copy_(buffers[name])  # only where needed: expanded buffers can't be written
+        for (store, name, buffer), value in zip(buffers, values, strict=True):
+            store[name] = buffer
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)  # only where needed: expanded buffers can't be written
     return execution
 
 
