@@ -30,6 +30,7 @@ from engine_helpers import (
 )
 from helpers import randomise
 from mmdenoiserep.core import DenoiseLayer, NoiseSchedule, fuse_model
+from mmdenoiserep.engine.backbone import find_guards
 
 LIBRARIES = {'mmdet': mmdet, 'mmseg': mmseg, 'mmpretrain': mmpretrain}
 CONVNEXT_ARCH = dict(depths=[1, 1, 1, 1], channels=[4, 8, 8, 12])
@@ -241,14 +242,15 @@ def test_options_reach_the_conversion():
     assert torch.equal(layer.schedule.betas, NoiseSchedule(num_timesteps=50).betas)
 
 
+@pytest.mark.parametrize('arguments', [dict(img_size=32, in_channels=5), dict()])
 @pytest.mark.parametrize(('size', 'expected'), [(None, (32, 32)), (64, (64, 64)), ((32, 48), (32, 48))])
-def test_dummy_image_has_the_asked_size(size, expected):
-    """Without image_size it is the img_size of the backbone's config."""
+def test_dummy_image_has_the_asked_size(arguments, size, expected):
+    """Without image_size it is the img_size that the backbone was built with, by its config or by default."""
     seen = []
 
     @MODELS.register_module(force=True)
     class Sizes(BaseModule):
-        def __init__(self, img_size, in_channels):
+        def __init__(self, img_size=32, in_channels=5):
             super().__init__()
             self.conv = nn.Conv2d(in_channels, 2, 1)
 
@@ -256,10 +258,17 @@ def test_dummy_image_has_the_asked_size(size, expected):
             seen.append(tuple(x.shape))
             return self.conv(x)
 
-    MODELS.build(
-        dict(type='DenoiseRepBackbone', backbone=dict(type='Sizes', img_size=32, in_channels=5), image_size=size)
-    )
+    MODELS.build(dict(type='DenoiseRepBackbone', backbone=dict(type='Sizes', **arguments), image_size=size))
     assert seen == [(1, 5, *expected)]
+
+
+@pytest.mark.parametrize(('scope', 'name', 'channels'), [('mmpretrain', 'LeNet5', 1), ('mmdet', 'CSPDarknet', 3)])
+def test_dummy_image_has_the_channels_that_the_backbone_takes(scope, name, channels):
+    """LeNet5 takes grey images, and the first convolution of CSPDarknet twelve channels of an image of three."""
+    module = build(scope, dict(type=name))
+    [(_, _, guard)] = find_guards(module)
+    assert guard.image_shape == (1, channels, 32, 32)
+    assert (guard.report.order, guard.report.probe_failure) == ('execution', '')
 
 
 def test_pretrained_of_an_mmseg_segmentor_is_forwarded(tmp_path):

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from engine_distributed import WORLD, run_scenario, scenarios, worker
 from engine_helpers import (
     TINY_SWIN,
+    TinyBackbone,
     TinyModel,
     assert_equal,
     denoised,
@@ -212,6 +213,28 @@ def test_label_free_without_the_care_would_drift(case, monkeypatch):
     for norm in ('backbone.bn1', 'backbone.bn2', 'norm'):
         assert not torch.equal(after[f'{norm}.running_mean'], before[f'{norm}.running_mean'])
         assert not torch.equal(after[f'{norm}.running_var'], before[f'{norm}.running_var'])
+
+
+@MODELS.register_module()
+class CachingBackbone(TinyBackbone):
+    """Reads in eval mode what only eval() makes, as LeViT does."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.__dict__.pop('cache', None)
+        if not mode:
+            self.cache = 1.0
+
+    def forward(self, x):
+        features = super().forward(x)
+        return features if self.training else (features[0] + self.cache,)
+
+
+def test_label_free_calls_eval_of_the_backbone(case):
+    """Setting the flags alone would leave a backbone without what its eval() makes."""
+    runner = train(case, tiny_model(denoised(dict(type='CachingBackbone'))), [LABEL_FREE])
+    assert not inner(runner).backbone.training
+    assert gradients(runner)
 
 
 def test_label_free_holds_running_statistics_of_any_norm(case):

@@ -1,5 +1,6 @@
 """Builds any backbone of any OpenMMLab library with denoisers on its layers."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,8 @@ def DenoiseRepBackbone(
         bias: Likewise.
         schedule: Arguments of :class:`mmdenoiserep.NoiseSchedule`; None takes the official ones.
         image_size: Side or (height, width) of the dummy image for the dry run, in pixels; None takes ``img_size`` of
-            the backbone's config, or 224.
+            the backbone, or 224. It has the ``in_channels`` of the backbone, else one channel where the first
+            convolution takes one, else three.
         pretrained: Handed to the inner backbone (mmseg's segmentors set it from their own ``pretrained``).
 
     Raises:
@@ -48,9 +50,12 @@ def DenoiseRepBackbone(
     if pretrained is not None:
         config['pretrained'] = pretrained
     module = _build(config)
-    size = image_size or config.get('img_size') or 224
+    arguments = {name: p.default for name, p in inspect.signature(type(module)).parameters.items()} | config
+    size = image_size or arguments.get('img_size') or 224
     height, width = (size, size) if isinstance(size, int) else size
-    shape = (1, config.get('in_channels') or 3, height, width)
+    stem = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+    grey = stem is not None and stem.in_channels == 1
+    shape = (1, arguments.get('in_channels') or (1 if grey else 3), height, width)
     report = apply_denoiserep(
         module,
         targets,

@@ -96,6 +96,8 @@ class DenoiseLossHook(Hook):
             model = runner.model.module if is_model_wrapper(runner.model) else runner.model
             for child in model.children():
                 denoised = any(isinstance(m, DenoiseLayer) for m in child.modules())
+                if denoised:
+                    child.eval()  # as the backbone means it: LeViT makes a cache there that its forward reads
                 for module in child.modules():
                     if denoised or isinstance(module, _NormBase):
                         module.training = False
