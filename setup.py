@@ -12,7 +12,7 @@ setup(
     description='DenoiseRep for OpenMMLab: train linear denoisers on a backbone, fold them into its weights',
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
-    license='Apache-2.0',
+    license_expression='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['mmdenoiserep*']),
     install_requires=['torch>=2.6'],
