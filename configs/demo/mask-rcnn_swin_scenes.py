@@ -6,7 +6,7 @@ Make the scenes first: python tools/make_scenes.py work_dirs/scenes
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     'mmdet::_base_/default_runtime.py',
-    '../_base_/scenes_detection.py',
+    '../_base_/datasets/scenes_detection.py',
 ]
 
 model = dict(

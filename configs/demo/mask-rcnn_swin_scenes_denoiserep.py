@@ -4,7 +4,7 @@ The denoisers learn at 5e-5: with Adam a much larger rate overshoots, since most
 120 iterations are a beginning: loss_denoise falls by some percent.
 """
 
-_base_ = ['./mask-rcnn_swin_baseline-ft_scenes.py', '../_base_/denoiserep.py']
+_base_ = ['./mask-rcnn_swin_scenes_baseline-ft.py', '../_base_/denoiserep.py']
 
 model = dict(
     backbone=dict(

@@ -1,0 +1,16 @@
+"""Training from scratch on Fashion-MNIST, for small classifiers on one CPU core."""
+
+# The validation interval is never reached, so that validation runs once, after the last iteration.
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=1000, val_interval=10**9)
+val_cfg = dict()
+test_cfg = dict()
+
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    clip_grad=dict(max_norm=5.0),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, begin=50, end=1000, T_max=950),
+]

@@ -1,0 +1,13 @@
+"""Mask R-CNN Swin-T (3x) on COCO with DenoiseRep: the released detector, trained on with denoisers on its MLPs.
+
+The method and the MLP targets are the paper's (arXiv 2406.08773); schedule and learning rates are ours, because the
+official repository has no code for detection. The control is *_baseline-ft.py: all but the denoisers.
+Untested at full size: no result is claimed.
+"""
+
+_base_ = ['./mask-rcnn_swin-t-p4-w7_fpn_amp-ms-crop-3x_coco_baseline-ft.py', '../_base_/denoiserep.py']
+
+model = dict(
+    backbone=dict(_delete_=True, type='DenoiseRepBackbone', backbone=_base_.model.backbone, targets='mlp'),
+)
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.denoiser.': dict(lr_mult=1.0, decay_mult=0.0)}))

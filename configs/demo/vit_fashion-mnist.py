@@ -1,0 +1,31 @@
+"""A small ViT on Fashion-MNIST, trained from scratch on one CPU core.
+
+Write the data first: python tools/prepare_fashion_mnist.py
+"""
+
+_base_ = [
+    'mmpretrain::_base_/default_runtime.py',
+    '../_base_/datasets/fashion-mnist.py',
+    '../_base_/schedules/fashion-mnist.py',
+]
+
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(
+        type='VisionTransformer',
+        arch=dict(embed_dims=64, num_layers=4, num_heads=4, feedforward_channels=128),
+        img_size=28,
+        patch_size=4,
+        in_channels=1,
+        out_type='avg_featmap',
+        with_cls_token=False,
+    ),
+    head=dict(type='LinearClsHead', num_classes=10, in_channels=64, loss=dict(type='CrossEntropyLoss'), topk=(1,)),
+)
+
+default_hooks = dict(
+    logger=dict(interval=20),
+    checkpoint=dict(by_epoch=False, interval=10**9, save_last=True),
+)
+log_processor = dict(by_epoch=False, window_size=20)
+randomness = dict(seed=0)

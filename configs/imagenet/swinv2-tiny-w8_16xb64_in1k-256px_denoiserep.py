@@ -1,0 +1,17 @@
+"""SwinV2-T on ImageNet-1k with DenoiseRep: the released model, trained on with denoisers on its MLPs.
+
+The method, the MLP targets, lambda 0.01 and the schedule are the paper's (arXiv 2406.08773 and its official script,
+which alternates between backbone and denoisers; here both are trained at once). Ours: the rate of the denoisers, and
+that the position-bias MLPs (cpb_mlp), which see no image, get none.
+The paper's numbers (official README): top-1 81.8 without and 82.1 with DenoiseRep.
+The control is *_baseline-ft.py: all but the denoisers.
+Untested at full size: no result is claimed.
+"""
+
+_base_ = ['./swinv2-tiny-w8_16xb64_in1k-256px_baseline-ft.py', '../_base_/denoiserep.py']
+
+model = dict(
+    backbone=dict(_delete_=True, type='DenoiseRepBackbone', backbone=_base_.model.backbone, targets='mlp'),
+)
+# 5e-5 at the peak: much more makes loss_denoise rise under AdamW (the official ratio, 4, is re-identification's, SGD)
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.denoiser.': dict(lr_mult=0.5, decay_mult=0.0)}))
