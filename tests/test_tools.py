@@ -147,7 +147,7 @@ def user_configs(tmp_path_factory):
     """Configs outside of the repository, by library; detection takes the configs of the demo."""
     root = tmp_path_factory.mktemp('configs')
     return {
-        'mmdet': (DEMO / 'mask-rcnn_swin_scenes.py', DEMO / 'mask-rcnn_swin_denoiserep_scenes.py'),
+        'mmdet': (DEMO / 'mask-rcnn_swin_scenes.py', DEMO / 'mask-rcnn_swin_scenes_denoiserep.py'),
         'mmseg': write_configs(root / 'mmseg', SEGMENTATION),
         'mmpretrain': write_configs(root / 'mmpretrain', CLASSIFICATION),
     }
@@ -186,7 +186,7 @@ def test_the_control_is_the_same_run_without_denoising(scenes, user_configs, tmp
     """Joint training leaves the label losses of the first iteration as they are in the control, to the last digit."""
     losses = {}
     for name in ('baseline-ft', 'denoiserep'):
-        config = DEMO / f'mask-rcnn_swin_{name}_scenes.py'
+        config = DEMO / f'mask-rcnn_swin_scenes_{name}.py'
         tool('train', config, '--work-dir', tmp_path / name, *TRAINING, 'train_cfg.val_interval=100', cwd=scenes)
         path = next((tmp_path / name).glob('*/vis_data/scalars.json'))
         losses[name] = json.loads(path.read_text().splitlines()[0])
@@ -218,7 +218,7 @@ def test_print_targets(scenes, user_configs):
     assert "'layers.0.qvk'" in sentence('print_targets', vanilla, '--targets', 'layers.0.qvk', cwd=scenes)
 
 
-@pytest.mark.parametrize('name', ['train', 'test', 'fuse_checkpoint', 'print_targets', 'make_scenes', 'demo'])
+@pytest.mark.parametrize('name', ['train', 'test', 'fuse_checkpoint', 'print_targets', 'make_scenes', 'demo', 'study'])
 def test_help(name, tmp_path):
     """Every tool explains itself."""
     assert 'usage: ' in tool(name, '--help', cwd=tmp_path)
@@ -326,7 +326,8 @@ def test_interrupt_while_writing(trained, tmp_path):
     """Ctrl-C in the middle of writing: exit code 1, one sentence, no file, the input as it was."""
     before = trained.read_bytes()
     script = f"""
-import runpy, sys, time, torch
+import runpy, signal, sys, time, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 save = torch.save
 def slow(content, file):
     file.write(b'x' * 1000)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.registry import init_default_scope
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -40,10 +41,22 @@ def parse_options(options: list[str]) -> dict:
     return parser.parse_args(['--options', *options]).options
 
 
+def set_default_scope(cfg: Config) -> None:
+    """Does what a runner does with ``default_scope``: lazy configs set it to None, and then there is none."""
+    if scope := cfg.get('default_scope', 'mmengine'):
+        init_default_scope(scope)
+
+
+def type_name(config: ConfigDict) -> str:
+    """Returns the bare name of what a config builds; ``type`` is a name, or in lazy configs the object itself."""
+    kind = config.get('type', '')
+    return getattr(kind, '__name__', str(kind)).split('.')[-1]
+
+
 def use_amp(cfg: Config) -> None:
     """Switches the optimizer wrapper to automatic mixed precision."""
     wrapper = cfg.optim_wrapper
-    if wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
+    if type_name(wrapper) not in ('', 'OptimWrapper', 'AmpOptimWrapper'):
         sys.exit(f'train: --amp works with OptimWrapper, the config has {wrapper.type}')
     wrapper.type = 'AmpOptimWrapper'
     wrapper.setdefault('loss_scale', 'dynamic')
@@ -54,14 +67,17 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         sys.exit(f'test: {args.config} has no default_hooks.visualization, which --show and --show-dir need')
-    scope = cfg.get('default_scope')
+    kind = type_name(hook)  # mmpretrain's is VisualizationHook, mmseg's SegVisualizationHook
     hook.update(
-        {'enable' if scope == 'mmpretrain' else 'draw': True}, show=args.show, wait_time=args.wait_time, interval=1
+        {'enable' if kind == 'VisualizationHook' else 'draw': True},
+        show=args.show,
+        wait_time=args.wait_time,
+        interval=1,
     )
-    if args.show_dir and scope == 'mmseg':
+    if args.show_dir and kind == 'SegVisualizationHook':
         cfg.visualizer.save_dir = args.show_dir
     elif args.show_dir:
-        hook['out_dir' if scope == 'mmpretrain' else 'test_out_dir'] = args.show_dir
+        hook['out_dir' if kind == 'VisualizationHook' else 'test_out_dir'] = args.show_dir
 
 
 def use_tta(cfg: Config) -> None:
@@ -72,7 +88,7 @@ def use_tta(cfg: Config) -> None:
     while 'dataset' in dataset:
         dataset = dataset.dataset
     dataset.pipeline = cfg.tta_pipeline
-    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    cfg.model = ConfigDict(cfg.tta_model, module=cfg.model)
 
 
 def refuse_other_weights(model, path: str) -> None:
@@ -101,9 +117,8 @@ def refuse_other_weights(model, path: str) -> None:
 def without_denoising(model: ConfigDict) -> ConfigDict:
     """Returns a model config in which every DenoiseRepBackbone is replaced by the backbone inside it."""
     if isinstance(model, dict):
-        kind = model.get('type')
-        if getattr(kind, '__name__', str(kind)).split('.')[-1] == 'DenoiseRepBackbone':
+        if type_name(model) == 'DenoiseRepBackbone':
             inner = without_denoising(model['backbone'])
             return inner if model.get('pretrained') is None else ConfigDict(inner, pretrained=model['pretrained'])
-        return ConfigDict({key: without_denoising(value) for key, value in model.items()})
+        return ConfigDict({key: without_denoising(value) for key, value in dict.items(model)})  # lazy stays lazy
     return type(model)(map(without_denoising, model)) if isinstance(model, list | tuple) else model

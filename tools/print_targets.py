@@ -24,16 +24,16 @@ def main() -> None:
     """Builds the backbone and prints the table of its conversion."""
     args = parse_args()
     from mmengine.logging import MMLogger
-    from mmengine.registry import MODELS, init_default_scope
+    from mmengine.registry import MODELS
 
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone for configs that do not import it)
-    from common import load_config, without_denoising
+    from common import load_config, set_default_scope, without_denoising
     from mmdenoiserep.engine.backbone import find_guards
 
     cfg = load_config(args)
     if not cfg.get('model', {}).get('backbone'):
         sys.exit(f'print_targets: {args.config} has no model.backbone')
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    set_default_scope(cfg)
     inner = without_denoising(cfg.model.backbone)
     backbone = cfg.model.backbone if inner != cfg.model.backbone else dict(type='DenoiseRepBackbone', backbone=inner)
     options = dict(targets=args.targets, exclude=args.exclude, rank=args.rank)

@@ -4,17 +4,17 @@ import sys
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from torch import nn
 
-from common import without_denoising
+from common import set_default_scope, without_denoising
 from mmdenoiserep.core import CheckpointError, verify_fusion
 from mmdenoiserep.engine.backbone import find_guards
 
 
 def build_both(cfg: Config, path: str) -> tuple[nn.Module, nn.Module]:
     """Returns the denoised and the vanilla model of a config, in eval mode and without loading any weights."""
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    set_default_scope(cfg)
     denoised = MODELS.build(cfg.model)
     if not any(find_guards(denoised)):
         sys.exit(f'fuse_checkpoint: {path} has no DenoiseRepBackbone; --verify needs the config of the training run')

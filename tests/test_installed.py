@@ -1,0 +1,154 @@
+"""The package as a wheel in another place, and a user's own configs outside of the repository."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import BytesParser
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine_helpers import is_denoiser
+from tiny_datasets import write_ade20k, write_coco, write_imagenet
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_SOURCE = ('.*', '__pycache__', '*.egg-info', 'build', 'dist', 'work_dirs', 'data')
+CONFIG = """
+_base_ = '{base}'
+custom_imports = dict(imports=['mmdenoiserep'], allow_failed_imports=False)
+custom_hooks = [dict(type='DenoiseLossHook', mode='joint', weight=0.01), dict(type='DenoiseFusionHook')]
+model = dict(backbone=dict(_delete_=True, type='DenoiseRepBackbone', backbone=_base_.model.backbone, image_size=64))
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, num_batch_per_epoch=1)
+default_hooks = dict(checkpoint=dict(interval=1), logger=dict(interval=1))
+"""
+LIBRARIES = {
+    'mmdet': (
+        'retinanet/retinanet_r18_fpn_1x_coco.py',
+        ['train_cfg.max_epochs=1', 'train_cfg.val_interval=9', 'model.backbone.backbone.init_cfg=None'],
+        ['train_dataloader.dataset.pipeline.2.scale=(128,96)'],
+        ['test_dataloader.dataset.pipeline.1.scale=(128,96)', 'model.test_cfg.score_thr=0.0'],
+    ),
+    'mmseg': (
+        'segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
+        ['train_cfg.max_iters=1', 'train_cfg.val_interval=9', 'model.backbone.backbone.init_cfg=None'],
+        [
+            'train_dataloader.dataset.pipeline.2.scale=(256,64)',
+            'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
+            'model.data_preprocessor.size=(64,64)',
+        ],
+        ['test_dataloader.dataset.pipeline.1.scale=(256,64)'],
+    ),
+    'mmpretrain': (
+        'resnet/resnet18_8xb32_in1k.py',
+        ['train_cfg.max_epochs=1', 'train_cfg.val_interval=9'],
+        ['train_dataloader.dataset.pipeline.1.scale=64'],
+        ['test_dataloader.dataset.pipeline.1.scale=64', 'test_dataloader.dataset.pipeline.2.crop_size=64'],
+    ),
+}
+"""A config of each library, and what keeps its training short, its images small and its detections above threshold."""
+DATA = {
+    'mmdet': ('coco', write_coco),
+    'mmseg': ('ade/ADEChallengeData2016', write_ade20k),
+    'mmpretrain': ('imagenet', write_imagenet),
+}
+
+
+def python(*args, cwd, path, code=0):
+    """Runs Python in a folder with another one first in its path, and returns all that it printed."""
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(path)}
+    command = [sys.executable, '-W', 'ignore', *map(str, args)]
+    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    output = result.stdout + result.stderr
+    assert result.returncode == code, output[-4000:]
+    return output
+
+
+def pip(*args, cwd):
+    python('-m', 'pip', '--disable-pip-version-check', '--no-cache-dir', *args, cwd=cwd, path='')
+
+
+@pytest.fixture(scope='session')
+def wheel(tmp_path_factory):
+    """The wheel of a copy of the checkout, built without a network."""
+    root = tmp_path_factory.mktemp('wheel')
+    shutil.copytree(ROOT, root / 'source', ignore=shutil.ignore_patterns(*NOT_SOURCE))
+    pip('wheel', '--no-index', '--no-deps', '--no-build-isolation', '--wheel-dir', root, root / 'source', cwd=root)
+    (path,) = root.glob('*.whl')
+    return path
+
+
+@pytest.fixture(scope='session')
+def site(wheel):
+    """A folder that the wheel is installed into, not editable."""
+    folder = wheel.with_name('site')
+    pip('install', '--no-index', '--no-deps', '--target', folder, wheel, cwd=wheel.parent)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def nowhere(tmp_path_factory):
+    """A folder for the path of a Python that does not have the package, whatever else is installed."""
+    folder = tmp_path_factory.mktemp('nowhere')
+    (folder / 'mmdenoiserep.py').write_text("raise ModuleNotFoundError('not installed here')\n")
+    return folder
+
+
+def test_the_wheel_holds_the_package_alone(wheel):
+    """Every module of the package and the licence; no tests, tools or configs."""
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+        (metadata,) = (name for name in names if name.endswith('.dist-info/METADATA'))
+        fields = BytesParser().parsebytes(file.read(metadata))
+        info = metadata.removesuffix('METADATA')
+        licence = file.read(f'{info}licenses/LICENSE')
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'mmdenoiserep').rglob('*.py')}
+    assert {name for name in names if not name.startswith(info)} == modules
+    assert {'mmdenoiserep/core/__init__.py', 'mmdenoiserep/engine/__init__.py'} <= modules
+    assert licence == (ROOT / 'LICENSE').read_bytes()
+    assert fields['Name'] == 'mmdenoiserep' and fields['License-Expression'] == 'Apache-2.0'
+    assert fields['Requires-Python'] == '>=3.10'
+    required = fields.get_all('Requires-Dist')
+    assert [name for name in required if 'extra' not in name] == ['torch>=2.6'], 'the core needs torch only'
+    assert {name.split('>')[0] for name in required if 'extra == "mm"' in name} == {'mmengine', 'mmcv'}
+
+
+def test_installed_and_not_installed(site, nowhere, tmp_path):
+    """The two Pythons of the next test: one has the installed package, not the checkout; the other has none."""
+    where = python('-c', 'import mmdenoiserep as m; print(m.__file__)', cwd=tmp_path, path=site).strip()
+    assert Path(where) == site / 'mmdenoiserep/__init__.py'
+    error = python('-c', 'import mmdenoiserep', cwd=tmp_path, path=nowhere, code=1)
+    assert 'not installed here' in error
+
+
+@pytest.mark.parametrize('library', LIBRARIES)
+def test_a_users_config_in_the_librarys_own_programs(library, site, nowhere, tmp_path):
+    """Train with its train.py and our package; without our package, test the fused file with its test.py and config."""
+    base, short, small_train, small_test = LIBRARIES[library]
+    shipped = Path(find_spec(library).origin).parent / '.mim'
+    folder, write = DATA[library]
+    (tmp_path / 'data' / folder).parent.mkdir(parents=True)
+    write(tmp_path / 'data' / folder)
+    (tmp_path / 'mine.py').write_text(CONFIG.format(base=f'{library}::{base}'))
+
+    options = ['--cfg-options', *short, *small_train]
+    log = python(shipped / 'tools/train.py', 'mine.py', *options, cwd=tmp_path, path=site)
+    assert 'loss_denoise: ' in log and 'in execution order' in log
+
+    run = tmp_path / 'work_dirs/mine'
+    (fused,) = run.glob('*_fused.pth')
+    trained = torch.load(fused.with_name(fused.name.replace('_fused', '')), weights_only=False)['state_dict']
+    assert any(value.any() for key, value in trained.items() if is_denoiser(key)), 'the denoisers were trained'
+    state = torch.load(fused, weights_only=True)['state_dict']
+    assert list(state) == [key for key in trained if not is_denoiser(key)]
+    assert any(not torch.equal(value, trained[key]) for key, value in state.items()), 'and folded in'
+
+    options = ['--cfg-options', 'test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False']
+    command = [shipped / 'tools/test.py', shipped / 'configs' / base, fused, *options, *small_test]
+    log = python(*command, cwd=tmp_path, path=nowhere)
+    assert f'Load checkpoint from {fused}' in log and 'do not match' not in log
+    metric = {'mmdet': 'coco/bbox_mAP: ', 'mmseg': 'mIoU: ', 'mmpretrain': 'accuracy/top1: '}[library]
+    assert metric in log

@@ -1,0 +1,51 @@
+"""Runs commands of the project as steps of a longer program, and reads what they logged."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def run(title: str, *command: str, log: Path | None = None) -> float:
+    """Prints and runs one command of the project; its failure ends the program.
+
+    Args:
+        title: What the step does.
+        command: A tool and its arguments.
+        log: File for what the command prints; None shows it.
+
+    Returns:
+        Its duration in seconds.
+    """
+    print(f'\n=== {title}\n$ python {" ".join(command)}', flush=True)
+    started = time.perf_counter()
+    environment = {**os.environ, 'PYTHONWARNINGS': 'ignore'}  # the stack warns about its own old habits, often
+    with open(log or os.devnull, 'w') as file:
+        output = dict(stdout=file, stderr=subprocess.STDOUT) if log else {}
+        code = subprocess.run([sys.executable, *command], env=environment, **output).returncode
+    if code:
+        where = f', see {log}' if log else ''
+        sys.exit(f'{Path(sys.argv[0]).stem}: this step failed with exit code {code}{where}: {title}')
+    seconds = time.perf_counter() - started
+    print(f'=== done in {seconds:.0f} s: {title}', flush=True)
+    return seconds
+
+
+def last_checkpoint(work_dir: Path) -> str:
+    """Returns the path of the last checkpoint of a training."""
+    return (work_dir / 'last_checkpoint').read_text().strip()
+
+
+def scalars(work_dir: Path) -> list[dict]:
+    """Returns everything that the last run in a work dir logged, oldest first."""
+    newest = max(work_dir.glob('*/vis_data/scalars.json'), key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:  # an evaluation writes its metrics beside its log
+        newest = max(work_dir.glob('*/*.json'), key=lambda path: path.stat().st_mtime)
+    return [json.loads(line) for line in newest.read_text().splitlines()]
+
+
+def last_metric(work_dir: Path, key: str) -> float:
+    """Returns one metric of the last evaluation in a work dir."""
+    return next(entry[key] for entry in reversed(scalars(work_dir)) if key in entry)

@@ -1,0 +1,239 @@
+"""Trains small models on real images, with and without denoising, over several seeds, and writes what came out.
+
+For each experiment and seed: a baseline; the control, which trains it on; the same with denoisers (joint mode), fused
+and evaluated in the baseline's config. Every step is one of the commands that users run themselves. The processes use
+one thread each. A finished step is not run again, so an interrupted study goes on when it is started again.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+
+from steps import last_checkpoint, last_metric, run, scalars
+from study_report import STAGES, Result, report, write_page
+
+ROOT = Path(__file__).absolute().parents[1]
+PACKAGES = 'torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'
+DATA = {'scenes': 'tools/make_scenes.py', 'fashion-mnist': 'tools/prepare_fashion_mnist.py'}
+"""Data set, the end of a config's name: the tool that writes it to ``work_dirs/<data set>``."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A model with its data set.
+
+    Attributes:
+        title: Its name in the report.
+        name: Name of the baseline's config in ``configs/demo``; the others have a suffix.
+        metrics: Name in the report: key in the log.
+    """
+
+    title: str
+    name: str
+    metrics: dict[str, str]
+
+    @property
+    def data(self) -> str:
+        """Name of the data set."""
+        return self.name.split('_')[-1]
+
+    def config(self, suffix: str = '') -> str:
+        """Path of the baseline's config, or of the control's or the denoised one."""
+        return f'configs/demo/{self.name}{suffix}.py'
+
+
+EXPERIMENTS = {
+    'vit': Experiment('ViT', 'vit_fashion-mnist', {'top-1': 'accuracy/top1'}),
+    'swin': Experiment('Swin', 'swin_fashion-mnist', {'top-1': 'accuracy/top1'}),
+    'resnet': Experiment('ResNet', 'resnet_fashion-mnist', {'top-1': 'accuracy/top1'}),
+    'segformer': Experiment('SegFormer MiT', 'segformer_mit_scenes', {'mIoU': 'mIoU'}),
+    'mask-rcnn': Experiment(
+        'Mask R-CNN Swin', 'mask-rcnn_swin_scenes', {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
+    ),
+}
+METRICS = {
+    'accuracy/top1': (1, 0.01),
+    'mIoU': (1, 0.01),
+    'coco/bbox_mAP': (100, 0.1),
+    'coco/segm_mAP': (100, 0.1),
+}
+"""Key in the log: the factor that makes it percent, and the step to which it is rounded then."""
+NOTE = 'study.json'
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        '--experiments', nargs='+', choices=EXPERIMENTS, default=list(EXPERIMENTS), help='default: all of them'
+    )
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='default: 0 1 2')
+    parser.add_argument('--jobs', type=int, default=2, help='processes at a time (default: %(default)s)')
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/study'), help='default: %(default)s')
+    parser.add_argument('--out', type=Path, default=Path('docs/study.md'), help='page to write (default: %(default)s)')
+    parser.add_argument('--report', action='store_true', help='train nothing, write the page from the work dir')
+    parser.add_argument(
+        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='override settings of every config'
+    )
+    args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error('--jobs must be 1 or more')
+    return args
+
+
+def step(folder: Path, name: str, *command: str) -> None:
+    """Runs one command unless it has been run to its end before; its log and its duration are kept in the folder."""
+    done = folder / f'{name}.json'
+    if done.exists():
+        if json.loads(done.read_text())['command'] != list(command):
+            sys.exit(f'study: {done} is from another command; remove {folder}, or take another --work-dir')
+        return
+    shutil.rmtree(folder / name, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds = run(f'{folder}: {name}', *command, log=folder / f'{name}.log')
+    done.write_text(json.dumps(dict(command=command, seconds=seconds)))
+
+
+def run_seed(experiment: Experiment, seed: int, folder: Path, overrides: list[str]) -> None:
+    """Runs all steps of one experiment with one seed."""
+    options = ['--cfg-options', f'randomness.seed={seed}', *overrides]
+
+    def train(name: str, suffix: str, *more: str) -> None:
+        config = experiment.config(suffix)
+        step(folder, name, 'tools/train.py', config, '--work-dir', str(folder / name), *options, *more)
+
+    train('baseline', '')
+    weights = f'load_from={last_checkpoint(folder / "baseline")}'
+    train('control', '_baseline-ft', weights)
+    train('denoised', '_denoiserep', weights)
+    checkpoint, fused = last_checkpoint(folder / 'denoised'), str(folder / 'fused.pth')
+    verify = ['--overwrite', '--verify', experiment.config('_denoiserep')]
+    step(folder, 'fuse', 'tools/fuse_checkpoint.py', checkpoint, fused, *verify)
+    step(folder, 'fused', 'tools/test.py', experiment.config(), fused, '--work-dir', str(folder / 'fused'), *options)
+
+
+def count_images(data: str) -> int:
+    """Returns the number of training images of a data set."""
+    if data == 'scenes':
+        return len(list(Path('work_dirs/scenes/images/training').iterdir()))
+    return Path('work_dirs/fashion-mnist/train-labels-idx1-ubyte').stat().st_size - 8  # one byte a label
+
+
+def train_all(args: argparse.Namespace) -> None:
+    """Prepares the data, runs every experiment with every seed, and notes on what and how long."""
+    started = time.perf_counter()
+    os.environ['OMP_NUM_THREADS'] = '1'
+    data_sets = sorted({EXPERIMENTS[name].data for name in args.experiments})
+    for data in data_sets:
+        if not Path('work_dirs', data).exists():
+            run(f'prepare {data}', DATA[data], f'work_dirs/{data}')
+    pool = ThreadPoolExecutor(args.jobs)
+    futures = [
+        pool.submit(run_seed, EXPERIMENTS[name], seed, seed_folder(args.work_dir, name, seed), args.cfg_options)
+        for seed in args.seeds
+        for name in args.experiments
+    ]
+    try:
+        for future in as_completed(futures):
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        write_note(args, data_sets, time.perf_counter() - started)
+
+
+def write_note(args: argparse.Namespace, data_sets: list[str], seconds: float) -> None:
+    """Notes what the page says beside the results; times add up over all calls of this program."""
+    path = args.work_dir / NOTE
+    before = json.loads(path.read_text()) if path.exists() else dict(seconds=0, cpu_seconds=0, images={})
+    distributions = [packages_distributions()[package][0] for package in PACKAGES]
+    note = dict(
+        command=shlex.join(['python', 'tools/study.py', *sys.argv[1:]]),
+        cores=os.cpu_count(),
+        jobs=args.jobs,
+        seconds=before['seconds'] + seconds,
+        cpu_seconds=before['cpu_seconds'] + os.times().children_user + os.times().children_system,
+        images=before['images'] | {data: count_images(data) for data in data_sets},
+        versions={'Python': platform.python_version()} | {name: version(name) for name in distributions},
+    )
+    path.write_text(json.dumps(note, indent=1))
+
+
+def seed_folder(work_dir: Path, name: str, seed: int) -> Path:
+    """Folder of one experiment with one seed."""
+    return work_dir / name / f'seed_{seed}'
+
+
+def read_results(work_dir: Path, images: dict[str, int]) -> list[Result]:
+    """Reads every finished run below a work dir; ``images`` counts the training images of a data set."""
+    results = []
+    for name, experiment in EXPERIMENTS.items():
+        folders = {
+            int(done.parent.name.split('_')[1]): done.parent for done in work_dir.glob(f'{name}/seed_*/fused.json')
+        }
+        seeds = sorted(folders)
+        if not seeds:
+            continue
+        logs = {
+            stage: [[entry for entry in scalars(folders[seed] / stage) if 'loss' in entry] for seed in seeds]
+            for stage in ('baseline', 'denoised')
+        }
+        weight = loss_weight(experiment.config('_denoiserep'))
+        results.append(
+            Result(
+                title=experiment.title,
+                data=experiment.data,
+                images=images[experiment.data],
+                seeds=seeds,
+                iterations=tuple(logs[stage][0][-1]['step'] for stage in logs),
+                metrics={
+                    metric: {
+                        stage: [METRICS[key][0] * last_metric(folders[seed] / stage, key) for seed in seeds]
+                        for stage in STAGES
+                    }
+                    for metric, key in experiment.metrics.items()
+                },
+                steps={metric: METRICS[key][1] for metric, key in experiment.metrics.items()},
+                losses=[tuple(log[i]['loss_denoise'] / weight for i in (0, -1)) for log in logs['denoised']],
+            )
+        )
+    return results
+
+
+def loss_weight(config: str) -> float:
+    """Returns the weight of ``loss_denoise`` in a denoised config."""
+    from mmengine.config import Config
+
+    return next(hook.weight for hook in Config.fromfile(config).custom_hooks if hook.type == 'DenoiseLossHook')
+
+
+def main() -> None:
+    """Trains what is missing and writes the page."""
+    args = parse_args()
+    os.chdir(ROOT)
+    warnings.simplefilter('ignore')
+    if not args.report:
+        train_all(args)
+    note = args.work_dir / NOTE
+    if not note.exists():
+        sys.exit(f'study: {args.work_dir} holds no study; start it without --report')
+    note = json.loads(note.read_text())
+    results = read_results(args.work_dir, note['images'])
+    if not results:
+        sys.exit(f'study: no run in {args.work_dir} is finished; the same command without --report goes on')
+    text = report(results, note)
+    write_page(args.out, text)
+    print(f'\n{text}\n\nWritten to {args.out}')
+
+
+if __name__ == '__main__':
+    main()

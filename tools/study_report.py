@@ -1,0 +1,151 @@
+"""The page of the study: what its runs measured, as tables and in words."""
+
+import math
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+STAGES = 'baseline', 'control', 'denoised', 'fused'
+MARKERS = '<!-- results: begin -->', '<!-- results: end -->'
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one experiment measured over its seeds.
+
+    Attributes:
+        title: Name of the model.
+        data: Name of the data set.
+        images: Number of its training images.
+        seeds: In the order of all other lists.
+        iterations: Of the baseline, and of the control and the denoised run each.
+        metrics: Name, then stage: values in percent, one a seed.
+        steps: Name: the step to which the metric is rounded in the log, in percent.
+        losses: First and last logged ``loss_denoise / weight``, one pair a seed.
+    """
+
+    title: str
+    data: str
+    images: int
+    seeds: list[int]
+    iterations: tuple[int, int]
+    metrics: dict[str, dict[str, list[float]]]
+    steps: dict[str, float]
+    losses: list[tuple[float, float]]
+
+
+class Paired:
+    """Differences of two stages that share seed, data and iterations, one difference a seed.
+
+    Args:
+        after: Values of the one stage.
+        before: Values of the other, in the same order of seeds.
+        step: What both are rounded to. Equal differences of rounded values are no proof of a deviation of zero: less
+            than that of the rounding, ``step / sqrt(6)``, is not believed.
+
+    Attributes:
+        differences: One a seed.
+        mean: Their mean.
+        margin: Half of the 95 % interval of the mean by Student's t; infinite for one seed.
+    """
+
+    def __init__(self, after: list[float], before: list[float], step: float = 0.0) -> None:
+        from scipy.stats import t
+
+        self.differences = [a - b for a, b in zip(after, before, strict=True)]
+        self.mean = statistics.mean(self.differences)
+        count = len(self.differences)
+        self.margin = math.inf
+        if count > 1:
+            deviation = max(statistics.stdev(self.differences), step / math.sqrt(6))
+            self.margin = float(t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
+
+    @property
+    def interval(self) -> str:
+        """The 95 % interval."""
+        return f'{self.mean - self.margin:+.2f} to {self.mean + self.margin:+.2f}'
+
+    @property
+    def verdict(self) -> str:
+        """What the interval says about the effect."""
+        if abs(self.mean) <= self.margin:
+            return 'no effect within noise'
+        return 'higher' if self.mean > 0 else 'lower'
+
+
+def spread(values: list[float], form: str = '.2f') -> str:
+    """Formats mean and standard deviation (n - 1) of some values."""
+    mean = format(statistics.mean(values), form)
+    return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    """Formats a table in Markdown."""
+    return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in (header, ['---'] * len(header), *rows))
+
+
+def report(results: list[Result], note: dict) -> str:
+    """Returns the generated part of the page, in Markdown.
+
+    Args:
+        results: What was measured.
+        note: What tools/study.py noted about the machine, the software and the time.
+    """
+    accuracy, training, effects = [], [], {}
+    for result in results:
+        for metric, values in result.metrics.items():
+            extra = Paired(values['control'], values['baseline'])
+            effect = Paired(values['fused'], values['control'], result.steps[metric])
+            effects[f'{metric} of {result.title}'] = effect
+            accuracy.append(
+                [result.title, metric]
+                + [spread(values[stage]) for stage in ('baseline', 'control', 'fused')]
+                + [spread(pair.differences, '+.2f') for pair in (extra, effect)]
+                + [effect.interval, effect.verdict]
+            )
+        unfused = [Paired(values['fused'], values['denoised']).differences for values in result.metrics.values()]
+        first, last = zip(*result.losses, strict=True)
+        training.append(
+            [result.title, result.data, f'{result.images:,}']
+            + [f'{result.iterations[0]} + {result.iterations[1]}', ', '.join(map(str, result.seeds))]
+            + [f'{statistics.mean(first):.3f} to {statistics.mean(last):.3f}']
+            + [f'{max(map(abs, sum(unfused, []))):.2f}']
+        )
+    columns = ['model', 'metric, %', 'baseline', 'control', 'denoised, fused', 'control - baseline', 'fused - control']
+    about = ['model', 'data', 'training images', 'iterations', 'seeds', '`loss_denoise / weight`', 'fused - unfused']
+    versions = ', '.join(f'{name} {number}' for name, number in note['versions'].items())
+    return '\n\n'.join(
+        [
+            table([*columns, '95 % interval of it', 'denoising'], accuracy),
+            conclusion(effects),
+            table(about, training),
+            f'{note["cores"]} CPU cores, {note["jobs"]} processes at a time, one thread each: '
+            f'{note["cpu_seconds"] / 60:.0f} minutes of CPU time in {note["seconds"] / 60:.0f} minutes, by '
+            f'`{note["command"]}`. {versions}.',
+        ]
+    )
+
+
+def conclusion(effects: dict[str, Paired]) -> str:
+    """Says in words what the paired differences of denoising and control show."""
+    sentences = []
+    for verdict, text in {
+        'no effect within noise': 'the 95 % interval of the paired difference contains zero: no effect within noise',
+        'higher': 'denoising is above the control by more than the noise of the seeds',
+        'lower': 'denoising is below the control by more than the noise of the seeds',
+    }.items():
+        found = {name: effect.mean for name, effect in effects.items() if effect.verdict == verdict}
+        if found:
+            which = ', '.join(f'{name} {mean:+.2f}' for name, mean in found.items())
+            sentences.append(f'In {len(found)} of {len(effects)} rows {text} ({which}).')
+    return ' '.join(sentences)
+
+
+def write_page(path: Path, text: str) -> None:
+    """Replaces what stands between the markers of a page."""
+    page = path.read_text(encoding='utf-8') if path.exists() else ''
+    begin, end = (page.find(marker) for marker in MARKERS)
+    if not 0 <= begin < end:
+        sys.exit(f'study: {path} needs the lines {MARKERS[0]} and {MARKERS[1]}, between which the results go')
+    path.write_text(f'{page[: begin + len(MARKERS[0])]}\n\n{text}\n\n{page[end:]}', encoding='utf-8')
