@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 from mmdet.datasets import CocoDataset
+from mmengine.registry import init_default_scope
 from mmpretrain.datasets import CIFAR10, CUB, FashionMNIST, Flowers102, ImageNet, OxfordIIITPet
 from mmseg.datasets import ADE20KDataset
 from pycocotools.coco import COCO
@@ -87,12 +88,13 @@ def test_coco(root):
 
 def test_ade20k(root):
     """All 150 classes from 0 and nothing else but 255, which is what was 0 on the disk."""
+    init_default_scope('mmseg')  # an earlier test may have left another one
     folder = root / 'data/ade/ADEChallengeData2016'
     for split in ('training', 'validation'):
         dataset = ADE20KDataset(
             data_root=str(folder),
             data_prefix=dict(img_path=f'images/{split}', seg_map_path=f'annotations/{split}'),
-            pipeline=[dict(type='mmseg.LoadImageFromFile'), dict(type='mmseg.LoadAnnotations', reduce_zero_label=True)],
+            pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=True)],
         )
         assert len(dataset) == PER_SPLIT
         for sample in dataset:
