@@ -47,8 +47,9 @@ INERT_GLOBALS = (
     'numpy.core.multiarray._reconstruct',
     'numpy.core.multiarray.scalar',
     '_codecs.encode',
+    'argparse.Namespace',
 )
-"""What mmengine's training checkpoints name besides tensors and plain data: read as :class:`Inert`."""
+"""What training checkpoints, mmengine's above all, name besides tensors and plain data: read as :class:`Inert`."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict
         if isinstance(error, pickle.UnpicklingError) and needs_code:
             raise CheckpointError(
                 f'{path} can only be read by running code that it brings ({needs_code[1]}); '
-                'if you trust whoever made it, fuse_checkpoint.py reads it with --allow-pickle'
+                'if you trust whoever made it, the tools that convert or fuse a checkpoint read it with --allow-pickle'
             ) from None
         raise CheckpointError(f'{path} is truncated or no PyTorch checkpoint; copy or download it again') from None
     if not isinstance(checkpoint, Mapping):
@@ -135,7 +136,7 @@ def fuse_checkpoint(
         CheckpointError: Anything that keeps the file from being read, fused or written.
     """
     source, target = Path(source), Path(target)
-    _check_target(source, target, overwrite)
+    check_target(source, target, overwrite)
     checkpoint = read_checkpoint(source, allow_pickle)
     notes: list[str] = []
     state = _clean_keys(checkpoint.get('state_dict', checkpoint), source, notes)
@@ -218,7 +219,12 @@ def _only_inert_globals() -> Iterator[None]:
         torch.serialization.add_safe_globals(allowed)
 
 
-def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+def check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Refuses a target that can't or must not be written, before anything is read.
+
+    Raises:
+        CheckpointError: The target is a folder, the source itself, there already, or in no folder.
+    """
     if target.is_dir():
         raise CheckpointError(f'{target} is a folder; name the file to write, such as {target / "fused.pth"}')
     if target.exists():
