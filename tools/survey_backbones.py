@@ -413,8 +413,9 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def versions() -> str:
-    """Returns the versions of what the results depend on."""
-    return ', '.join(f'{name} {importlib.import_module(name).__version__}' for name in (*LIBRARIES, 'mmcv', 'torch'))
+    """Returns the versions of what the results depend on, without the build (``+cpu``), which they do not."""
+    packages = (importlib.import_module(name) for name in (*LIBRARIES, 'mmcv', 'torch'))
+    return ', '.join(f'{package.__name__} {package.__version__.partition("+")[0]}' for package in packages)
 
 
 def page(rows: Sequence[Row]) -> str:

@@ -1,0 +1,14 @@
+"""ViT-S/16 on DukeMTMC-reID, 256 x 128 pixels: what *_baseline-ft.py and *_denoiserep.py continue.
+
+The recipe is TransReID-SSL's: identity loss, triplet loss with soft margin, the feature before the neck at test time.
+Untested at full size: no result is claimed.
+"""
+
+_base_ = [
+    '../_base_/models/vit-small-p16_reid.py',
+    '../_base_/datasets/dukemtmcreid_256x128.py',
+    '../_base_/schedules/reid_sgd_120e.py',
+    '../_base_/reid_runtime.py',
+]
+
+model = dict(head=dict(num_classes=702))
