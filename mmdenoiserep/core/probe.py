@@ -117,22 +117,23 @@ class _WeightWatch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if _holds_tensor(result):  # reading a number such as the version of a weight is harmless
-            for value in _tensors(args, kwargs or {}):
+            for value in tensors_in(args, kwargs or {}):
                 owner = self.owners.get(id(value))
                 if owner is not None and owner not in self.running:
                     self.execution.bypassed.add(owner)
         return result
 
 
-def _tensors(*values: Any) -> Iterator[Tensor]:
+def tensors_in(*values: Any) -> Iterator[Tensor]:
+    """Yields every tensor in nested dicts, lists and tuples."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, dict):
-            yield from _tensors(*value.values())
+            yield from tensors_in(*value.values())
         elif isinstance(value, list | tuple):
-            yield from _tensors(*value)
+            yield from tensors_in(*value)
 
 
 def _holds_tensor(value: Any) -> bool:
-    return next(_tensors(value), None) is not None
+    return next(tensors_in(value), None) is not None

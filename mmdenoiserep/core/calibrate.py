@@ -1,0 +1,210 @@
+"""Denoisers without training: from the moments of a layer's features, in one pass over unlabelled images."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .closed_form import closed_form
+from .domain import DomainFit
+from .gather import denoised_layers, gather
+from .layers import DenoiseLayer, correction_matrix
+from .moments import Moments
+from .table import format_table
+
+MODES = ('schedule', 'domain')
+
+
+@dataclass(frozen=True)
+class CalibratedLayer:
+    """One row of the report.
+
+    Attributes:
+        name: Name of the layer.
+        timestep: t.
+        rank: Rank of the map less the identity; None for full.
+        moved: ``E|x' - x|^2 / E|x - mu|^2``: how far the features move, as a share of their variance.
+        before: Eigenvalues of the features' covariance, ascending, float64.
+        after: The same of the corrected features.
+        loss: Schedule mode: the loss of the denoiser on the gathered features.
+        optimum: Schedule mode: the least loss that a denoiser of full rank can have on them.
+        note: What could not be done, or empty.
+    """
+
+    name: str
+    timestep: int
+    rank: int | None
+    moved: float
+    before: Tensor
+    after: Tensor
+    loss: float | None = None
+    optimum: float | None = None
+    note: str = ''
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What :func:`calibrate` did; ``print`` it for a table.
+
+    Attributes:
+        mode: ``'schedule'`` or ``'domain'``.
+        images: Images seen, in all processes.
+        passes: How often they were run through the model.
+        layers: The calibrated layers, first executed first.
+    """
+
+    mode: str
+    images: int
+    passes: int
+    layers: tuple[CalibratedLayer, ...]
+
+    def __str__(self) -> str:
+        header = ['layer', 'step', 'rank', 'variance moved', '']
+        rows = [[r.name, str(r.timestep), str(r.rank or 'full'), f'{r.moved:.2e}', r.note] for r in self.layers]
+        if self.mode == 'schedule':
+            header[4:4] = 'loss', 'optimum'
+            for row, layer in zip(rows, self.layers, strict=True):
+                row[4:4] = f'{layer.loss:.6f}', f'{layer.optimum:.6f}'
+        passes = f'{self.passes} pass{"es" if self.passes > 1 else ""}'
+        return (
+            f'{format_table(tuple(header), [tuple(row) for row in rows])}\n'
+            f'{len(rows)} layers calibrated ({self.mode}) on {self.images} images in {passes}'
+        )
+
+
+def calibrate(
+    module: nn.Module,
+    batches: Iterable[Any],
+    mode: str = 'schedule',
+    source: Mapping[str, Moments] | None = None,
+    *,
+    layers: Collection[str] | None = None,
+    fit: str = 'full',
+    rank: int | None = None,
+    prior: float = 0.0,
+    every: int = 1,
+    passes: int | None = None,
+) -> CalibrationReport:
+    """Sets the denoisers of a model from unlabelled images, in place, with no training at all.
+
+    ``schedule`` solves the loss of the paper's denoisers exactly, see :func:`closed_form`, at the rank that they have.
+
+    ``domain`` fits each layer to the images of the place where the model will run: an affine map carries the moments of
+    its features to those in the training domain, see :func:`transport` and :class:`DomainFit`. Layers follow each other
+    in the order of execution, each fitted on the stream that the earlier ones correct. The maps are in the weights
+    afterwards, and the denoisers are zero: :func:`fuse_model` returns the vanilla model.
+
+    Args:
+        module: A model that :func:`apply_denoiserep` converted.
+        batches: What to call the module with; each process has its own.
+        mode: ``'schedule'`` or ``'domain'``.
+        source: Moments in the training domain, of :func:`collect_moments`; domain mode needs them.
+        layers: Names of the layers to calibrate; None takes all. The others are left as they are.
+        fit: Domain mode: ``'full'``, ``'diagonal'`` or ``'mean'``, see :func:`transport`.
+        rank: Domain mode: rank of the maps less the identity; None for full.
+        prior: Images that a prior is worth, so that few images cannot wreck a model: the source in domain mode, equal
+            variances of unrelated channels in schedule mode.
+        every: See :func:`collect_moments`.
+        passes: Domain mode: how often the batches are run through the model; the layers are fitted in so many steps,
+            and those of one step do not see each other's corrections. None takes one pass for a single batch, in which
+            each layer is fitted when its turn comes, and otherwise one for each layer, which comes to the same.
+
+    Returns:
+        A :class:`CalibrationReport`.
+
+    Raises:
+        ValueError: The module has no denoisers, a name or the mode is unknown, the source is missing or does not fit,
+            there is no image, or in domain mode a denoiser is not zero. Nothing has been changed then.
+    """
+    chosen = denoised_layers(module)
+    if layers is not None:
+        if unknown := sorted(set(layers) - set(chosen)):
+            raise ValueError(f'{unknown[0]} is no denoised layer of the model')
+        chosen = {name: layer for name, layer in chosen.items() if name in set(layers)}
+    if prior < 0:
+        raise ValueError(f'prior must be a number of images, 0 or more, got {prior}')
+    if mode == 'schedule':
+        return _fit_schedule(module, batches, chosen, prior, every)
+    if mode != 'domain':
+        raise ValueError(f'mode must be one of {", ".join(MODES)}, got {mode!r}')
+    if source is None:
+        raise ValueError("mode='domain' needs source, the moments in the training domain (collect_moments)")
+    for name, layer in chosen.items():
+        if name not in source:
+            raise ValueError(f'source has no moments of {name}; gather them with the same targets')
+        if any(p.any() for key, p in layer.denoiser.named_parameters() if key != 'down'):
+            raise ValueError(f'the denoiser of {name} is not zero; fuse the model and convert it again')
+    batches = list(batches) if iter(batches) is batches else batches  # several passes read them several times
+    example = next(iter(batches), None)
+    if example is None:
+        raise ValueError('there is no image to calibrate with')
+    domain = DomainFit(module, chosen, source, example, fit, rank, prior, every)
+    domain.run(batches, passes)
+    rows = [
+        _row(name, chosen[name], fitted.linear, fitted.constant, fitted.target, rank=rank, note=fitted.note)
+        for name, fitted in domain.fitted.items()
+    ]
+    return CalibrationReport(mode, domain.images, domain.passes, tuple(rows))
+
+
+def _fit_schedule(
+    module: nn.Module, batches: Iterable[Any], layers: Mapping[str, DenoiseLayer], prior: float, every: int
+) -> CalibrationReport:
+    moments, images = gather(module, batches, layers, True, every)
+    if not images:
+        raise ValueError('there is no image to calibrate with')
+    rows = []
+    for name, seen in moments.items():
+        layer = layers[name]
+        step, denoiser = layer.reverse_step, layer.denoiser
+        rank = denoiser.up.shape[-1] if hasattr(denoiser, 'up') else None
+        shrunk = _towards_equal_variances(seen, prior / (prior + images))
+        second = shrunk + seen.mean[:, :, None] * seen.mean[:, None, :]
+        with_bias = denoiser.bias is not None
+        solution = closed_form(seen.mean, second, step, rank, with_bias)
+        with torch.no_grad():
+            for key, parameter in denoiser.named_parameters():
+                parameter.copy_(solution[key])
+        best = closed_form(seen.mean, seen.second_moment, step, None, with_bias)
+        constant = -solution['bias'].reshape(seen.mean.shape) if with_bias else torch.zeros_like(seen.mean)
+        linear = torch.eye(seen.mean.shape[1], dtype=torch.float64, device=seen.mean.device) - correction_matrix(
+            solution
+        )
+        losses = dict(loss=_loss(layer, solution, seen), optimum=_loss(layer, best, seen))
+        rows.append(_row(name, layer, linear, constant, seen, rank=rank, **losses))
+    return CalibrationReport('schedule', images, 1, tuple(rows))
+
+
+def _towards_equal_variances(moments: Moments, prior: float) -> Tensor:
+    """Returns the covariance with a share of the prior, the mean variance of the layer in every direction."""
+    covariance = moments.covariance
+    equal = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    return torch.lerp(covariance, equal * covariance.diagonal(dim1=1, dim2=2).mean(), prior)
+
+
+def _loss(layer: DenoiseLayer, parameters: Mapping[str, Tensor], moments: Moments) -> float:
+    """Returns the expectation of :meth:`DenoiseLayer.denoise_loss` over features with these moments."""
+    step = layer.reverse_step
+    matrix = correction_matrix(parameters)
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    prediction = (matrix + step.c3_minus_1 * identity) / step.c1
+    shift = parameters['bias'].reshape(moments.mean.shape) / step.c1 if 'bias' in parameters else 0 * moments.mean
+    spread = (prediction @ moments.covariance * prediction).sum() * step.signal**2
+    mean = step.signal * (prediction @ moments.mean[..., None])[..., 0] + shift
+    residual = identity - step.noise * prediction
+    return ((spread + mean.square().sum() + residual.square().sum()) / moments.mean.numel()).item()
+
+
+def _row(
+    name: str, layer: DenoiseLayer, linear: Tensor, constant: Tensor, moments: Moments, **rest: Any
+) -> CalibratedLayer:
+    covariance = moments.covariance
+    change = linear - torch.eye(linear.shape[-1], dtype=linear.dtype, device=linear.device)
+    shift = (change @ moments.mean[..., None])[..., 0] + constant
+    variance = covariance.diagonal(dim1=1, dim2=2).sum().clamp_min(torch.finfo(torch.float64).tiny)
+    moved = ((change @ covariance * change).sum() + shift.square().sum()) / variance
+    before = torch.linalg.eigvalsh(covariance).flatten().sort().values
+    after = torch.linalg.eigvalsh(linear @ covariance @ linear.mT).flatten().sort().values
+    return CalibratedLayer(name, layer.timestep, moved=moved.item(), before=before, after=after, **rest)

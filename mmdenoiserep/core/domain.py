@@ -1,0 +1,173 @@
+"""Fits the layers of a model to the domain of some unlabelled images, one after the other."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .feeding import find_sole_readers
+from .gather import Sample, count_images, fitted_on_output, gather, sum_processes
+from .layers import DenoiseLayer
+from .moments import Moments
+from .probe import evaluating
+from .transport import transport
+
+
+@dataclass(frozen=True)
+class FittedLayer:
+    """What was done to one layer.
+
+    Attributes:
+        linear: A, float64, (groups, size, size).
+        constant: c, float64, (groups, size); zero where nothing could take it.
+        target: Moments of the features before.
+        note: What could not be done, or empty.
+    """
+
+    linear: Tensor
+    constant: Tensor
+    target: Moments
+    note: str = ''
+
+
+class DomainFit:
+    """Carries the moments of every layer to those in the training domain: ``x' = A x + c``.
+
+        Linear, on its input:        ``W' = W A``,   ``b' = b + W c``
+        convolution, on its output:  ``W' = A W``,   ``b' = A b + c``
+
+    in the weights of the model, whose architecture stays as it is. Without a bias, c goes where nothing else reads it:
+    for a Linear layer ``A^-1 c`` into the bias of the LayerNorm that it alone reads; for a convolution c off the
+    running mean of the BatchNorm that alone reads it.
+
+    Args:
+        module: The model.
+        layers: The layers to fit, first executed first; their denoisers must be zero.
+        source: Moments in the training domain by layer name.
+        example: A batch to see with which layer feeds which.
+        fit: See :func:`transport`.
+        rank: Likewise.
+        prior: Images that the source's moments are worth.
+        every: See :func:`collect_moments`.
+
+    Attributes:
+        images: Images seen, in all processes.
+        passes: How often they were run through the model.
+        fitted: What was done, by layer name.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Mapping[str, DenoiseLayer],
+        source: Mapping[str, Moments],
+        example: Any,
+        fit: str,
+        rank: int | None,
+        prior: float,
+        every: int,
+    ) -> None:
+        self.module = module
+        self.layers = layers
+        self.source = source
+        self.fit = fit
+        self.rank = rank
+        self.prior = prior
+        self.every = every
+        self.images = 0
+        self.passes = 0
+        self.fitted: dict[str, FittedLayer] = {}
+        norms = {name: norm for name, norm in module.named_modules() if isinstance(norm, nn.LayerNorm | _BatchNorm)}
+        self.norms: dict[str, nn.Module] = {}
+        for giver, reader in find_sole_readers(module, {**layers, **norms}, example).items():
+            if giver in layers and isinstance(norms.get(reader), _BatchNorm):
+                self.norms[giver] = norms[reader]
+            elif reader in layers and isinstance(norms.get(giver), nn.LayerNorm):
+                self.norms[reader] = norms[giver]
+
+    def run(self, batches: Iterable[Any], passes: int | None) -> None:
+        """Fits all layers; see ``passes`` of :func:`calibrate`."""
+        size = getattr(batches, '__len__', lambda: 0)()
+        if passes is None and not sum_processes(size != 1):  # the same in all processes
+            self._in_turn(next(iter(batches)))
+            return
+        names = list(self.layers)
+        self.passes = min(passes or len(names), len(names))
+        for number in range(self.passes):
+            start, stop = (len(names) * n // self.passes for n in (number, number + 1))
+            part = {name: self.layers[name] for name in names[start:stop]}
+            moments, self.images = gather(self.module, batches, part, False, self.every)
+            for name in part:
+                self._correct(name, moments[name])
+
+    def _in_turn(self, batch: Any) -> None:
+        """Fits each layer when the batch reaches it."""
+        self.passes = 1
+        self.images = sum_processes(count_images(batch))
+        sample = Sample(self.every)
+
+        def measure(layer: DenoiseLayer, x: Tensor, output: bool) -> Moments:
+            moments = Moments.of(sample(layer, x, output))
+            moments.merge_processes()
+            return moments
+
+        def on_input(name: str, layer: DenoiseLayer, args: tuple) -> tuple | None:
+            if name in self.fitted:  # a shared layer was corrected in its first place
+                return None
+            shift = self._correct(name, measure(layer, args[0], False))
+            return None if shift is None else (args[0] + shift.flatten().to(args[0]), *args[1:])
+
+        def on_output(name: str, layer: DenoiseLayer, args: tuple, output: Tensor) -> Tensor | None:
+            if name in self.fitted:
+                return None
+            self._correct(name, measure(layer, output, True))
+            fitted = self.fitted[name]
+            kernel = fitted.linear.flatten(0, 1)[..., None, None].to(output)
+            bias = None if layer.bias is None else fitted.constant.flatten().to(output)
+            return F.conv2d(output, kernel, bias, groups=fitted.linear.shape[0])
+
+        handles = [
+            layer.register_forward_hook(partial(on_output, name))
+            if fitted_on_output(layer)
+            else layer.register_forward_pre_hook(partial(on_input, name))
+            for name, layer in self.layers.items()
+        ]
+        try:
+            with evaluating(self.module):
+                self.module(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def _correct(self, name: str, target: Moments) -> Tensor | None:
+        """Fits one layer in place; returns what must be added to its present input, for a LayerNorm has changed."""
+        layer = self.layers[name]
+        weight, norm = layer.weight.double(), self.norms.get(name)
+        bias: Tensor | None = layer.bias  # type: ignore[assignment]
+        prior = self.prior / (self.prior + self.images)
+        linear, constant = transport(self.source[name], target, self.fit, self.rank, prior)
+        note, shift = '', None
+        if bias is None and norm is None:
+            note = 'no bias or norm takes the shift of the mean, so it is left out'
+            constant = torch.zeros_like(constant)
+        if fitted_on_output(layer):
+            layer.weight.copy_((linear @ weight.reshape(*linear.shape[:2], -1)).reshape(weight.shape))
+            if bias is not None:
+                bias.copy_((linear @ bias.double().reshape(*linear.shape[:2], 1)).flatten() + constant.flatten())
+            elif norm is not None:
+                norm.running_mean.sub_(constant.flatten())  # type: ignore[operator, union-attr]
+        else:
+            layer.weight.copy_(weight @ linear[0])
+            if bias is not None:
+                bias.add_(weight @ constant[0])
+            elif norm is not None:
+                shift = torch.linalg.solve(linear, constant[..., None])[..., 0]
+                norm.bias.add_(shift[0])  # type: ignore[operator, union-attr]
+        self.fitted[name] = FittedLayer(linear, constant, target, note)
+        return shift

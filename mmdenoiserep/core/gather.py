@@ -1,0 +1,133 @@
+"""Gathers the moments of what flows through the denoised layers of a model."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .layers import DenoiseLayer
+from .moments import Moments
+from .probe import evaluating, tensors_in
+
+
+def denoised_layers(module: nn.Module) -> dict[str, DenoiseLayer]:
+    """Returns the denoised layers by name, first executed first.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, DenoiseLayer)}
+    if not found:
+        raise ValueError('the model has no denoisers; convert it with apply_denoiserep first')
+    return dict(sorted(found.items(), key=lambda item: -item[1].timestep))
+
+
+def collect_moments(
+    module: nn.Module, batches: Iterable[Any], *, inputs: bool = False, every: int = 1
+) -> dict[str, Moments]:
+    """Gathers the moments of every denoised layer in one pass, in eval mode and without gradients.
+
+    Where a domain fit acts: on the input of a Linear layer, on the output of a convolution. They are those of all
+    processes, where there are several, each with its own batches.
+
+    Args:
+        module: A model that :func:`apply_denoiserep` converted.
+        batches: What to call the module with, one batch of images after the other.
+        inputs: Takes the inputs of convolutions too.
+        every: Takes a random one in so many vectors (tokens, pixels) of each batch; the same ones every time.
+
+    Returns:
+        The moments by layer name, first executed first.
+
+    Raises:
+        ValueError: The module has no denoisers, or there is no batch.
+    """
+    layers = denoised_layers(module)
+    moments, images = gather(module, batches, layers, inputs, every)
+    if not images:
+        raise ValueError('there is no image to gather moments of')
+    return moments
+
+
+def gather(
+    module: nn.Module, batches: Iterable[Any], layers: Mapping[str, DenoiseLayer], inputs: bool, every: int
+) -> tuple[dict[str, Moments], int]:
+    """Does the pass of :func:`collect_moments` for some layers; returns the number of images too."""
+    moments: dict[str, Moments] = {}
+    images = 0
+    sample = Sample(every)
+
+    def listen(name: str, layer: DenoiseLayer) -> RemovableHandle:
+        def add(layer: DenoiseLayer, x: Tensor, output: bool) -> None:
+            vectors = sample(layer, x, output)
+            if name in moments:
+                moments[name].update(vectors)
+            else:
+                moments[name] = Moments.of(vectors)
+
+        if fitted_on_output(layer) and not inputs:
+            return layer.register_forward_hook(lambda layer, args, output: add(layer, output, True))
+        return layer.register_forward_pre_hook(lambda layer, args: add(layer, args[0], False))
+
+    handles = [listen(name, layer) for name, layer in layers.items()]
+    try:
+        with evaluating(module):
+            for batch in batches:
+                images += count_images(batch)
+                module(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in layers:
+        if name in moments:
+            moments[name].merge_processes()
+    return {name: moments[name] for name in layers if name in moments}, sum_processes(images)
+
+
+class Sample:
+    """Lays out a batch as vectors of channels, (groups, C/g, n), or a random part of them.
+
+    Args:
+        every: Takes one in so many vectors; the draw is seeded.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f'every must be 1 or more, got {every}')
+        self.every = every
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, layer: DenoiseLayer, x: Tensor, output: bool) -> Tensor:
+        """Returns the vectors of a layer's input (..., C) or (B, C, H, W), or of its output."""
+        if isinstance(layer, nn.Conv2d):
+            x = x.flatten(-2).reshape(-1, layer.groups, x.shape[-3] // layer.groups, x.shape[-2] * x.shape[-1])
+            return self._part(x, -1).permute(1, 2, 0, 3).flatten(2)
+        return self._part(x.flatten(0, -2) if x.dim() > 1 else x[None], 0).mT[None]
+
+    def _part(self, x: Tensor, dim: int) -> Tensor:
+        if self.every == 1:
+            return x
+        length = x.shape[dim]
+        chosen = torch.randperm(length, generator=self.generator)[: -(-length // self.every)]
+        return x.index_select(dim, chosen.to(x.device))
+
+
+def fitted_on_output(layer: DenoiseLayer) -> bool:
+    """Whether a domain fit corrects what the layer returns: a convolution, whose padding a constant would miss."""
+    return isinstance(layer, nn.Conv2d)
+
+
+def count_images(batch: Any) -> int:
+    """Returns the length of the first tensor in a batch."""
+    return len(next(tensors_in(batch)))
+
+
+def sum_processes(number: int) -> int:
+    """Returns the sum over all processes, where there are several."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return number
+    numbers: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(numbers, number)
+    return sum(numbers)

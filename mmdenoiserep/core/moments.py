@@ -1,0 +1,108 @@
+"""Mean and covariance of features, gathered batch by batch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Number, mean and covariance of feature vectors, in blocks of channels.
+
+        ``n``,   ``mu = E[x]``,   ``S = E[(x - mu) (x - mu)^T] = M / n``
+
+    Two sets of vectors a and b are merged without a difference of large numbers (Chan, Golub and LeVeque 1979): with
+    ``delta = mu_b - mu_a``
+
+        ``M = M_a + M_b + delta delta^T n_a n_b / (n_a + n_b)``,   ``mu = mu_a + delta n_b / (n_a + n_b)``
+
+    The products of one batch are taken in its own precision, float32 at least, and summed up in float64.
+
+    Args:
+        groups: Number of blocks; channels of different blocks are taken as unrelated.
+        size: Channels of a block.
+        device: Where the sums are kept.
+
+    Attributes:
+        count: n, the vectors seen.
+        mean: mu, float64, (groups, size).
+        scatter: M, float64, (groups, size, size).
+    """
+
+    def __init__(self, groups: int, size: int, device: torch.device | str | None = None) -> None:
+        self.count = 0
+        self.mean = torch.zeros(groups, size, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(groups, size, size, dtype=torch.float64, device=device)
+
+    @property
+    def covariance(self) -> Tensor:
+        """S, float64, (groups, size, size)."""
+        return self.scatter / max(self.count, 1)
+
+    @property
+    def second_moment(self) -> Tensor:
+        """E[x x^T], float64, (groups, size, size)."""
+        return self.covariance + self.mean[:, :, None] * self.mean[:, None, :]
+
+    @classmethod
+    def of(cls, x: Tensor) -> 'Moments':
+        """Returns the moments of some vectors, (groups, size, n)."""
+        moments = cls(x.shape[0], x.shape[1], x.device)
+        moments.update(x)
+        return moments
+
+    def update(self, x: Tensor) -> None:
+        """Adds the vectors of a batch, (groups, size, n), of any floating dtype."""
+        if not x.shape[-1]:
+            return
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+            mean = x.mean(-1, keepdim=True)
+            centred = x - mean
+            self._add(x.shape[-1], mean[..., 0].double(), (centred @ centred.mT).double())
+
+    def merge(self, other: 'Moments') -> None:
+        """Adds all vectors that other moments have seen."""
+        self._add(other.count, other.mean.to(self.mean), other.scatter.to(self.scatter))
+
+    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        if not count:
+            return
+        total = self.count + count
+        delta = mean - self.mean
+        self.scatter += scatter + delta[:, :, None] * delta[:, None, :] * (self.count * count / total)
+        self.mean += delta * (count / total)
+        self.count = total
+
+    def merge_processes(self) -> None:
+        """Makes these the moments of all processes, where there are several (``torch.distributed``)."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        own = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(own, {key: value.cpu() for key, value in self.state_dict().items()})
+        self.count, self.mean, self.scatter = 0, torch.zeros_like(self.mean), torch.zeros_like(self.scatter)
+        for state in own:  # in the order of the ranks, so that all processes get the same bits
+            self.merge(Moments.from_state_dict(state))  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns what a file holds of them: ``count``, ``mean`` and ``scatter``."""
+        return dict(count=torch.tensor(self.count), mean=self.mean, scatter=self.scatter)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> 'Moments':
+        """Returns the moments that a :meth:`state_dict` describes.
+
+        Raises:
+            ValueError: The shapes do not belong together, or a value is not finite.
+        """
+        mean, scatter = state['mean'], state['scatter']
+        if mean.dim() != 2 or scatter.shape != (*mean.shape, mean.shape[1]):
+            raise ValueError(f'moments of shapes {tuple(mean.shape)} and {tuple(scatter.shape)} do not belong together')
+        if not (torch.isfinite(mean).all() and torch.isfinite(scatter).all()):
+            raise ValueError('moments hold NaN or Inf')
+        moments = cls(mean.shape[0], mean.shape[1], mean.device)
+        moments.count = int(state['count'])
+        moments.mean += mean
+        moments.scatter += scatter
+        return moments
