@@ -44,6 +44,7 @@ QUICK = {
     'imagenet/deit-small_4xb256_in1k_denoiserep',
     'lazy/resnet18_8xb16_cifar10_denoiserep',
     'oxford-pets/resnet50_8xb8_oxford-iiit-pet_denoiserep',
+    'reid/vit-small-p16_1xb64_market1501-256x128_denoiserep',
     *(name for name in NAMES if name.startswith('demo/')),
 }
 """What goes the whole way in every test run: each library, architecture and format once. The others are slow."""
@@ -58,11 +59,13 @@ class Format:
             a classifier, and let BatchNorm see features of 1 x 1.
         metrics: Figures of the evaluation.
         shrink: What the sizes of images in the pipelines are divided by.
+        instances: Images of an identity in a batch, where the sampler sees to it; the evaluation needs all images then.
     """
 
     batch: int
     metrics: tuple[str, ...]
     shrink: int = 1
+    instances: int = 0
 
 
 FORMATS = {
@@ -71,6 +74,10 @@ FORMATS = {
     'BaseSegDataset': Format(2, ('mIoU',)),
     **dict.fromkeys(
         ('ImageNet', 'CIFAR10', 'CUB', 'OxfordIIITPet', 'Flowers102', 'FashionMNIST'), Format(2, ('accuracy/top1',))
+    ),
+    **dict.fromkeys(
+        ('Market1501', 'DukeMTMCReID', 'MSMT17', 'CUHK03', 'VehicleID'),
+        Format(8, ('reid/mAP', 'reid/rank1', 'reid/mINP'), instances=4),
     ),
 }
 SIZES = ('scale', 'scales', 'crop_size', 'size')
@@ -258,8 +265,12 @@ def shorten(cfg, work_dir):
     kind = FORMATS[type_name(cfg.train_dataloader.dataset)]
     for part in ('train', 'val', 'test'):
         loader = cfg[f'{part}_dataloader']
-        loader.update(batch_size=kind.batch, num_workers=0, persistent_workers=False, num_batch_per_epoch=1)
+        loader.update(batch_size=kind.batch, num_workers=0, persistent_workers=False)
+        if not kind.instances or part == 'train':
+            loader.num_batch_per_epoch = 1
         shrink(loader.dataset, kind.shrink)
+    if kind.instances:
+        cfg.train_dataloader.sampler.num_ids = kind.batch // kind.instances
     shrink(cfg.model.get('data_preprocessor'), kind.shrink)
     cfg.train_cfg.val_interval = 1
     cfg.default_hooks.checkpoint.update(interval=1, save_optimizer=False)
@@ -355,6 +366,47 @@ def test_a_baseline_trains(name, case, tmp_path):
     _, before, moved, _ = run(case, cfg, tmp_path / 'run')
     assert all(torch.equal(before[f'backbone.{key}'], value) for key, value in weights.items())
     assert any(key.startswith('backbone.') for key in moved)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        *(f'reid/vit-small-p16_1xb64_{data}-256x128' for data in ('market1501', 'dukemtmcreid', 'msmt17', 'cuhk03')),
+        'reid/vit-base-p16_4xb56_vehicleid-256x256',
+    ],
+)
+def test_identities_are_found_alike_before_and_after_fusing(name, case, tmp_path):
+    """On every data set, with a small ViT and random denoisers: train, evaluate, fuse, evaluate the fused file."""
+    cfg, control = load(f'{name}_denoiserep'), load(f'{name}_baseline-ft')
+    for backbone in (cfg.model.backbone.backbone, control.model.backbone):
+        backbone.arch = dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32)
+    cfg.model.head.in_channels = control.model.head.in_channels = 16
+    cfg.load_from = None
+    cfg.custom_hooks.append(dict(type='Randomise'))
+    model, _, _, log = run(case, cfg, tmp_path / 'run')
+    (fused,) = (tmp_path / 'run').glob('*_fused.pth')
+
+    vanilla = copy.deepcopy(control)
+    shorten(vanilla, tmp_path / 'vanilla')
+    vanilla.load_from = str(fused)
+    found = case.build_runner(vanilla).val()
+    assert found.keys() >= {'reid/mAP', 'reid/rank1', 'reid/mINP'}
+    assert {key: log[f'val/{key}'] for key in found} == found
+
+    plain = build_vanilla(control)
+    load_all(plain, split(model.state_dict())[1])
+    ((_, backbone, guard),) = find_guards(model)
+    images = torch.randn(guard.image_shape, generator=torch.Generator().manual_seed(0))
+    assert not verify_fusion(backbone, plain.backbone, images).ok, 'the denoisers matter'
+
+
+def test_batches_of_identities_are_whole():
+    """``batch_size`` is P x K: the dataloader would cut the batches of the sampler otherwise."""
+    samplers = {name: cfg.train_dataloader for name in NAMES if 'sampler' in (cfg := load(name)).train_dataloader}
+    samplers = {name: loader for name, loader in samplers.items() if type_name(loader.sampler) == 'PKSampler'}
+    assert samplers
+    for name, loader in samplers.items():
+        assert loader.batch_size == loader.sampler.num_ids * loader.sampler.num_instances, name
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import cv2
+import h5py
 import numpy as np
 import scipy.io
 from mmdet.datasets import CocoDataset
@@ -178,11 +179,159 @@ def write_ade20k(root: Path) -> None:
             cv2.imwrite(str(root / 'annotations' / split / f'{name}.png'), np.kron(cells, np.ones((8, 8), np.uint8)))
 
 
+PEOPLE: dict[str, dict[int, tuple[int, ...]]] = {
+    'train': {2: (1, 1, 2, 2, 3), 7: (1, 1, 2, 2), 100: (1, 2, 2, 3), 11: (1, 1, 3, 3), 23: (2, 3)},
+    'query': {5: (1, 2), 8: (3,), 30: (1,)},
+    'gallery': {5: (1, 2, 2, 3), 8: (1, 1, 3), 30: (1,)},
+}
+"""Cameras of the images of each identity. In training, 23 has fewer images than the four that a batch takes of each
+identity. In the gallery, every query finds its own camera again, and that of 30 finds no other."""
+
+VEHICLES = {'train': PEOPLE['train'], 800: (5, 8, 30), 1600: (5, 8, 30, 31), 2400: (5, 8, 30, 31, 40)}
+"""Identities in the lists of VehicleID; the larger test lists hold the smaller ones."""
+
+CUHK03_PAIRS = ((2, 7, 100), (11, 5), (23,), (8,), (30,))
+"""Identities that each pair of cameras sees, in the order of the rows."""
+
+
+def sightings(part: str) -> list[tuple[int, int, int]]:
+    """Returns number, identity and camera of every image of a part; the numbers of queries and gallery differ."""
+    pairs = [(pid, camera) for pid, cameras in PEOPLE[part].items() for camera in cameras]
+    return [(number, pid, camera) for number, (pid, camera) in enumerate(pairs, {'gallery': 51}.get(part, 1))]
+
+
+def write_market1501(root: Path) -> None:
+    """Market-1501: names of identity, camera, sequence, frame and box; junk and distractors in the gallery."""
+    generator = np.random.default_rng(8)
+    folders = {'train': 'bounding_box_train', 'query': 'query', 'gallery': 'bounding_box_test'}
+    for part, folder in folders.items():
+        names = [f'{pid:04d}_c{camera}s1_{number:06d}_01.jpg' for number, pid, camera in sightings(part)]
+        if part == 'gallery':
+            names += [
+                '-1_c1s1_000401_03.jpg',
+                '-1_c2s1_000402_00.jpg',
+                '0000_c1s1_000151_01.jpg',
+                '0000_c3s2_000376_03.jpg',
+            ]
+        for name in names:
+            write_image(root / folder / name, generator, (64, 32))
+        (root / folder / 'Thumbs.db').write_bytes(b'thumbnails of Windows')
+
+
+def write_dukemtmcreid(root: Path) -> None:
+    """DukeMTMC-reID: names of identity, camera and frame; a distractor in the gallery has an identity of its own."""
+    generator = np.random.default_rng(9)
+    folders = {'train': 'bounding_box_train', 'query': 'query', 'gallery': 'bounding_box_test'}
+    for part, folder in folders.items():
+        for number, pid, camera in sightings(part) + [(90, 7139, 8)] * (part == 'gallery'):
+            write_image(root / folder / f'{pid:04d}_c{camera}_f{number:07d}.jpg', generator, (64, 32))
+
+
+def write_msmt17(root: Path) -> None:
+    """MSMT17, version 1: four lists of path and identity, which is counted from 0 in training and again in testing."""
+    generator = np.random.default_rng(10)
+    lists: dict[str, list[str]] = {'train': [], 'val': [], 'query': [], 'gallery': []}
+    for part in PEOPLE:
+        pids = {pid: new for new, pid in enumerate(sorted(PEOPLE[part]))}
+        for number, pid, camera in sightings(part):
+            new = pids[pid]
+            path = f'{new:04d}/{new:04d}_{number:03d}_{camera:02d}_0303morning_{number:04d}_0.jpg'
+            write_image(root / ('train' if part == 'train' else 'test') / path, generator, (64, 32))
+            lists['val' if part == 'train' and number % 5 == 0 else part].append(f'{path} {new}\n')
+    for name, lines in lists.items():
+        (root / f'list_{name}.txt').write_text(''.join(lines))
+
+
+def write_vehicleid(root: Path) -> None:
+    """VehicleID: lists of image and identity; identity 40 has one image only, so it gives no query."""
+    generator = np.random.default_rng(11)
+    (root / 'train_test_split').mkdir(parents=True)
+    names: dict[int, list[str]] = {}
+    for pid in (*VEHICLES['train'], *VEHICLES[2400]):
+        names[pid] = [f'{10 * pid + i:07d}' for i in range(1 if pid == 40 else 4)]
+        for name in names[pid]:
+            write_image(root / 'image' / f'{name}.jpg', generator, (48, 64))
+    for key, pids in VEHICLES.items():
+        lines = [f'{name} {pid}\n' for pid in pids for name in names[pid]]
+        file = 'train_list.txt' if key == 'train' else f'test_list_{key}.txt'
+        (root / 'train_test_split' / file).write_text(''.join(lines))
+
+
+def cuhk03_image(style: str, name: str) -> np.ndarray:
+    """Returns the RGB image (H, W, 3) that is written under a name; every image has a size of its own."""
+    pair, person, _, number = map(int, name.removesuffix('.png').split('_'))
+    generator = np.random.default_rng([12, style == 'labeled', pair, person, number])
+    return generator.integers(0, 256, (*generator.integers((56, 24), (72, 40)), 3), dtype=np.uint8)
+
+
+def write_cuhk03(root: Path) -> None:
+    """CUHK-03: Matlab's HDF5 with cells of references to images, and the new protocol in Matlab's older format.
+
+    Most cells are empty. The detected boxes lack one training image.
+    """
+    (root / 'cuhk03_release').mkdir(parents=True)
+    with h5py.File(root / 'cuhk03_release/cuhk-03.mat', 'w', userblock_size=512) as file:
+        for style in ('labeled', 'detected'):
+            listed: list[tuple[str, int, int, str]] = []
+            pairs = []
+            for pair, pids in enumerate(CUHK03_PAIRS, 1):
+                cells = np.empty((len(pids), 10), object)
+                for row, pid in enumerate(pids):
+                    parts = cuhk03_columns(pid)
+                    if style == 'detected' and pid == 2:
+                        del parts[6]
+                    for column in range(10):
+                        view = 1 if column < 5 else 2
+                        name = f'{pair}_{row + 1:03d}_{view}_{column + 1:02d}.png'
+                        if column in parts:
+                            listed.append((name, pid, view, parts[column]))
+                            image = file.create_dataset(f'#refs#/{style}_{name}', data=cuhk03_image(style, name).T)
+                            image.attrs['MATLAB_class'] = np.bytes_('uint8')
+                        else:
+                            image = file.create_dataset(f'#refs#/{style}_{name}', data=np.zeros(2, np.uint64))
+                            image.attrs.update(MATLAB_class=np.bytes_('double'), MATLAB_empty=np.uint8(1))
+                        cells[row, column] = image.ref
+                pairs.append(write_cell(file, f'#refs#/{style}_{pair}', cells).ref)
+            write_cell(file, style, np.array(pairs, object)[:, None])
+            write_cuhk03_protocol(root / f'cuhk03_new_protocol_config_{style}.mat', listed)
+
+
+def cuhk03_columns(pid: int) -> dict[int, str]:
+    """Returns the part of each image of an identity by its column: five for camera 1, then five for the others."""
+    free = iter(range(5)), iter(range(5, 10))
+    return {next(free[camera > 1]): part for part in PEOPLE for camera in PEOPLE[part].get(pid, ())}
+
+
+def write_cell(file: h5py.File, name: str, references: np.ndarray) -> h5py.Dataset:
+    """Writes a cell array as Matlab does: references, transposed since its order is by columns."""
+    cell = file.create_dataset(name, data=references.T, dtype=h5py.ref_dtype)
+    cell.attrs['MATLAB_class'] = np.bytes_('cell')
+    return cell
+
+
+def write_cuhk03_protocol(path: Path, listed: list[tuple[str, int, int, str]]) -> None:
+    """Writes the protocol; its indices count from 1, and all numbers are columns of doubles."""
+    names, pids, views, parts = (np.array(column, object)[:, None] for column in zip(*listed, strict=True))
+    indices = {f'{part}_idx': np.argwhere(parts[:, 0] == part) + 1.0 for part in PEOPLE}
+    numbers = {'labels': pids.astype(float), 'camId': views.astype(float)}
+    scipy.io.savemat(path, {'filelist': names, **numbers, **indices})
+
+
+def run_tool(name: str, *args: str) -> None:
+    """Runs one of the tools that write data sets."""
+    tools = str(ROOT / 'tools')
+    with mock.patch.object(sys, 'argv', [f'{name}.py', *args]), mock.patch.object(sys, 'path', [tools, *sys.path]):
+        runpy.run_path(f'{tools}/{name}.py', run_name='__main__')
+
+
 def write_scenes(root: Path) -> None:
     """The scenes of the demo, composed by its own tool."""
-    command = ['make_scenes.py', str(root), '--train', str(PER_SPLIT), '--val', str(PER_SPLIT)]
-    with mock.patch.object(sys, 'argv', command):
-        runpy.run_path(str(ROOT / 'tools/make_scenes.py'), run_name='__main__')
+    run_tool('make_scenes', str(root), '--train', str(PER_SPLIT), '--val', str(PER_SPLIT))
+
+
+def write_fashion_reid(root: Path) -> None:
+    """Articles before several cameras, in Market-1501's layout, by their own tool."""
+    run_tool('make_reid', str(root), '--ids', '4', '--test-ids', '2')
 
 
 WRITERS = {
@@ -193,7 +342,13 @@ WRITERS = {
     'data/Flowers102': write_flowers102,
     'data/coco': write_coco,
     'data/ade/ADEChallengeData2016': write_ade20k,
+    'data/market1501': write_market1501,
+    'data/dukemtmcreid': write_dukemtmcreid,
+    'data/MSMT17': write_msmt17,
+    'data/cuhk03': write_cuhk03,
+    'data/VehicleID_V1.0': write_vehicleid,
     'work_dirs/fashion-mnist': write_fashion_mnist,
+    'work_dirs/fashion-reid': write_fashion_reid,
     'work_dirs/scenes': write_scenes,
 }
 """The folders that the configs read, relative to where a run is started."""

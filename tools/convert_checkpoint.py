@@ -1,4 +1,8 @@
-"""Converts a released ViT of TransReID-SSL or TransReID to the names of mmpretrain, for the configs in configs/reid."""
+"""Converts a checkpoint that others released to the names of mmpretrain, for the configs of this project.
+
+transreid: a ViT of TransReID-SSL or TransReID, pretrained or trained for re-identification.
+vmamba:    a VMamba trained on ImageNet, with its classifier.
+"""
 
 import argparse
 import sys
@@ -7,9 +11,10 @@ from pathlib import Path
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('format', choices=['transreid', 'vmamba'], help='whose names the input has')
     parser.add_argument('input', type=Path, help='released file, such as vit_small_cfs_lup.pth')
-    parser.add_argument('output', type=Path, help='file to write, such as pretrained/vit_small_cfs_lup.pth')
+    parser.add_argument('output', type=Path, help='file to write')
     parser.add_argument('--overwrite', action='store_true', help='replace the output if it exists')
     parser.add_argument(
         '--allow-pickle',
@@ -24,18 +29,20 @@ def main() -> None:
     args = parse_args()
     from mmdenoiserep.core import CheckpointError, read_checkpoint
     from mmdenoiserep.core.checkpoint import check_target, write_atomically
-    from mmdenoiserep.tasks.reid.transreid import convert_transreid
 
+    if args.format == 'vmamba':
+        from mmdenoiserep.tasks.vmamba import convert_vmamba as convert
+    else:
+        from mmdenoiserep.tasks.reid.transreid import convert_transreid as convert
     try:
         check_target(args.input, args.output, args.overwrite)
-        state = convert_transreid(read_checkpoint(args.input, args.allow_pickle))
+        state = convert(read_checkpoint(args.input, args.allow_pickle))
         write_atomically(dict(meta={}, state_dict=state), args.output)
     except CheckpointError as error:
-        sys.exit(f'convert_transreid: {error}')
+        sys.exit(f'convert_checkpoint: {error}')
     except ValueError as error:
-        sys.exit(f'convert_transreid: {args.input} cannot be converted: {error}')
-    tokens = state['backbone.pos_embed'].shape[1] - 1
-    print(f'{args.output}: {len(state)} tensors, {tokens} position encodings')
+        sys.exit(f'convert_checkpoint: {args.input} cannot be converted: {error}')
+    print(f'{args.output}: {len(state)} tensors')
 
 
 if __name__ == '__main__':

@@ -24,7 +24,11 @@ from study_report import STAGES, Result, report, write_page
 
 ROOT = Path(__file__).absolute().parents[1]
 PACKAGES = 'torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'
-DATA = {'scenes': 'tools/make_scenes.py', 'fashion-mnist': 'tools/prepare_fashion_mnist.py'}
+DATA = {
+    'scenes': 'tools/make_scenes.py',
+    'fashion-mnist': 'tools/prepare_fashion_mnist.py',
+    'fashion-reid': 'tools/make_reid.py',
+}
 """Data set, the end of a config's name: the tool that writes it to ``work_dirs/<data set>``."""
 
 
@@ -56,18 +60,22 @@ EXPERIMENTS = {
     'vit': Experiment('ViT', 'vit_fashion-mnist', {'top-1': 'accuracy/top1'}),
     'swin': Experiment('Swin', 'swin_fashion-mnist', {'top-1': 'accuracy/top1'}),
     'resnet': Experiment('ResNet', 'resnet_fashion-mnist', {'top-1': 'accuracy/top1'}),
+    'vmamba': Experiment('VMamba', 'vmamba_fashion-mnist', {'top-1': 'accuracy/top1'}),
     'segformer': Experiment('SegFormer MiT', 'segformer_mit_scenes', {'mIoU': 'mIoU'}),
     'mask-rcnn': Experiment(
         'Mask R-CNN Swin', 'mask-rcnn_swin_scenes', {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
     ),
+    'reid': Experiment('ViT, re-identification', 'vit_fashion-reid', {'mAP': 'reid/mAP', 'rank-1': 'reid/rank1'}),
 }
 METRICS = {
     'accuracy/top1': (1, 0.01),
     'mIoU': (1, 0.01),
+    'reid/mAP': (1, 0.0),
+    'reid/rank1': (1, 0.0),
     'coco/bbox_mAP': (100, 0.1),
     'coco/segm_mAP': (100, 0.1),
 }
-"""Key in the log: the factor that makes it percent, and the step to which it is rounded then."""
+"""Key in the log: the factor that makes it percent, and the step to which it is rounded then (0 where it is not)."""
 NOTE = 'study.json'
 
 
@@ -124,8 +132,8 @@ def run_seed(experiment: Experiment, seed: int, folder: Path, overrides: list[st
 
 def count_images(data: str) -> int:
     """Returns the number of training images of a data set."""
-    if data == 'scenes':
-        return len(list(Path('work_dirs/scenes/images/training').iterdir()))
+    if folder := {'scenes': 'images/training', 'fashion-reid': 'bounding_box_train'}.get(data):
+        return len(list(Path('work_dirs', data, folder).iterdir()))
     return Path('work_dirs/fashion-mnist/train-labels-idx1-ubyte').stat().st_size - 8  # one byte a label
 
 

@@ -29,7 +29,7 @@ val_dataloader = dict(
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(type='Market1501', data_root='data/market1501', split='test', test_mode=True, pipeline=test_pipeline),
+    dataset=dict(type='Market1501', data_root='data/market1501', split='test', pipeline=test_pipeline),
 )
 test_dataloader = val_dataloader
 

@@ -1,0 +1,29 @@
+"""A small ViT that finds articles again in the pictures of other cameras, trained from scratch on one CPU core.
+
+Make the pictures first: python tools/make_reid.py work_dirs/fashion-reid
+"""
+
+_base_ = [
+    'mmpretrain::_base_/default_runtime.py',
+    '../_base_/datasets/fashion-reid.py',
+    '../_base_/schedules/fashion-mnist.py',
+]
+
+custom_imports = dict(imports=['mmdenoiserep.tasks.reid'], allow_failed_imports=False)
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(
+        type='ReIDVisionTransformer',
+        arch=dict(embed_dims=96, num_layers=4, num_heads=4, feedforward_channels=192),
+        img_size=(64, 48),
+        patch_size=8,
+    ),
+    head=dict(type='BNNeckReIDHead', num_classes=500, in_channels=96),
+)
+
+default_hooks = dict(
+    logger=dict(interval=20),
+    checkpoint=dict(by_epoch=False, interval=10**9, save_last=True),
+)
+log_processor = dict(by_epoch=False, window_size=20)
+randomness = dict(seed=0)

@@ -1,0 +1,220 @@
+"""The metric of re-identification for mmengine's evaluation."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmengine.evaluator import BaseMetric
+from mmengine.logging import print_log
+from mmengine.registry import METRICS
+from torch import Tensor
+
+from .ranking import Ranking, rank_matches
+
+KEYS = ('sample_idx', 'img_path', 'pid', 'camid', 'is_query')
+"""What the metric needs to know about an image besides its feature."""
+
+
+@METRICS.register_module()
+class ReIDMetric(BaseMetric):
+    """mAP, CMC and mINP of re-identification in percent, see :func:`~.ranking.rank_matches`.
+
+    One dataloader brings queries and gallery. Samples have ``pred_feature``, (C,), and the metainfo ``sample_idx``,
+    ``img_path``, ``pid``, ``camid`` and ``is_query``.
+
+    With ``trials``, the protocol of VehicleID (Liu et al., CVPR 2016): in each trial one random image of every identity
+    is the gallery and all other images are queries, whatever their camera; the figures are means over the trials.
+    ``camid`` and ``is_query`` are not looked at. The draw depends on seed, trial and ``sample_idx`` alone.
+
+    Args:
+        topk: Ranks k of the CMC, which is called ``rank<k>``.
+        normalize: Whether features are divided by their length first.
+        trials: Number of random galleries; None takes queries and gallery as ``is_query`` says.
+        seed: Of the first trial, the next one has the next seed.
+        matches_file: JSON file to write after each evaluation, for ``tools/draw_matches.py``: a list with an entry
+            ``{sample_idx, img_path, pid, camid, ap, matches}`` for each query that has a match in the gallery, whose
+            ``matches`` are its nearest gallery entries ``{sample_idx, img_path, pid, camid, distance, correct}``
+            (squared Euclidean distance). With ``trials``, those of the first.
+        num_matches: Gallery entries for each query in that file.
+        collect_device: Where the results of several processes are gathered, ``'cpu'`` or ``'gpu'``.
+        prefix: Put before the names of the results; ``'reid'`` by default.
+
+    Raises:
+        ValueError: ``topk``, ``trials`` or ``num_matches`` is not positive, or the file is not named ``.json``.
+    """
+
+    default_prefix = 'reid'
+
+    def __init__(
+        self,
+        topk: Sequence[int] = (1, 5, 10),
+        normalize: bool = True,
+        trials: int | None = None,
+        seed: int = 0,
+        matches_file: str | None = None,
+        num_matches: int = 10,
+        collect_device: str = 'cpu',
+        prefix: str | None = None,
+    ) -> None:
+        for name, value in (('topk', min(topk, default=0)), ('trials', trials), ('num_matches', num_matches)):
+            if value is not None and value < 1:
+                raise ValueError(f'{name} of ReIDMetric must be 1 or more, got {value}')
+        if matches_file is not None and not matches_file.endswith('.json'):
+            raise ValueError(f'matches_file of ReIDMetric must end with .json, got {matches_file}')
+        super().__init__(collect_device=collect_device, prefix=prefix)
+        self.topk = tuple(topk)
+        self.normalize = normalize
+        self.trials = trials
+        self.seed = seed
+        self.matches_file = matches_file
+        self.num_matches = num_matches
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
+        """Keeps the features of a batch on the CPU.
+
+        Args:
+            data_batch: Not used.
+            data_samples: Predictions of the model as dicts.
+
+        Raises:
+            ValueError: A sample lacks a key, or its feature is not finite or no vector.
+        """
+        for sample in data_samples:
+            if 'pred_feature' not in sample:
+                raise ValueError('ReIDMetric needs pred_feature, which heads such as BNNeckReIDHead predict')
+            if missing := [key for key in KEYS if key not in sample]:
+                raise ValueError(
+                    f'ReIDMetric needs {", ".join(missing)} of every sample: end the test pipeline with '
+                    f'PackInputs(meta_keys={KEYS}), and take a data set of re-identification'
+                )
+            feature = sample['pred_feature'].detach()
+            feature = feature.to('cpu', torch.promote_types(feature.dtype, torch.float32))
+            if feature.ndim != 1:
+                raise ValueError(f'pred_feature must have the shape (C,), got {tuple(feature.shape)}')
+            if not feature.isfinite().all():
+                raise ValueError(f'pred_feature of {sample["img_path"]} has NaN or infinite values: check the weights')
+            self.results.append(
+                dict(
+                    sample_idx=int(sample['sample_idx']),
+                    img_path=str(sample['img_path']),
+                    pid=int(sample['pid']),
+                    camid=int(sample['camid']),
+                    is_query=bool(sample['is_query']),
+                    feature=feature.numpy().copy(),  # it may be a view of all tokens of the batch
+                )
+            )
+
+    def compute_metrics(self, results: list[dict]) -> dict[str, float]:
+        """Returns the figures in percent and writes the matches.
+
+        Args:
+            results: What :meth:`process` kept, of all processes.
+
+        Raises:
+            ValueError: There is no query, no gallery, or no query with a match.
+        """
+        images = sorted(results, key=lambda image: image['sample_idx'])
+        if not images:
+            raise ValueError('ReIDMetric got no images: check the test data set')
+        features = torch.from_numpy(np.stack([image['feature'] for image in images]))
+        if self.normalize:
+            features = F.normalize(features)
+        pids = torch.tensor([image['pid'] for image in images])
+        splits: Iterable[Tensor]
+        if self.trials is None:
+            splits = [torch.tensor([image['is_query'] for image in images])]
+            camids = torch.tensor([image['camid'] for image in images])
+        else:
+            splits = (draw_queries(pids, self.seed + trial) for trial in range(self.trials))
+            camids = torch.arange(len(images))  # each image has its own camera, so none is removed
+
+        figures: list[dict[str, float]] = []
+        for is_query in splits:
+            query, gallery = is_query.nonzero().squeeze(1), (~is_query).nonzero().squeeze(1)
+            self._require_both(len(query), len(gallery))
+            ranking = rank_matches(
+                features[query],
+                features[gallery],
+                pids[query],
+                pids[gallery],
+                camids[query],
+                camids[gallery],
+                num_nearest=self.num_matches if self.matches_file and not figures else 0,
+            )
+            if not len(ranking.queries):
+                raise ValueError(
+                    f'none of the {len(query)} queries has a match in the gallery from another camera: '
+                    'check pid and camid of the data set'
+                )
+            if not figures:
+                print_log(
+                    f'ReIDMetric: {len(query):,} queries, {len(gallery):,} gallery images; '
+                    f'{len(query) - len(ranking.queries):,} queries without a match in the gallery are left out',
+                    logger='current',
+                )
+                if self.matches_file:
+                    write_matches(Path(self.matches_file), images, query, gallery, ranking)
+            figures.append(ranking.figures(self.topk))
+        return {name: 100 * sum(trial[name] for trial in figures) / len(figures) for name in figures[0]}
+
+    def _require_both(self, queries: int, gallery: int) -> None:
+        if not queries or not gallery:
+            hint = (
+                'every identity has only one image'
+                if self.trials
+                else 'one test data set has to bring both, or set trials=10 to draw the gallery, as for VehicleID'
+            )
+            raise ValueError(f'ReIDMetric got {queries} queries and {gallery} gallery images: {hint}')
+
+
+def draw_queries(pids: Tensor, seed: int) -> Tensor:
+    """Returns which images are queries, (N,), bool: all but one random image of each identity.
+
+    Args:
+        pids: Identities, (N,).
+        seed: Of the draw.
+    """
+    order = np.random.default_rng(seed).permutation(len(pids))
+    _, first = np.unique(pids.numpy()[order], return_index=True)
+    is_query = torch.ones(len(pids), dtype=torch.bool)
+    is_query[order[first]] = False
+    return is_query
+
+
+def write_matches(path: Path, images: list[dict], query: Tensor, gallery: Tensor, ranking: Ranking) -> None:
+    """Writes the nearest gallery entries of every valid query, all or nothing; :class:`ReIDMetric` has the format.
+
+    Args:
+        path: File to write; its folder is made.
+        images: Samples by the keys of :data:`KEYS`.
+        query: Indices of the queries in ``images``, (Q,).
+        gallery: Indices of the gallery, (G,).
+        ranking: Of this gallery for these queries.
+    """
+
+    def describe(index: int) -> dict[str, Any]:
+        return {key: images[index][key] for key in ('sample_idx', 'img_path', 'pid', 'camid')}
+
+    entries = []
+    for i, index in enumerate(query[ranking.queries].tolist()):
+        entry = describe(index)
+        found = ranking.distances[i].isfinite()
+        matches = [
+            dict(describe(other), distance=distance, correct=images[other]['pid'] == entry['pid'])
+            for other, distance in zip(
+                gallery[ranking.nearest[i][found]].tolist(), ranking.distances[i][found].tolist(), strict=True
+            )
+        ]
+        entries.append(dict(entry, ap=ranking.average_precision[i].item(), matches=matches))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.part')
+    try:
+        temporary.write_text(json.dumps(entries))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
