@@ -1,14 +1,23 @@
-"""What the tools share: reading a config and checking a checkpoint against its model."""
+"""What the tools share: reading a config, checking a checkpoint against its model, writing a file all or nothing."""
 
 import argparse
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import init_default_scope
+
+
+def stop(sentence: str) -> NoReturn:
+    """Ends the program with a sentence behind the name of the running tool."""
+    sys.exit(f'{Path(sys.argv[0]).stem}: {sentence}')
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -23,7 +32,7 @@ def load_config(args: argparse.Namespace) -> Config:
     try:
         cfg = Config.fromfile(args.config)
     except Exception as error:  # a config is a program: reading it may fail in any way
-        sys.exit(f'{Path(sys.argv[0]).stem}: the config {args.config} cannot be read ({type(error).__name__}: {error})')
+        stop(f'the config {args.config} cannot be read ({type(error).__name__}: {error})')
     if getattr(args, 'cfg_options', None):
         cfg.merge_from_dict(parse_options(args.cfg_options))
     if hasattr(args, 'launcher'):
@@ -35,7 +44,7 @@ def load_config(args: argparse.Namespace) -> Config:
 def parse_options(options: list[str]) -> dict:
     """Turns ``KEY=VALUE`` words into a dict as mmengine's own tools do."""
     if wrong := [option for option in options if '=' not in option]:
-        sys.exit(f'{Path(sys.argv[0]).stem}: --cfg-options takes KEY=VALUE, got {wrong[0]!r}')
+        stop(f'--cfg-options takes KEY=VALUE, got {wrong[0]!r}')
     parser = argparse.ArgumentParser()
     parser.add_argument('--options', nargs='+', action=DictAction)
     return parser.parse_args(['--options', *options]).options
@@ -84,11 +93,18 @@ def use_tta(cfg: Config) -> None:
     """Wraps the model and the test pipeline with the test-time augmentation that the config defines."""
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
         sys.exit('test: --tta needs tta_model and tta_pipeline in the config')
+    test_dataset(cfg).pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(cfg.tta_model, module=cfg.model)
+
+
+def test_dataset(cfg: Config) -> ConfigDict:
+    """Returns the config of the test data set without what wraps it."""
+    if not cfg.get('test_dataloader'):
+        stop('the config has no test_dataloader')
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
-    dataset.pipeline = cfg.tta_pipeline
-    cfg.model = ConfigDict(cfg.tta_model, module=cfg.model)
+    return dataset
 
 
 def refuse_other_weights(model, path: str) -> None:
@@ -102,16 +118,16 @@ def refuse_other_weights(model, path: str) -> None:
     try:
         checkpoint = read_checkpoint(path)
     except CheckpointError as error:
-        sys.exit(f'test: {error}')
+        stop(str(error))
     denoised_file = any(DENOISER_KEY.search(str(key)) for key in checkpoint.get('state_dict', checkpoint))
     denoised_model = any(isinstance(module, DenoiseLayer) for module in model.modules())
     if denoised_file and not denoised_model:
-        sys.exit(
-            f'test: {path} has denoisers and the config has none; run tools/fuse_checkpoint.py {path} OUT, '
+        stop(
+            f'{path} has denoisers and the config has none; run tools/fuse_checkpoint.py {path} OUT, '
             'or take the config that it was trained with'
         )
     if denoised_model and STAMP in (checkpoint.get('meta') or {}):
-        sys.exit(f'test: {path} is fused; take the config without DenoiseRepBackbone')
+        stop(f'{path} is fused; take the config without DenoiseRepBackbone')
 
 
 def without_denoising(model: ConfigDict) -> ConfigDict:
@@ -122,3 +138,26 @@ def without_denoising(model: ConfigDict) -> ConfigDict:
             return inner if model.get('pretrained') is None else ConfigDict(inner, pretrained=model['pretrained'])
         return ConfigDict({key: without_denoising(value) for key, value in dict.items(model)})  # lazy stays lazy
     return type(model)(map(without_denoising, model)) if isinstance(model, list | tuple) else model
+
+
+def check_output(target: Path, suffix: str, overwrite: bool) -> None:
+    """Ends the program if a file must not or can't be written, before anything is computed."""
+    if target.suffix != suffix:
+        stop(f'{target} must end with {suffix}')
+    if target.exists() and not overwrite:
+        stop(f'{target} exists; name another file, or pass --overwrite')
+    if not target.parent.is_dir():
+        stop(f'the folder {target.parent} does not exist; create it first')
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """Gives a temporary name in the folder of the target, which becomes the target at the end, or is removed."""
+    temporary = target.with_name(f'.{target.stem}.part{target.suffix}')
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        stop(f'{target} cannot be written: {error.strerror or error}')
+    finally:
+        temporary.unlink(missing_ok=True)

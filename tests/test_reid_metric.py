@@ -1,0 +1,473 @@
+"""The metric of re-identification: a case by hand, explicit loops as the reference, and mmengine's evaluation."""
+
+import json
+import logging
+import os
+import pickle
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from mmengine.dataset import DefaultSampler
+from mmengine.evaluator import Evaluator
+from mmengine.logging import MMLogger
+from mmengine.registry import METRICS, init_default_scope
+from mmpretrain.datasets import PackInputs
+from mmpretrain.structures import DataSample
+
+from engine_helpers import message
+from mmdenoiserep.tasks.reid import ranking
+from mmdenoiserep.tasks.reid.metric import KEYS, ReIDMetric, draw_queries
+from mmdenoiserep.tasks.reid.ranking import rank_matches
+
+# By hand
+
+
+GALLERY = [(0.0, 1, 0), (1.0, 2, 1), (3.0, 1, 1), (6.0, 1, 1)]  # a to d: feature, pid, camid
+QUERIES = [
+    (2.5, 1, 0),  # a is removed; c .25, b 2.25, d 12.25: matches at ranks 1 and 3
+    (2.0, 2, 1),  # b, its only match, is removed: no valid query
+    (2.0, 1, 2),  # nothing is removed; b 1, c 1 (a tie, b comes first in the gallery), a 4, d 16: ranks 2, 3 and 4
+]
+PRECISIONS = (1 + Fraction(2, 3)) / 2, (Fraction(1, 2) + Fraction(2, 3) + Fraction(3, 4)) / 3
+BY_HAND = dict(
+    mAP=sum(PRECISIONS) / 2, rank1=Fraction(1, 2), rank2=Fraction(1), mINP=(Fraction(2, 3) + Fraction(3, 4)) / 2
+)
+
+
+def columns(rows):
+    """Features (N, 1), identities and cameras of rows (feature, pid, camid)."""
+    features, pids, camids = zip(*rows, strict=True)
+    return torch.tensor(features)[:, None], torch.tensor(pids), torch.tensor(camids)
+
+
+def by_hand(**options):
+    """Ranks the case above."""
+    arguments = [side for sides in zip(columns(QUERIES), columns(GALLERY), strict=True) for side in sides]
+    return rank_matches(*arguments, **options)
+
+
+def test_a_case_by_hand():
+    assert list(PRECISIONS) == [Fraction(5, 6), Fraction(23, 36)]
+    assert (BY_HAND['mAP'], BY_HAND['mINP']) == (Fraction(53, 72), Fraction(17, 24))
+    result = by_hand()
+    assert result.queries.tolist() == [0, 2] and result.first_rank.tolist() == [1, 2]
+    assert result.average_precision.tolist() == pytest.approx([5 / 6, 23 / 36], abs=1e-15)
+    assert result.figures((1, 2)) == pytest.approx({name: float(value) for name, value in BY_HAND.items()}, abs=1e-15)
+
+
+def test_the_nearest_entries_leave_out_what_is_removed():
+    result = by_hand(num_nearest=9)
+    assert result.nearest[0, :3].tolist() == [2, 1, 3]
+    assert result.distances[0].tolist() == [0.25, 2.25, 12.25, float('inf')]
+    assert result.nearest[1].tolist() == [1, 2, 0, 3]
+    assert result.distances[1].tolist() == [1, 1, 4, 16]
+    assert by_hand(num_nearest=2).nearest.tolist() == [[2, 1], [1, 2]]
+
+
+# The definition, query by query
+
+
+def reference(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids):
+    """AP, first rank, INP and ranked gallery of every valid query, in plain Python."""
+    rows = {}
+    for q, feature in enumerate(query.tolist()):
+        kept = [
+            g
+            for g in range(len(gallery))
+            if not (gallery_pids[g] == query_pids[q] and gallery_camids[g] == query_camids[q])
+        ]
+        ordered = sorted(
+            kept, key=lambda g: (sum((a - b) ** 2 for a, b in zip(feature, gallery[g].tolist(), strict=True)), g)
+        )
+        ranks = [rank for rank, g in enumerate(ordered, 1) if gallery_pids[g] == query_pids[q]]
+        if ranks:
+            precisions = [(ranks.index(rank) + 1) / rank for rank in ranks]
+            rows[q] = (sum(precisions) / len(ranks), ranks[0], len(ranks) / ranks[-1], ordered)
+    return rows
+
+
+def random_case(seed, queries=23, gallery=61, whole=True, dtype=torch.float32):
+    """Few identities and cameras, distractors, and with whole numbers many equal distances, which are exact."""
+    generator = torch.Generator().manual_seed(seed)
+    features = [torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (queries, gallery)]
+    pids = [torch.randint(12, (n,), generator=generator) for n in (queries, gallery)]
+    pids[1][pids[1] < 4] = 0  # distractors; the queries of identities 1 to 3 find no match
+    camids = [torch.randint(2, (n,), generator=generator) for n in (queries, gallery)]
+    return [*((x.mul(2).round() if whole else x).to(dtype) for x in features), *pids, *camids]
+
+
+@pytest.mark.parametrize('chunk_size', [1, 2, 7, 23, None])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+def test_against_explicit_loops(chunk_size, dtype):
+    """Ties, several matches, distractors and queries without a match, in any dtype and any number of chunks."""
+    for seed in range(4):
+        case = random_case(seed, dtype=dtype)
+        expected = reference(*case)
+        assert 0 < len(expected) < len(case[0])
+        result = rank_matches(*case, num_nearest=61, chunk_size=chunk_size)
+        assert result.queries.tolist() == list(expected)
+        precision, first, inverse, ordered = zip(*expected.values(), strict=True)
+        assert result.average_precision.tolist() == pytest.approx(list(precision), abs=1e-12)
+        assert result.first_rank.tolist() == list(first) and result.inverse_penalty.tolist() == list(inverse)
+        for nearest, distances, right in zip(result.nearest, result.distances, ordered, strict=True):
+            assert nearest[: len(right)].tolist() == right
+            assert distances[: len(right)].isfinite().all() and distances[len(right) :].isinf().all()
+        figures = result.figures((1, 3))
+        assert figures['mAP'] == pytest.approx(np.mean(precision), abs=1e-12)
+        assert figures['mINP'] == pytest.approx(np.mean(inverse), abs=1e-12)
+        assert [figures[f'rank{k}'] for k in (1, 3)] == [np.mean(np.array(first) <= k) for k in (1, 3)]
+
+
+@pytest.mark.parametrize('dtype, error', [(torch.float32, 1e-5), (torch.float64, 1e-14)])
+def test_distances_are_in_the_dtype_of_the_features(dtype, error):
+    case = random_case(9, whole=False, dtype=dtype)
+    result = rank_matches(*case, num_nearest=5)
+    assert result.distances.dtype == dtype
+    pairs = case[1][result.nearest] - case[0][result.queries][:, None]
+    expected = pairs.double().square().sum(2)
+    assert (result.distances.double() - expected).abs().max() < error
+
+
+def test_float64_tells_apart_what_float32_can_not():
+    """Two gallery entries at distances 1 and 1 - 2e-12: in float32 the first one wins, in float64 the nearer one."""
+    ids = torch.tensor([1]), torch.tensor([2, 1]), torch.tensor([0]), torch.tensor([1, 1])
+    query, gallery = torch.zeros(1, 1, dtype=torch.float64), torch.tensor([[1.0], [1 - 1e-12]], dtype=torch.float64)
+    assert rank_matches(query, gallery, *ids).first_rank.tolist() == [1]
+    assert rank_matches(query.float(), gallery.float(), *ids).first_rank.tolist() == [2]
+
+
+def test_autocast_changes_nothing():
+    case = random_case(3, whole=False)
+    expected = rank_matches(*case, num_nearest=9)
+    with torch.autocast('cpu', torch.bfloat16):
+        actual = rank_matches(*case, num_nearest=9)
+    assert torch.equal(actual.distances, expected.distances) and actual.figures() == expected.figures()
+
+
+def test_distances_come_in_chunks_of_bounded_size(monkeypatch):
+    """Of 23 x 61 distances never more than the bound are sorted at a time; a row of its own where even that is less."""
+    sizes = []
+    scores = ranking._scores
+    monkeypatch.setattr(ranking, '_scores', lambda hits: sizes.append(hits.numel()) or scores(hits))
+    expected = rank_matches(*random_case(0)).figures()
+    for bound, chunks in ((200, 8), (10, 23)):  # 3 rows and 1 row of 61
+        sizes.clear()
+        monkeypatch.setattr(ranking, 'CHUNK', bound)
+        assert rank_matches(*random_case(0)).figures() == expected
+        assert len(sizes) == chunks and max(sizes) <= max(bound, 61)
+
+
+# In mmengine's evaluation
+
+
+def make_samples(seed=0, queries=20, gallery=50, **options):
+    """Data samples as a model returns them: queries, then the gallery; metainfo is packed by mmpretrain."""
+    case = random_case(seed, queries, gallery, whole=False, **options)
+    features, pids, camids = (torch.cat(case[i : i + 2]) for i in (0, 2, 4))
+    pack = PackInputs(meta_keys=KEYS)
+    samples = []
+    for i in range(queries + gallery):
+        info = dict(sample_idx=i, img_path=f'{i}.jpg', pid=int(pids[i]), camid=int(camids[i]), is_query=i < queries)
+        sample = pack(info)['data_samples']
+        sample.set_field(features[i], 'pred_feature', dtype=torch.Tensor)
+        samples.append(sample)
+    return samples
+
+
+def evaluate(samples, **options):
+    """Runs mmengine's Evaluator over the samples in batches of eight, with mmpretrain's scope as in its runners."""
+    init_default_scope('mmpretrain')
+    evaluator = Evaluator([dict(type='ReIDMetric', **options)])
+    for start in range(0, len(samples), 8):
+        evaluator.process(samples[start : start + 8])
+    return evaluator.evaluate(len(samples))
+
+
+def arguments(samples, normalize=True):
+    """What the samples are to rank_matches."""
+    features = torch.stack([sample.pred_feature for sample in samples])
+    features = F.normalize(features) if normalize else features
+    values = [features, *(torch.tensor([getattr(s, key) for s in samples]) for key in ('pid', 'camid'))]
+    is_query = torch.tensor([sample.is_query for sample in samples])
+    return [value[side] for value in values for side in (is_query, ~is_query)]
+
+
+def percent(figures):
+    """The figures under the names and in the unit of the metric."""
+    return {f'reid/{name}': pytest.approx(100 * value, abs=1e-9) for name, value in figures.items()}
+
+
+def test_figures_in_percent():
+    """The hand-worked case: 73.6 mAP and 70.8 mINP."""
+    samples = [
+        DataSample(
+            metainfo=dict(sample_idx=i, img_path='', pid=pid, camid=camid, is_query=i < 3),
+            pred_feature=torch.tensor([x]),
+        )
+        for i, (x, pid, camid) in enumerate(QUERIES + GALLERY)
+    ]
+    result = evaluate(samples, topk=(1, 2), normalize=False)
+    assert result == percent({name: float(value) for name, value in BY_HAND.items()})
+
+
+@pytest.mark.parametrize('normalize', [True, False])
+def test_features_are_normalised_unless_told_not_to(normalize):
+    samples = make_samples()
+    expected = rank_matches(*arguments(samples, normalize)).figures()
+    assert evaluate(samples, normalize=normalize) == percent(expected)
+    assert expected.keys() == {'mAP', 'rank1', 'rank5', 'rank10', 'mINP'}
+    assert expected != rank_matches(*arguments(samples, not normalize)).figures()
+
+
+def test_the_order_of_the_samples_does_not_matter():
+    """Not even for ties: they are broken by sample_idx."""
+    samples = make_samples(1)
+    for sample in samples:
+        sample.pred_feature = sample.pred_feature.round()
+    shuffled = [samples[i] for i in np.random.default_rng(0).permutation(len(samples))]
+    assert evaluate(shuffled) == evaluate(samples)
+    assert evaluate(shuffled, trials=2) == evaluate(samples, trials=2)
+
+
+def test_a_log_line_says_how_many_queries_are_left_out():
+    samples = make_samples()
+    left_out = 20 - len(reference(*arguments(samples)))
+    assert left_out > 0
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(handler)
+    try:
+        evaluate(samples)
+    finally:
+        logger.removeHandler(handler)
+    assert f'20 queries, 50 gallery images; {left_out} queries without a match' in '\n'.join(lines)
+
+
+def test_features_are_kept_compact_and_in_their_dtype():
+    """A row of a batch does not keep the batch alive; half precision becomes float32, float64 stays."""
+    metric = ReIDMetric()
+    for dtype, kept in ((torch.float16, np.float32), (torch.float32, np.float32), (torch.float64, np.float64)):
+        batch = torch.randn(64, 100).to(dtype).requires_grad_()
+        metric.process(None, [dict(make_samples()[0].to_dict(), pred_feature=feature) for feature in batch])
+        assert metric.results[-1]['feature'].dtype == kept
+        assert metric.results[-1]['feature'].flags.owndata
+        assert len(pickle.dumps(metric.results[-1])) < 100 * np.dtype(kept).itemsize + 500
+        np.testing.assert_array_equal(metric.results[-1]['feature'], batch[-1].detach().numpy())
+
+
+# Trials, as for VehicleID
+
+
+def test_each_trial_draws_one_image_of_each_identity():
+    pids = torch.tensor([5, 3, 5, 5, 8, 3, 5])
+    drawn = []
+    for seed in range(200):
+        is_query = draw_queries(pids, seed)
+        assert torch.equal(pids[~is_query].sort().values, torch.tensor([3, 5, 8]))
+        assert torch.equal(is_query, draw_queries(pids, seed))
+        drawn.append(~is_query)
+    share = torch.stack(drawn).double().mean(0)
+    assert torch.allclose(share, torch.tensor([1 / 4, 1 / 2, 1 / 4, 1 / 4, 1, 1 / 2, 1 / 4]).double(), atol=0.1)
+
+
+def test_figures_are_means_over_the_trials():
+    """No camera removes anything: every identity has one image in the gallery, which all its queries find."""
+    samples = make_samples(2)
+    features, pids = torch.stack([s.pred_feature for s in samples]), torch.tensor([s.pid for s in samples])
+    features = F.normalize(features)
+    expected = []
+    for seed in (7, 8, 9):
+        is_query = draw_queries(pids, seed)
+        values = (features, pids, is_query.long())
+        rows = reference(*(value[side] for value in values for side in (is_query, ~is_query)))
+        assert len(rows) == is_query.sum()
+        precision, first, inverse, _ = (np.array(column, dtype=object) for column in zip(*rows.values(), strict=True))
+        expected.append(
+            dict(mAP=precision.mean(), **{f'rank{k}': (first <= k).mean() for k in (1, 5, 10)}, mINP=inverse.mean())
+        )
+    means = {name: float(np.mean([trial[name] for trial in expected])) for name in expected[0]}
+    assert evaluate(samples, trials=3, seed=7) == percent(means)
+    assert evaluate(samples, trials=1, seed=7) != evaluate(samples, trials=1, seed=8)
+
+
+def test_an_identity_with_one_image_has_no_query():
+    samples = [
+        DataSample(
+            metainfo=dict(sample_idx=i, img_path='', pid=pid, camid=0, is_query=False), pred_feature=torch.ones(2)
+        )
+        for i, pid in enumerate((1, 1, 2))
+    ]
+    assert evaluate(samples, trials=4)['reid/rank5'] == 100
+    with pytest.raises(ValueError, match='0 queries and 2 gallery images: every identity has only one image') as error:
+        evaluate(samples[1:], trials=4)
+    assert message(error)
+
+
+# Matches
+
+
+def test_the_matches_file(tmp_path):
+    """Every valid query with its nearest gallery entries, as the reference has them."""
+    samples = make_samples(4)
+    path = tmp_path / 'new/matches.json'
+    figures = evaluate(samples, matches_file=str(path), num_matches=7)
+    assert [file.name for file in path.parent.iterdir()] == ['matches.json']
+    entries = json.loads(path.read_text())
+    expected = reference(*arguments(samples))
+    queries, gallery = samples[:20], samples[20:]
+    assert [entry['sample_idx'] for entry in entries] == list(expected)
+    for entry, (q, (precision, _, _, ordered)) in zip(entries, expected.items(), strict=True):
+        assert entry['ap'] == pytest.approx(precision, abs=1e-12)
+        assert (entry['img_path'], entry['pid'], entry['camid']) == (f'{q}.jpg', queries[q].pid, queries[q].camid)
+        assert [match['sample_idx'] for match in entry['matches']] == [20 + g for g in ordered[:7]]
+        for match, g in zip(entry['matches'], ordered, strict=False):
+            found = gallery[g]
+            assert (match['img_path'], match['pid'], match['camid']) == (found.img_path, found.pid, found.camid)
+            assert match['correct'] == (found.pid == queries[q].pid)
+            pair = F.normalize(torch.stack([queries[q].pred_feature, found.pred_feature]))
+            assert match['distance'] == pytest.approx((pair[0] - pair[1]).square().sum().item(), abs=1e-5)
+    assert figures['reid/mAP'] == pytest.approx(100 * np.mean([entry['ap'] for entry in entries]))
+
+
+def test_fewer_matches_where_the_gallery_is_small_and_the_first_trial(tmp_path):
+    samples = make_samples(5)
+    path = tmp_path / 'matches.json'
+    evaluate(samples, matches_file=str(path), num_matches=100)
+    assert {len(entry['matches']) for entry in json.loads(path.read_text())} <= set(range(40, 51))
+    evaluate(samples, matches_file=str(path), trials=3, seed=2)
+    is_query = draw_queries(torch.tensor([sample.pid for sample in samples]), 2)
+    entries = json.loads(path.read_text())
+    assert [entry['sample_idx'] for entry in entries] == is_query.nonzero().flatten().tolist()
+    assert all(not is_query[match['sample_idx']] for entry in entries for match in entry['matches'])
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / 'matches.json'
+    path.write_text('old')
+
+    def full(*args):
+        raise OSError('no space')
+
+    monkeypatch.setattr(os, 'replace', full)
+    with pytest.raises(OSError, match='no space'):
+        evaluate(make_samples(), matches_file=str(path))
+    assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+
+
+# Several processes
+
+
+def worker(rank, folder):
+    """One of two processes; the sampler pads 69 images to 70."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+    samples = make_samples(6, gallery=49)
+    own = [samples[i] for i in DefaultSampler(samples, shuffle=False)]
+    results = []
+    for options in (dict(matches_file=f'{folder}/rank{rank}.json'), dict(trials=3)):
+        init_default_scope('mmpretrain')
+        evaluator = Evaluator([dict(type='ReIDMetric', **options)])
+        evaluator.process(own)
+        results.append(evaluator.evaluate(len(samples)))
+    Path(folder, f'result{rank}.json').write_text(json.dumps([len(own), *results]))
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_figures_of_one(tmp_path):
+    """With a padded sample, on both ranks; the main process alone writes the matches."""
+    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    samples = make_samples(6, gallery=49)
+    expected = [35, evaluate(samples, matches_file=str(tmp_path / 'alone.json')), evaluate(samples, trials=3)]
+    for rank in range(2):
+        assert json.loads((tmp_path / f'result{rank}.json').read_text()) == expected
+    assert (tmp_path / 'rank0.json').read_text() == (tmp_path / 'alone.json').read_text()
+    assert not (tmp_path / 'rank1.json').exists()
+
+
+# Bad input
+
+
+def test_registered_in_the_root():
+    for scope in (None, 'mmpretrain', 'mmdet'):
+        assert type(METRICS.build(dict(type='ReIDMetric', _scope_=scope))) is ReIDMetric
+
+
+@pytest.mark.parametrize('key', KEYS)
+def test_a_missing_key_is_named_with_what_to_write(key):
+    samples = make_samples()
+    delattr(samples[3], key)
+    with pytest.raises(ValueError, match=f'ReIDMetric needs {key} ') as error:
+        evaluate(samples)
+    assert "PackInputs(meta_keys=('sample_idx', 'img_path', 'pid', 'camid', 'is_query'))" in message(error)
+
+
+def test_a_model_without_features():
+    samples = make_samples()
+    del samples[0].pred_feature
+    with pytest.raises(ValueError, match='needs pred_feature, which heads such as BNNeckReIDHead predict') as error:
+        evaluate(samples)
+    assert message(error)
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_features_that_are_not_finite(value):
+    samples = make_samples()
+    samples[30].pred_feature[1] = value
+    with pytest.raises(ValueError, match='pred_feature of 30.jpg has NaN or infinite values') as error:
+        evaluate(samples)
+    assert message(error)
+
+
+def test_features_of_another_shape():
+    samples = make_samples()
+    samples[0].pred_feature = torch.zeros(1, 3)
+    with pytest.raises(ValueError, match=r'must have the shape \(C,\), got \(1, 3\)'):
+        evaluate(samples)
+
+
+@pytest.mark.parametrize(
+    'select, text',
+    [
+        (lambda samples: samples[20:], '0 queries and 50 gallery images'),
+        (lambda samples: samples[:20], '20 queries and 0 gallery images'),
+        (lambda samples: [], 'got no images'),
+    ],
+)
+def test_a_missing_side(select, text):
+    with pytest.raises(ValueError, match=text) as error:
+        evaluate(select(make_samples()))
+    assert message(error)
+
+
+def test_no_query_with_a_match():
+    """As where the data set knows no cameras and says 0 for all."""
+    samples = make_samples()
+    for sample in samples:
+        sample.set_field(0, 'camid', field_type='metainfo')
+    with pytest.raises(ValueError, match='none of the 20 queries has a match in the gallery from another') as error:
+        evaluate(samples)
+    assert message(error)
+
+
+@pytest.mark.parametrize(
+    'options, text',
+    [
+        (dict(topk=(0, 5)), 'topk of ReIDMetric must be 1 or more, got 0'),
+        (dict(topk=()), 'topk'),
+        (dict(trials=0), 'trials of ReIDMetric must be 1 or more, got 0'),
+        (dict(num_matches=0), 'num_matches'),
+        (dict(matches_file='matches.pkl'), 'must end with .json, got matches.pkl'),
+    ],
+)
+def test_wrong_options(options, text):
+    with pytest.raises(ValueError, match=text) as error:
+        ReIDMetric(**options)
+    assert message(error)

@@ -1,0 +1,1 @@
+"""What ``tools/benchmark.py`` measures: one module a subcommand, with ``add_arguments(parser)`` and ``run(args)``."""

@@ -1,0 +1,130 @@
+"""Writes the features of all images in a folder: what a re-identification model compares, before normalisation.
+
+The file has ``features`` (N, C), float32, and ``paths`` (N,), relative to the folder with ``/``, in sorted order.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config with a re-identification head and a test pipeline')
+    parser.add_argument('checkpoint', help='its checkpoint, denoised or fused as the config is')
+    parser.add_argument('images', type=Path, help='folder of images; folders in it are searched too')
+    parser.add_argument('output', type=Path, help='file to write, OUT.npz')
+    parser.add_argument('--batch-size', type=int, default=64, help='images at a time (default: %(default)s)')
+    parser.add_argument('--device', help='such as cpu or cuda:1 (default: cuda where there is one)')
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
+    parser.add_argument('--overwrite', action='store_true', help='replace the output if it exists')
+    args = parser.parse_args()
+    if args.batch_size < 1:
+        parser.error('--batch-size must be 1 or more')
+    return args
+
+
+def main() -> None:
+    """Extracts the features and writes them."""
+    args = parse_args()
+    import numpy as np
+    from mmengine.dataset import pseudo_collate
+    from tqdm import tqdm
+
+    from common import check_output, load_config, set_default_scope, stop, written_whole
+
+    check_output(args.output, '.npz', args.overwrite)
+    if not args.images.is_dir():
+        stop(f'{args.images} is not a folder')
+    paths = sorted(path for path in args.images.rglob('*') if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        stop(f'{args.images} has no images ({", ".join(SUFFIXES)})')
+    if '://' not in args.checkpoint and not Path(args.checkpoint).is_file():
+        stop(f'the checkpoint {args.checkpoint} does not exist')
+    cfg = load_config(args)
+    set_default_scope(cfg)
+    pipeline = build_pipeline(cfg)
+    model, missing = build_model(cfg, args.checkpoint, args.device)
+    features = []
+    for start in tqdm(range(0, len(paths), args.batch_size), unit='batch'):
+        batch = paths[start : start + args.batch_size]
+        images = [read(pipeline, path) for path in batch]
+        features.append(predict(model, pseudo_collate(images), args.config))
+        if not np.isfinite(features[-1]).all():
+            reason = f': {args.checkpoint} has no {missing[0]}, {len(missing)} are missing' if missing else ''
+            stop(f'the features of {batch[0]} and others are not finite{reason}')
+    relative = [path.relative_to(args.images).as_posix() for path in paths]
+    with written_whole(args.output) as temporary:
+        np.savez(temporary, features=np.concatenate(features), paths=np.array(relative))
+    print(f'{args.output}: {len(paths):,} images, {features[0].shape[1]} channels')
+
+
+def build_pipeline(cfg: Any) -> Any:
+    """Returns the test pipeline; one that starts from loaded images, as CUHK-03's does, gets a step that loads them."""
+    from mmengine.dataset import Compose
+
+    from common import test_dataset, type_name
+
+    steps = list(test_dataset(cfg).get('pipeline', []))
+    if not any(type_name(step) == 'LoadImageFromFile' for step in steps):
+        steps.insert(0, dict(type='LoadImageFromFile'))
+    return Compose(steps)
+
+
+def build_model(cfg: Any, checkpoint: str, device: str | None) -> tuple[Any, list[str]]:
+    """Returns the model with the weights, in eval mode, and the parameters that the checkpoint lacks.
+
+    These are NaN, so that the features are, too, if they depend on one. A classifier that is not used may be missing.
+    """
+    import torch
+    from mmengine.registry import MODELS
+    from mmengine.runner import load_checkpoint
+
+    from common import refuse_other_weights, stop
+    from mmdenoiserep.engine.resume import allow_training_checkpoints
+
+    if 'data_preprocessor' in cfg:  # as mmengine's runner does
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    model = MODELS.build(cfg.model).eval()
+    refuse_other_weights(model, checkpoint)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    allow_training_checkpoints()
+    try:
+        load_checkpoint(model, checkpoint, map_location='cpu', logger='silent')
+        model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    except Exception as error:  # files and devices fail in many ways
+        stop(f'{checkpoint} cannot be loaded on {device or "the device"} ({type(error).__name__}: {error})')
+    return model, [name for name, parameter in model.named_parameters() if parameter.isnan().all()]
+
+
+def read(pipeline: Any, path: Path) -> dict[str, Any]:
+    """Returns an image as the pipeline packs it."""
+    from common import stop
+
+    try:
+        return pipeline(dict(img_path=str(path)))
+    except Exception as error:  # broken images fail in many ways
+        stop(f'{path} cannot be read ({type(error).__name__}: {error})')
+
+
+def predict(model: Any, batch: dict[str, Any], config: str) -> Any:
+    """Returns the features (B, C) of a batch, a float32 array."""
+    import torch
+
+    from common import stop
+
+    with torch.no_grad():
+        samples = model.test_step(batch)
+    features = [getattr(sample, 'pred_feature', None) for sample in samples]
+    if any(feature is None for feature in features):
+        stop(f'the model of {config} predicts no pred_feature; it needs a head such as BNNeckReIDHead')
+    return torch.stack(features).float().cpu().numpy()
+
+
+if __name__ == '__main__':
+    main()
