@@ -15,6 +15,8 @@ from mmpretrain.structures import DataSample
 from torch import nn
 
 from engine_helpers import message
+from helpers import randomise, relative
+from mmdenoiserep import fuse_model
 from mmdenoiserep.tasks.reid import BNNeckReIDHead, PKSampler, ReIDVisionTransformer, batch_hard_triplet_loss
 from mmdenoiserep.tasks.reid.vit import source_grid
 
@@ -383,3 +385,57 @@ def test_the_names_are_registered_where_configs_look():
         init_default_scope(scope)
         with MODELS.switch_scope_and_registry(None) as registry:
             assert registry.get('BNNeckReIDHead') is BNNeckReIDHead
+
+
+# Backbones
+
+
+BACKBONES = {
+    'ViT': (
+        dict(type='ReIDVisionTransformer', arch=ARCH, img_size=(64, 32), patch_size=16),
+        None,
+        8,
+    ),
+    'Swin': (
+        dict(
+            type='SwinTransformer',
+            arch=dict(embed_dims=12, depths=[1, 1], num_heads=[1, 2]),
+            img_size=(64, 32),
+            window_size=4,
+            out_indices=(1,),
+        ),
+        dict(type='GlobalAveragePooling'),
+        24,
+    ),
+    'ResNet, last stage with stride 1': (
+        dict(type='ResNet', depth=18, strides=(1, 2, 2, 1), base_channels=8, stem_channels=8),
+        dict(type='GlobalAveragePooling'),
+        64,
+    ),
+}
+
+
+@pytest.mark.parametrize('kind', BACKBONES)
+def test_backbones_train_and_are_fused_exactly_on_pictures_that_are_no_squares(kind):
+    """The losses are finite; the fused feature is the denoised one, also in the vanilla model."""
+    init_default_scope('mmpretrain')
+    backbone, neck, channels = BACKBONES[kind]
+    denoised = dict(type='DenoiseRepBackbone', backbone=backbone, image_size=(64, 32))
+    head = dict(type='BNNeckReIDHead', num_classes=2, in_channels=channels)
+    model = MODELS.build(dict(type='ImageClassifier', backbone=denoised, neck=neck, head=head))
+    model.init_weights()
+    images = torch.randn(4, 3, 64, 32)
+    assert all(value.isfinite() for value in model.loss(images, samples([0, 0, 1, 1])).values())
+    if kind.startswith('ResNet'):
+        assert model.backbone(images)[-1].shape[2:] == (4, 2), 'a sixteenth, not a thirty-second'
+    randomise(model).double().eval()
+    fused = fuse_model(model)
+    assert not any('denoiser' in name for name in fused.state_dict())
+    features = [torch.stack([s.pred_feature for s in m.predict(images.double())]) for m in (model, fused)]
+    assert relative(*features) < 1e-9
+    vanilla = MODELS.build(dict(type='ImageClassifier', backbone=backbone, neck=neck, head=head)).double().eval()
+    vanilla.load_state_dict(fused.state_dict(), strict=True)
+    plain = {name: value for name, value in model.state_dict().items() if 'denoiser' not in name}
+    vanilla.load_state_dict(plain, strict=True)
+    without = torch.stack([s.pred_feature for s in vanilla.predict(images.double())])
+    assert relative(without, features[0]) > 1e-3, 'the denoisers matter'
