@@ -503,3 +503,44 @@ def test_the_schedule_of_the_conversion_is_the_one_that_is_solved(net, clean):
     strong = denoised(net, schedule=NoiseSchedule(0.01, 0.2, 100))
     report, weak = calibrate(strong, clean), calibrate(denoised(net), clean)
     assert all(a.moved > 10 * b.moved for a, b in zip(report.layers, weak.layers, strict=True))
+
+
+# Several processes
+
+
+def calibrate_in_process(rank, folder):
+    """Calibrates with a half of the images in one of two processes, and keeps the result."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/init', rank=rank, world_size=2)
+    case = torch.load(folder / 'case.pth', weights_only=True)
+    states = {}
+    for name, options in case['runs'].items():
+        model = denoised(Net().double().eval())
+        model.load_state_dict(case['state'])
+        source = {key: Moments.from_state_dict(value) for key, value in case['source'].items()}
+        report = calibrate(model, list(case['images'].chunk(2)[rank].split(options['split'])), options['mode'], source)
+        assert report.images == len(case['images'])
+        states[name] = model.state_dict()
+    torch.save(states, folder / f'rank{rank}.pth')
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_calibrate_as_one(net, clean, noisy, tmp_path):
+    """Each with its own images: the same layers as one process with all of them, and the same bits in both."""
+    start, images = denoised(net).state_dict(), torch.cat(noisy)
+    source = collect_moments(denoised(net), clean)
+    runs = {
+        'schedule': dict(mode='schedule', split=4),
+        'in turn': dict(mode='domain', split=12),
+        'layer by layer': dict(mode='domain', split=5),
+    }
+    moments = {name: value.state_dict() for name, value in source.items()}
+    torch.save(dict(state=start, images=images, source=moments, runs=runs), tmp_path / 'case.pth')
+    torch.multiprocessing.spawn(calibrate_in_process, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f'rank{rank}.pth', weights_only=True) for rank in range(2))
+    for name, options in runs.items():
+        model = denoised(net)
+        calibrate(model, [images], options['mode'], source)
+        for key, value in model.state_dict().items():
+            assert torch.equal(first[name][key], second[name][key]), key
+            assert (first[name][key] - value).abs().max() < 1e-9 * max(1, value.abs().max()), key
