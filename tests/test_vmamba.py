@@ -2,6 +2,9 @@
 
 import math
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -19,6 +22,7 @@ from mmdenoiserep.core import DenoiseLinear, apply_denoiserep, fuse_model, verif
 from mmdenoiserep.tasks import selective_scan, vmamba
 from mmdenoiserep.tasks.vmamba import DropPath, VMamba
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(dims=(24, 40), depths=(1, 2), ssm_ratio=1.5)
 FOUR_STAGES = dict(dims=(16, 32, 64, 128), depths=(1, 1, 2, 1), ssm_ratio=2.0)
 LINEAR = r'.*(op\.in_proj|op\.out_proj|mlp\.fc1|mlp\.fc2)'
@@ -457,6 +461,35 @@ def test_a_classifier_of_mmpretrain_trains_and_keeps_its_names(classifier_file):
     features = model.extract_feat(x)
     model.head(features).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def convert(*args):
+    command = [sys.executable, '-W', 'ignore', str(ROOT / 'tools/convert_checkpoint.py'), 'vmamba', *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_a_released_classifier_is_converted_with_its_head(classifier_file, tmp_path):
+    """By the tool, to a file that a classifier of mmpretrain loads strictly."""
+    init_default_scope('mmpretrain')
+    path, state = classifier_file
+    result = convert(path, tmp_path / 'converted.pth')
+    assert result.returncode == 0, result.stderr
+    head = dict(type='LinearClsHead', num_classes=1000, in_channels=128)
+    backbone = dict(type='VMamba', arch=FOUR_STAGES)
+    model = MODELS.build(
+        dict(type='ImageClassifier', backbone=backbone, neck=dict(type='GlobalAveragePooling'), head=head)
+    )
+    load_checkpoint(model, str(tmp_path / 'converted.pth'), strict=True)
+    assert_holds(model.backbone, state, outnorm3='classifier.norm')
+    assert torch.equal(model.head.fc.weight, state['classifier.head.weight'])
+    assert torch.equal(model.head.fc.bias, state['classifier.head.bias'])
+
+
+def test_what_is_no_classifier_is_not_converted(tmp_path):
+    torch.save(dict(model={'conv1.weight': torch.ones(1)}), tmp_path / 'other.pth')
+    result = convert(tmp_path / 'other.pth', tmp_path / 'converted.pth')
+    assert result.returncode == 1 and 'other.pth' in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / 'converted.pth').exists()
 
 
 # With denoisers

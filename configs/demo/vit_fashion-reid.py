@@ -21,6 +21,12 @@ model = dict(
     head=dict(type='BNNeckReIDHead', num_classes=500, in_channels=96),
 )
 
+train_cfg = dict(max_iters=800)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, begin=50, end=800, T_max=750),
+]
+
 default_hooks = dict(
     logger=dict(interval=20),
     checkpoint=dict(by_epoch=False, interval=10**9, save_last=True),

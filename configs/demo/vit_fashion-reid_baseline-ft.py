@@ -1,8 +1,8 @@
-"""Control of vit_fashion-reid_denoiserep.py: the small baseline, trained on for 300 iterations without denoising."""
+"""Control of vit_fashion-reid_denoiserep.py: the small baseline, trained on for 200 iterations without denoising."""
 
 _base_ = './vit_fashion-reid.py'
 
-load_from = 'work_dirs/vit_fashion-reid/iter_1000.pth'
-train_cfg = dict(max_iters=300)
+load_from = 'work_dirs/vit_fashion-reid/iter_800.pth'
+train_cfg = dict(max_iters=200)
 optim_wrapper = dict(optimizer=dict(lr=1e-4))
-param_scheduler = [dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=False, begin=0, end=300, T_max=300)]
+param_scheduler = [dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=False, begin=0, end=200, T_max=200)]

@@ -1,0 +1,15 @@
+"""VMamba-T on CUB-200-2011, from its ImageNet-1k weights: what *_baseline-ft.py and *_denoiserep.py continue.
+
+Ours, after mmpretrain's recipe for CUB-200-2011: 100 epochs of AdamW at 5e-5, batches of 64.
+Untested at full size: no result is claimed.
+"""
+
+_base_ = [
+    '../_base_/models/vmamba-tiny_in1k-pre.py',
+    '../_base_/datasets/cub_bs8_256.py',
+    '../_base_/schedules/cub_bs64_adamw.py',
+    'mmpretrain::_base_/default_runtime.py',
+]
+
+model = dict(head=dict(num_classes=200))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=3))

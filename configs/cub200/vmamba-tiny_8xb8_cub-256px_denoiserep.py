@@ -1,0 +1,16 @@
+"""VMamba-T on CUB-200-2011 with DenoiseRep: the baseline, trained on with denoisers on its Linear layers.
+
+The method, lambda 0.01 and the ratio of the denoisers' rate to the others' (4, from re-identification) are the paper's
+(arXiv 2406.08773 and its official scripts); targets and schedule are ours. The official repository has no script for
+this data set.
+The control is *_baseline-ft.py: all but the denoisers.
+Untested at full size: no result is claimed.
+"""
+
+_base_ = './vmamba-tiny_8xb8_cub-256px_baseline-ft.py'
+
+custom_hooks = [dict(type='DenoiseLossHook', mode='joint', weight=0.01), dict(type='DenoiseFusionHook')]
+model = dict(
+    backbone=dict(_delete_=True, type='DenoiseRepBackbone', backbone=_base_.model.backbone, targets='linear'),
+)
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.denoiser.': dict(lr_mult=4.0, decay_mult=0.0)}))

@@ -1,0 +1,30 @@
+"""A small VMamba on Fashion-MNIST, trained from scratch on one CPU core.
+
+Write the data first: python tools/prepare_fashion_mnist.py
+"""
+
+_base_ = [
+    'mmpretrain::_base_/default_runtime.py',
+    '../_base_/datasets/fashion-mnist.py',
+    '../_base_/schedules/fashion-mnist.py',
+]
+
+custom_imports = dict(imports=['mmdenoiserep'], allow_failed_imports=False)
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(
+        type='VMamba',
+        arch=dict(dims=(32, 64), depths=(2, 2), ssm_ratio=1.0),
+        in_channels=1,
+        out_indices=(1,),
+    ),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=10, in_channels=64, loss=dict(type='CrossEntropyLoss'), topk=(1,)),
+)
+
+default_hooks = dict(
+    logger=dict(interval=20),
+    checkpoint=dict(by_epoch=False, interval=10**9, save_last=True),
+)
+log_processor = dict(by_epoch=False, window_size=20)
+randomness = dict(seed=0)

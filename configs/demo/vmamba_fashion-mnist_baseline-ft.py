@@ -1,0 +1,8 @@
+"""Control of vmamba_fashion-mnist_denoiserep.py: the small baseline, trained on for 300 iterations, not denoised."""
+
+_base_ = './vmamba_fashion-mnist.py'
+
+load_from = 'work_dirs/vmamba_fashion-mnist/iter_1000.pth'
+train_cfg = dict(max_iters=300)
+optim_wrapper = dict(optimizer=dict(lr=1e-4))
+param_scheduler = [dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=False, begin=0, end=300, T_max=300)]

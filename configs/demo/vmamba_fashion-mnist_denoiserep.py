@@ -1,0 +1,14 @@
+"""The small VMamba, trained on for 300 iterations with a denoiser on every embedding layer (joint mode).
+
+Ours: the paper has no Fashion-MNIST. The denoisers learn at 5e-5.
+"""
+
+_base_ = './vmamba_fashion-mnist_baseline-ft.py'
+
+custom_hooks = [dict(type='DenoiseLossHook', mode='joint', weight=0.01), dict(type='DenoiseFusionHook')]
+model = dict(
+    backbone=dict(
+        _delete_=True, type='DenoiseRepBackbone', backbone=_base_.model.backbone, targets='all', image_size=28
+    ),
+)
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.denoiser.': dict(lr_mult=0.5, decay_mult=0.0)}))

@@ -1,0 +1,20 @@
+"""VMamba-S on ImageNet-1k with DenoiseRep: the model, trained on with denoisers on its Linear layers.
+
+The method and lambda 0.01 are the paper's (arXiv 2406.08773), which has VMamba without saying which of its versions;
+targets, schedule and the rate of the denoisers are ours.
+The control is *_baseline-ft.py: all but the denoisers.
+Untested at full size: no result is claimed.
+"""
+
+_base_ = './vmamba-small_16xb64_in1k_baseline-ft.py'
+
+custom_hooks = [
+    *_base_.custom_hooks,
+    dict(type='DenoiseLossHook', mode='joint', weight=0.01),
+    dict(type='DenoiseFusionHook'),
+]
+model = dict(
+    backbone=dict(_delete_=True, type='DenoiseRepBackbone', backbone=_base_.model.backbone, targets='linear'),
+)
+# 5e-5 at the peak: much more makes loss_denoise rise under AdamW (the official ratio, 4, is re-identification's, SGD)
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.denoiser.': dict(lr_mult=0.5, decay_mult=0.0)}))
