@@ -1,6 +1,8 @@
 """VMamba against a naive forward, under the names of the released files, and with denoisers."""
 
+import argparse
 import math
+import pickle
 import re
 import subprocess
 import sys
@@ -23,6 +25,11 @@ from mmdenoiserep.tasks import selective_scan, vmamba
 from mmdenoiserep.tasks.vmamba import DropPath, VMamba
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / 'tools'))
+
+from benchmarks import measure  # noqa: E402
+from benchmarks import vmamba as benchmark  # noqa: E402
+
 SMALL = dict(dims=(24, 40), depths=(1, 2), ssm_ratio=1.5)
 FOUR_STAGES = dict(dims=(16, 32, 64, 128), depths=(1, 1, 2, 1), ssm_ratio=2.0)
 LINEAR = r'.*(op\.in_proj|op\.out_proj|mlp\.fc1|mlp\.fc2)'
@@ -563,3 +570,32 @@ def test_what_scans_on_a_gpu_is_logged_once(kernel, monkeypatch):
         vmamba._log_scan()
     vmamba._log_scan.cache_clear()
     assert len(lines) == 1 and ('kernel of mamba-ssm' in lines[0]) == (kernel is print)
+
+
+def test_the_benchmark_compares_with_swin_and_with_a_loop(monkeypatch):
+    """Here on small images; a process of its own can unpickle what it is given, and finds the function."""
+
+    def peak_memory(function, model, images):
+        function, args = pickle.loads(pickle.dumps((function, (model, images))))
+        assert function is benchmark.forward and args[1].shape == (2, 3, 32, 32)
+        function(*args)
+        return 50.0 if isinstance(model, VMamba) else 40.0
+
+    monkeypatch.setattr(measure, 'peak_memory', peak_memory)
+    monkeypatch.setattr(benchmark, 'STAGES', ((2, 9),))
+    parser = argparse.ArgumentParser()
+    benchmark.add_arguments(parser)
+    text, figures = benchmark.run(parser.parse_args(['--size', '32', '--batch', '2', '--repeats', '3']))
+    (models,), scans = figures['models'], figures['scans']
+    assert models['batch'] == 2 and models['peak_mib'] == {'VMamba-T': 50.0, 'Swin-T': 40.0}
+    assert [(row['channels'], row['length'], row['backward']) for row in scans] == [(2, 81, False), (2, 81, True)]
+    for row in (models, *scans):
+        assert all(len(seconds) == 3 and min(seconds) > 0 for seconds in row['seconds'].values())
+    ours, swin = (f'{1000 * np.median(models["seconds"][name]):.1f} ms' for name in ('VMamba-T', 'Swin-T'))
+    assert f'| 2 | {ours} | {swin} | ' in text and '| 50 MiB | 40 MiB | 1.25 |' in text
+    assert text.count('| 81 positions, 2 channels, forward') == 2
+
+
+def test_the_loop_of_the_benchmark_is_the_scan():
+    values = [value.detach().double() for value in benchmark.make_scan(3, 100)]
+    assert relative(benchmark.scan_by_loop(*values), selective_scan.selective_scan(*values)) < 1e-10
