@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -475,10 +476,16 @@ def convert(*args):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_a_released_classifier_is_converted_with_its_head(classifier_file, tmp_path):
-    """By the tool, to a file that a classifier of mmpretrain loads strictly."""
+def test_a_released_classifier_is_converted_with_its_head(classifier_file, tmp_path, monkeypatch):
+    """By the tool, to a file that a classifier of mmpretrain loads strictly; pickled settings of the run do no harm."""
     init_default_scope('mmpretrain')
     path, state = classifier_file
+    yacs = types.ModuleType('yacs.config')
+    yacs.CfgNode = type('CfgNode', (dict,), {'__module__': 'yacs.config'})
+    monkeypatch.setitem(sys.modules, 'yacs', types.ModuleType('yacs'))
+    monkeypatch.setitem(sys.modules, 'yacs.config', yacs)
+    settings = yacs.CfgNode(MODEL=yacs.CfgNode(TYPE='vssm'))
+    torch.save(dict(torch.load(path, weights_only=True), config=settings), path)
     result = convert(path, tmp_path / 'converted.pth')
     assert result.returncode == 0, result.stderr
     head = dict(type='LinearClsHead', num_classes=1000, in_channels=128)

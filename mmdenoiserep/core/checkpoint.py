@@ -212,7 +212,9 @@ def _only_inert_globals() -> Iterator[None]:
     allowed = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
-        torch.serialization.add_safe_globals([(Inert, name) for name in INERT_GLOBALS])  # type: ignore[list-item]
+        stand_ins = [(Inert, name) for name in INERT_GLOBALS]
+        settings = (OrderedDict, 'yacs.config.CfgNode')  # a dict, which only a dict can stand in for
+        torch.serialization.add_safe_globals([*stand_ins, settings])  # type: ignore[list-item]
         yield
     finally:
         torch.serialization.clear_safe_globals()

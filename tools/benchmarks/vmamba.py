@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         lines.append(f'| {size} | {_times(row["seconds"], "chunks", "loop")} |')
     note = (
         f'Median of {args.repeats} runs, which take turns; ratios are taken pair by pair. Memory: what a process grows '
-        f'by at its peak in its first forward, besides the libraries, the weights and the images; median of {PROCESSES}.'
+        'by at its peak in its first forward, besides the libraries, the weights and the images; '
+        f'median of {PROCESSES} processes.'
     )
     return '\n'.join([*lines, '', note]), dict(models=models, scans=scans)
 
