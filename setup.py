@@ -16,5 +16,8 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['mmdenoiserep*']),
     install_requires=['torch>=2.6'],
-    extras_require={'mm': ['mmengine>=0.10.5', 'mmcv>=2.0.1']},
+    extras_require={
+        'mm': ['mmengine>=0.10.5', 'mmcv>=2.0.1'],
+        'reid': ['mmengine>=0.10.5', 'mmcv>=2.0.1', 'mmpretrain>=1.2.0', 'h5py', 'scipy'],
+    },
 )
