@@ -7,7 +7,7 @@ help:
 	@echo 'make demo     train, evaluate, fuse and compare a small Mask R-CNN with DenoiseRep (under 15 minutes on 2 cores)'
 	@echo 'make study    the same for seven small models and three seeds, into docs/study.md (hours on 2 cores)'
 	@echo 'make test     run the tests, with some of the configs at full size'
-	@echo 'make test-all run the tests with every backbone, and every config at full size (the configs: 6 minutes on 2 cores)'
+	@echo 'make test-all run the tests with every backbone, and every config at full size'
 	@echo 'make lint     ruff, mypy and docstring coverage'
 	@echo 'make format   let ruff rewrite the code'
 	@echo 'make install  only create .venv and install the pinned stack'

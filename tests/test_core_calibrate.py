@@ -454,6 +454,26 @@ def test_who_feeds_whom_is_seen_in_the_execution():
     assert all('forward' not in layer.__dict__ for layer in net.modules())
 
 
+def test_norms_that_can_take_no_constant_are_left_alone(clean):
+    """A BatchNorm without running statistics and a LayerNorm without bias: the shift of the mean is left out."""
+
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1, bias=False)
+            self.bn = nn.BatchNorm2d(4, track_running_stats=False)
+            self.norm = nn.LayerNorm(4, elementwise_affine=False)
+            self.fc = nn.Linear(4, 2, bias=False)
+
+        def forward(self, x):
+            return self.fc(self.norm(self.bn(self.conv(x)).flatten(2).mT))
+
+    torch.manual_seed(0)
+    source = collect_moments(denoised(Bare().double()), clean)
+    report = calibrate(denoised(Bare().double()), [torch.cat(clean) + 1], 'domain', source)
+    assert [row.name for row in report.layers if row.note] == ['conv', 'fc']
+
+
 def test_an_output_that_the_model_returns_is_read_by_the_user_too():
     class Both(nn.Module):
         def __init__(self):
@@ -478,6 +498,8 @@ def test_an_output_that_the_model_returns_is_read_by_the_user_too():
         (dict(prior=-1.0), ('prior', '-1')),
         (dict(batches=[]), ('no image',)),
         (dict(mode='domain', source={}), ('conv1',)),
+        (dict(mode='domain', source={'conv1': Moments(1, 3)}), ('conv1', '3', '8')),
+        (dict(mode='domain', fit='half', source={}), ('half', 'diagonal')),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused_in_one_sentence(net, clean, options, words):

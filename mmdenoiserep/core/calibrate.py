@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from .closed_form import closed_form
 from .domain import DomainFit
-from .gather import denoised_layers, gather
-from .layers import DenoiseLayer, correction_matrix
+from .gather import denoised_layers, fitted_on_output, gather
+from .layers import DenoiseLayer, correction_matrix, input_channels
 from .moments import Moments
 from .table import format_table
+from .transport import FITS
 
 MODES = ('schedule', 'domain')
 
@@ -129,11 +130,19 @@ def calibrate(
         return _fit_schedule(module, batches, chosen, prior, every)
     if mode != 'domain':
         raise ValueError(f'mode must be one of {", ".join(MODES)}, got {mode!r}')
+    if fit not in FITS:
+        raise ValueError(f'fit must be one of {", ".join(FITS)}, got {fit!r}')
     if source is None:
         raise ValueError("mode='domain' needs source, the moments in the training domain (collect_moments)")
     for name, layer in chosen.items():
         if name not in source:
             raise ValueError(f'source has no moments of {name}; gather them with the same targets')
+        _, groups = input_channels(layer)  # type: ignore[arg-type]
+        channels = layer.weight.shape[0 if fitted_on_output(layer) else 1]
+        if source[name].mean.shape != (groups, channels // groups):
+            raise ValueError(
+                f'the moments of {name} in source are of {source[name].mean.numel()} channels, not {channels}'
+            )
         if any(p.any() for key, p in layer.denoiser.named_parameters() if key != 'down'):
             raise ValueError(f'the denoiser of {name} is not zero; fuse the model and convert it again')
     batches = list(batches) if iter(batches) is batches else batches  # several passes read them several times

@@ -85,10 +85,11 @@ class DomainFit:
         norms = {name: norm for name, norm in module.named_modules() if isinstance(norm, nn.LayerNorm | _BatchNorm)}
         self.norms: dict[str, nn.Module] = {}
         for giver, reader in find_sole_readers(module, {**layers, **norms}, example).items():
-            if giver in layers and isinstance(norms.get(reader), _BatchNorm):
-                self.norms[giver] = norms[reader]
-            elif reader in layers and isinstance(norms.get(giver), nn.LayerNorm):
-                self.norms[reader] = norms[giver]
+            before, after = norms.get(giver), norms.get(reader)
+            if giver in layers and isinstance(after, _BatchNorm) and after.running_mean is not None:
+                self.norms[giver] = after
+            elif reader in layers and isinstance(before, nn.LayerNorm) and before.bias is not None:
+                self.norms[reader] = before
 
     def run(self, batches: Iterable[Any], passes: int | None) -> None:
         """Fits all layers; see ``passes`` of :func:`calibrate`."""
@@ -111,21 +112,21 @@ class DomainFit:
         self.images = sum_processes(count_images(batch))
         sample = Sample(self.every)
 
-        def measure(layer: DenoiseLayer, x: Tensor, output: bool) -> Moments:
-            moments = Moments.of(sample(layer, x, output))
+        def measure(layer: DenoiseLayer, x: Tensor) -> Moments:
+            moments = Moments.of(sample(layer, x))
             moments.merge_processes()
             return moments
 
         def on_input(name: str, layer: DenoiseLayer, args: tuple) -> tuple | None:
             if name in self.fitted:  # a shared layer was corrected in its first place
                 return None
-            shift = self._correct(name, measure(layer, args[0], False))
+            shift = self._correct(name, measure(layer, args[0]))
             return None if shift is None else (args[0] + shift.flatten().to(args[0]), *args[1:])
 
         def on_output(name: str, layer: DenoiseLayer, args: tuple, output: Tensor) -> Tensor | None:
             if name in self.fitted:
                 return None
-            self._correct(name, measure(layer, output, True))
+            self._correct(name, measure(layer, output))
             fitted = self.fitted[name]
             kernel = fitted.linear.flatten(0, 1)[..., None, None].to(output)
             bias = None if layer.bias is None else fitted.constant.flatten().to(output)

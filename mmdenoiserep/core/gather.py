@@ -60,16 +60,16 @@ def gather(
     sample = Sample(every)
 
     def listen(name: str, layer: DenoiseLayer) -> RemovableHandle:
-        def add(layer: DenoiseLayer, x: Tensor, output: bool) -> None:
-            vectors = sample(layer, x, output)
+        def add(x: Tensor) -> None:
+            vectors = sample(layer, x)
             if name in moments:
                 moments[name].update(vectors)
             else:
                 moments[name] = Moments.of(vectors)
 
         if fitted_on_output(layer) and not inputs:
-            return layer.register_forward_hook(lambda layer, args, output: add(layer, output, True))
-        return layer.register_forward_pre_hook(lambda layer, args: add(layer, args[0], False))
+            return layer.register_forward_hook(lambda layer, args, output: add(output))
+        return layer.register_forward_pre_hook(lambda layer, args: add(args[0]))
 
     handles = [listen(name, layer) for name, layer in layers.items()]
     try:
@@ -99,8 +99,8 @@ class Sample:
         self.every = every
         self.generator = torch.Generator().manual_seed(0)
 
-    def __call__(self, layer: DenoiseLayer, x: Tensor, output: bool) -> Tensor:
-        """Returns the vectors of a layer's input (..., C) or (B, C, H, W), or of its output."""
+    def __call__(self, layer: DenoiseLayer, x: Tensor) -> Tensor:
+        """Returns the vectors of an input or output of a layer: (..., C), of a convolution (B, C, H, W) or (C, H, W)."""
         if isinstance(layer, nn.Conv2d):
             x = x.flatten(-2).reshape(-1, layer.groups, x.shape[-3] // layer.groups, x.shape[-2] * x.shape[-1])
             return self._part(x, -1).permute(1, 2, 0, 3).flatten(2)

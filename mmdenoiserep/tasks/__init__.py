@@ -1,1 +1,1 @@
-"""What single tasks need besides the method; each module is imported by its own name, since it needs its library."""
+"""What single tasks need besides the method; what needs a library of its own is imported by its own name."""
