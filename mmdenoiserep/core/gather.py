@@ -100,7 +100,7 @@ class Sample:
         self.generator = torch.Generator().manual_seed(0)
 
     def __call__(self, layer: DenoiseLayer, x: Tensor) -> Tensor:
-        """Returns the vectors of an input or output of a layer: (..., C), of a convolution (B, C, H, W) or (C, H, W)."""
+        """Returns the vectors of what a layer takes or gives: (..., C); of a convolution (B, C, H, W) or (C, H, W)."""
         if isinstance(layer, nn.Conv2d):
             x = x.flatten(-2).reshape(-1, layer.groups, x.shape[-3] // layer.groups, x.shape[-2] * x.shape[-1])
             return self._part(x, -1).permute(1, 2, 0, 3).flatten(2)
