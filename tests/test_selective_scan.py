@@ -6,7 +6,6 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdenoiserep.tasks.selective_scan import (
@@ -147,11 +146,14 @@ def interface(monkeypatch):
     cuda_kernel.cache_clear()
 
 
-def scan_on(device, dtype=torch.float32):
-    """Runs the scan on tensors without values, which may claim to be on a GPU."""
-    with FakeTensorMode():
-        values = [torch.empty(value.shape, dtype=dtype, device=device) for value in arguments(300)]
-        return selective_scan(*values)
+class OnGPU(torch.Tensor):
+    """A tensor of the CPU that claims to be on a GPU, for every build of torch."""
+
+    is_cuda = True
+
+
+def gpu_arguments(dtype=torch.float32):
+    return [value.to(dtype).as_subclass(OnGPU) for value in arguments(300)]
 
 
 def test_cuda_tensors_go_to_the_kernel_where_it_works(interface):
@@ -159,16 +161,19 @@ def test_cuda_tensors_go_to_the_kernel_where_it_works(interface):
 
     def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
         calls.append((u.dtype, tuple(B.shape), z, delta_bias.shape, delta_softplus))
-        return torch.empty_like(u)
+        return torch.full_like(u, 3)
 
     interface.selective_scan_fn = selective_scan_fn
-    assert scan_on('cpu').device.type == 'cpu' and not calls, 'the kernel is for CUDA only'
+    selective_scan(*arguments(300, dtype=torch.float32))
+    assert not calls, 'the kernel is for CUDA only'
     for dtype in (torch.float32, torch.bfloat16):
-        y = scan_on('cuda', dtype)
-        assert y.device.type == 'cuda' and y.dtype == dtype and y.shape == (2, 12, 300)
+        y = selective_scan(*gpu_arguments(dtype))
+        assert y.dtype == dtype and y.shape == (2, 12, 300) and (y == 3).all()
         assert calls[-1] == (torch.float32, (2, 4, 1, 300), None, (12,), True)
     assert len(calls) == 3, 'it is tried once'
-    assert scan_on('cuda', torch.float64).dtype == torch.float64
+    torch.testing.assert_close(
+        selective_scan(*gpu_arguments(torch.float64)).as_subclass(torch.Tensor), selective_scan(*arguments(300))
+    )
     assert len(calls) == 3, 'the kernel does not know float64'
 
 
@@ -181,8 +186,10 @@ def test_a_kernel_that_does_not_work_is_not_used(interface, how, monkeypatch):
         interface.selective_scan_fn = selective_scan_fn
     elif how == 'cannot be imported':
         monkeypatch.setitem(sys.modules, 'mamba_ssm.ops.selective_scan_interface', None)
-    assert scan_on('cuda').shape == (2, 12, 300)
-    assert cuda_kernel() is None
+    torch.testing.assert_close(
+        selective_scan(*gpu_arguments()).as_subclass(torch.Tensor), selective_scan(*arguments(300, dtype=torch.float32))
+    )
+    assert cuda_kernel(torch.device('cpu')) is None
 
 
 # The four paths

@@ -570,11 +570,11 @@ def test_the_fused_backbone_runs_in_onnxruntime(tmp_path):
 @pytest.mark.parametrize('kernel', [None, print])
 def test_what_scans_on_a_gpu_is_logged_once(kernel, monkeypatch):
     lines = []
-    monkeypatch.setattr(vmamba, 'cuda_kernel', lambda: kernel)
+    monkeypatch.setattr(vmamba, 'cuda_kernel', lambda device: kernel)
     monkeypatch.setattr(vmamba, 'print_log', lambda text, logger: lines.append(text))
     vmamba._log_scan.cache_clear()
     for _ in range(2):
-        vmamba._log_scan()
+        vmamba._log_scan(torch.device('cuda'))
     vmamba._log_scan.cache_clear()
     assert len(lines) == 1 and ('kernel of mamba-ssm' in lines[0]) == (kernel is print)
 

@@ -41,7 +41,7 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     dtype = u.dtype
     accurate = torch.promote_types(dtype, torch.float32)
     u, delta, A, B, C, D, delta_bias = (x.to(accurate) for x in (u, delta, A, B, C, D, delta_bias))
-    kernel = cuda_kernel() if u.is_cuda and accurate == torch.float32 else None
+    kernel = cuda_kernel(u.device) if u.is_cuda and accurate == torch.float32 else None
     if kernel:
         return kernel(u, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=True).to(dtype)
     directions = B.shape[1], -1
@@ -97,15 +97,15 @@ def _states(decays: Iterable[Tensor], drives: Iterable[Tensor], state: Tensor) -
 
 
 @functools.cache
-def cuda_kernel() -> Callable[..., Tensor] | None:
-    """Returns ``selective_scan_fn`` of mamba-ssm, or None where it is missing or does not run.
+def cuda_kernel(device: torch.device) -> Callable[..., Tensor] | None:
+    """Returns ``selective_scan_fn`` of mamba-ssm, or None where it is missing or does not run on this device.
 
-    mamba-ssm is often installed without its CUDA extension, so the kernel is tried once, on the current CUDA device.
+    mamba-ssm is often installed without its CUDA extension, so the kernel is tried once.
     """
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-        one = torch.ones(1, 1, 1, 1, device='cuda')
+        one = torch.ones(1, 1, 1, 1, device=device)
         selective_scan_fn(
             one[0], one[0], one[0, 0], one, one, one[0, 0, 0], delta_bias=one[0, 0, 0], delta_softplus=True
         )

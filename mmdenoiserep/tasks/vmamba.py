@@ -122,7 +122,7 @@ class VMamba(BaseModule):
             x: Images, (B, in_channels, H, W).
         """
         if x.is_cuda:
-            _log_scan()
+            _log_scan(x.device)
         x = self.patch_embed(x)
         outputs = []
         for i, stage in enumerate(self.layers):
@@ -328,8 +328,10 @@ def _rename(name: str) -> str:
 
 
 @functools.cache
-def _log_scan() -> None:
+def _log_scan(device: torch.device) -> None:
     how = (
-        'the CUDA kernel of mamba-ssm' if cuda_kernel() else 'PyTorch operations (mamba-ssm with its kernel is faster)'
+        'the CUDA kernel of mamba-ssm'
+        if cuda_kernel(device)
+        else 'PyTorch operations (mamba-ssm with its kernel is faster)'
     )
     print_log(f'VMamba scans with {how}', logger='current')
