@@ -7,8 +7,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
-
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
@@ -35,23 +33,22 @@ def main() -> None:
     from tqdm import tqdm
 
     from common import check_output, load_config, set_default_scope, stop, written_whole
+    from images import Folder, find_images
 
     check_output(args.output, '.npz', args.overwrite)
-    if not args.images.is_dir():
-        stop(f'{args.images} is not a folder')
-    paths = sorted(path for path in args.images.rglob('*') if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        stop(f'{args.images} has no images ({", ".join(SUFFIXES)})')
+    paths = find_images(args.images)
     if '://' not in args.checkpoint and not Path(args.checkpoint).is_file():
         stop(f'the checkpoint {args.checkpoint} does not exist')
     cfg = load_config(args)
     set_default_scope(cfg)
-    pipeline = build_pipeline(cfg)
+    dataset = Folder(cfg, paths)
     model, missing = build_model(cfg, args.checkpoint, args.device)
     features = []
     for start in tqdm(range(0, len(paths), args.batch_size), unit='batch'):
         batch = paths[start : start + args.batch_size]
-        images = [read(pipeline, path) for path in batch]
+        images = [dataset[i] for i in range(start, start + len(batch))]
+        if sentences := [image for image in images if isinstance(image, str)]:
+            stop(sentences[0])
         features.append(predict(model, pseudo_collate(images), args.config))
         if not np.isfinite(features[-1]).all():
             reason = f': {args.checkpoint} has no {missing[0]}, {len(missing)} are missing' if missing else ''
@@ -60,18 +57,6 @@ def main() -> None:
     with written_whole(args.output) as temporary:
         np.savez(temporary, features=np.concatenate(features), paths=np.array(relative))
     print(f'{args.output}: {len(paths):,} images, {features[0].shape[1]} channels')
-
-
-def build_pipeline(cfg: Any) -> Any:
-    """Returns the test pipeline; one that starts from loaded images, as CUHK-03's does, gets a step that loads them."""
-    from mmengine.dataset import Compose
-
-    from common import test_dataset, type_name
-
-    steps = list(test_dataset(cfg).get('pipeline', []))
-    if not any(type_name(step) == 'LoadImageFromFile' for step in steps):
-        steps.insert(0, dict(type='LoadImageFromFile'))
-    return Compose(steps)
 
 
 def build_model(cfg: Any, checkpoint: str, device: str | None) -> tuple[Any, list[str]]:
@@ -100,16 +85,6 @@ def build_model(cfg: Any, checkpoint: str, device: str | None) -> tuple[Any, lis
     except Exception as error:  # files and devices fail in many ways
         stop(f'{checkpoint} cannot be loaded on {device or "the device"} ({type(error).__name__}: {error})')
     return model, [name for name, parameter in model.named_parameters() if parameter.isnan().all()]
-
-
-def read(pipeline: Any, path: Path) -> dict[str, Any]:
-    """Returns an image as the pipeline packs it."""
-    from common import stop
-
-    try:
-        return pipeline(dict(img_path=str(path)))
-    except Exception as error:  # broken images fail in many ways
-        stop(f'{path} cannot be read ({type(error).__name__}: {error})')
 
 
 def predict(model: Any, batch: dict[str, Any], config: str) -> Any:

@@ -1,6 +1,7 @@
 """Builds the denoised and the vanilla model of a config and compares them on the same images."""
 
 import sys
+from collections.abc import Mapping
 
 import torch
 from mmengine.config import Config
@@ -21,20 +22,35 @@ def build_both(cfg: Config, path: str) -> tuple[nn.Module, nn.Module]:
     return denoised, MODELS.build(without_denoising(cfg.model))
 
 
+def load_strictly(model: nn.Module, weights: Mapping[str, torch.Tensor], path: str, kind: str) -> None:
+    """Loads a state dict that has exactly the names and shapes of a model.
+
+    Args:
+        model: The model.
+        weights: The state dict.
+        path: Its file, for the message.
+        kind: ``'denoised'`` or ``'vanilla'``, for the message.
+
+    Raises:
+        CheckpointError: The names or shapes differ.
+    """
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    actual = {name: value.shape for name, value in weights.items()}
+    if expected != actual:
+        wrong = sorted(set(expected.items()) ^ set(actual.items()))[0][0]
+        raise CheckpointError(f'{path} does not fit the {kind} model of the config; first difference: {wrong}')
+    # names and shapes are compared above, because some library models drop buffers of their own while loading
+    model.load_state_dict(weights, strict=False)
+
+
 def compare(denoised: nn.Module, vanilla: nn.Module, state: dict, fused: dict, path: str) -> None:
     """Loads both state dicts, prints how far the outputs of the backbones are apart, and raises if too far.
 
     Raises:
         CheckpointError: The names or shapes do not fit the config, or a difference is beyond the tolerance.
     """
-    for model, weights, kind in ((denoised, state, 'denoised'), (vanilla, fused, 'vanilla')):
-        expected = {name: value.shape for name, value in model.state_dict().items()}
-        actual = {name: value.shape for name, value in weights.items()}
-        if expected != actual:
-            wrong = sorted(set(expected.items()) ^ set(actual.items()))[0][0]
-            raise CheckpointError(f'{path} does not fit the {kind} model of the config; first difference: {wrong}')
-        # names and shapes are compared above, because some library models drop buffers of their own while loading
-        model.load_state_dict(weights, strict=False)
+    load_strictly(denoised, state, path, 'denoised')
+    load_strictly(vanilla, fused, path, 'vanilla')
     for name, backbone, guard in find_guards(denoised):
         dtype = next(backbone.parameters()).dtype
         images = torch.randn((2, *guard.image_shape[1:]), generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -4,11 +4,14 @@ from .calibrate import CalibratedLayer, CalibrationReport, calibrate
 from .checkpoint import CheckpointError, fuse_checkpoint, read_checkpoint
 from .closed_form import closed_form
 from .convert import ConversionReport, apply_denoiserep
+from .domain import explicit_maps
 from .fuse import FusionError, fuse_model, fuse_state_dict
 from .gather import collect_moments
 from .layers import DenoiseConv2d, DenoiseLayer, DenoiseLinear, Denoiser
 from .moments import Moments
+from .moments_file import fingerprint, load_moments, save_moments
 from .probe import evaluating
+from .safety import safe_fit
 from .schedule import NoiseSchedule, ReverseStep
 from .table import format_table
 from .transport import transport
@@ -33,11 +36,16 @@ __all__ = [
     'closed_form',
     'collect_moments',
     'evaluating',
+    'explicit_maps',
+    'fingerprint',
     'format_table',
     'fuse_checkpoint',
     'fuse_model',
     'fuse_state_dict',
+    'load_moments',
     'read_checkpoint',
+    'safe_fit',
+    'save_moments',
     'transport',
     'verify_fusion',
 ]

@@ -27,6 +27,9 @@ class CalibratedLayer:
         timestep: t.
         rank: Rank of the map less the identity; None for full.
         moved: ``E|x' - x|^2 / E|x - mu|^2``: how far the features move, as a share of their variance.
+        linear: A of the map ``x' = A x + c``, float64, (groups, size, size): on the layer's input, in domain mode on
+            the output of a convolution.
+        constant: c, float64, (groups, size).
         before: Eigenvalues of the features' covariance, ascending, float64.
         after: The same of the corrected features.
         loss: Schedule mode: the loss of the denoiser on the gathered features.
@@ -38,6 +41,8 @@ class CalibratedLayer:
     timestep: int
     rank: int | None
     moved: float
+    linear: Tensor
+    constant: Tensor
     before: Tensor
     after: Tensor
     loss: float | None = None
@@ -216,4 +221,13 @@ def _row(
     moved = ((change @ covariance * change).sum() + shift.square().sum()) / variance
     before = torch.linalg.eigvalsh(covariance).flatten().sort().values
     after = torch.linalg.eigvalsh(linear @ covariance @ linear.mT).flatten().sort().values
-    return CalibratedLayer(name, layer.timestep, moved=moved.item(), before=before, after=after, **rest)
+    return CalibratedLayer(
+        name,
+        layer.timestep,
+        moved=moved.item(),
+        linear=linear,
+        constant=constant,
+        before=before,
+        after=after,
+        **rest,
+    )

@@ -139,9 +139,7 @@ def fuse_checkpoint(
     check_target(source, target, overwrite)
     checkpoint = read_checkpoint(source, allow_pickle)
     notes: list[str] = []
-    state = _clean_keys(checkpoint.get('state_dict', checkpoint), source, notes)
-    meta = checkpoint.get('meta') if 'state_dict' in checkpoint else None
-    meta = dict(meta) if isinstance(meta, Mapping) else {}
+    state, meta = split_checkpoint(checkpoint, source, notes)
     if STAMP in meta:
         raise CheckpointError(
             f'{source} is fused already (its meta says so); it loads into the vanilla config as it is'
@@ -167,13 +165,10 @@ def fuse_checkpoint(
             f'{unchanged} of {len(layers)} weights are stored in half precision and did not change: '
             'the correction is smaller than their rounding; fuse a float32 checkpoint instead'
         )
-    kept = {key: value for key, value in meta.items() if _is_plain(value)}
-    if dropped := sorted(set(meta) - set(kept)):
-        notes.append(f'left out of meta, because it is no plain data: {", ".join(dropped)}')
     if check:
         check(state, fused)
-    kept[STAMP] = dict(fused=True, layers=len(layers))
-    write_atomically(dict(meta=kept, state_dict=fused), target)
+    meta[STAMP] = dict(fused=True, layers=len(layers))
+    write_atomically(dict(meta=meta, state_dict=fused), target)
     return FusedCheckpoint(changes, tuple(notes))
 
 
@@ -238,8 +233,29 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise CheckpointError(f'the folder {target.parent} does not exist; create it first')
 
 
+def split_checkpoint(
+    checkpoint: Mapping[str, Any], source: Path, notes: list[str]
+) -> 'tuple[OrderedDict[str, Tensor], dict[str, Any]]':
+    """Returns the weights of a checkpoint without the prefixes of wrappers, and what of its ``meta`` is plain data.
+
+    Args:
+        checkpoint: What :func:`read_checkpoint` returned.
+        source: Its path, for messages.
+        notes: Gets a sentence about each thing that was stripped or left out.
+
+    Raises:
+        CheckpointError: There is no state dict.
+    """
+    meta = checkpoint.get('meta') if 'state_dict' in checkpoint else None
+    meta = dict(meta) if isinstance(meta, Mapping) else {}
+    state = _clean_keys(checkpoint.get('state_dict', checkpoint), source, notes)
+    kept = {key: value for key, value in meta.items() if _is_plain(value)}
+    if dropped := sorted(set(meta) - set(kept)):
+        notes.append(f'left out of meta, because it is no plain data: {", ".join(dropped)}')
+    return state, kept
+
+
 def _clean_keys(state: Any, source: Path, notes: list[str]) -> 'OrderedDict[str, Tensor]':
-    """Returns the state dict without the prefixes of wrappers, with a note about what was stripped."""
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(f'{source} has no state_dict; its keys are not the names of parameters')
     others = sorted(key for key, value in state.items() if not isinstance(value, Tensor))

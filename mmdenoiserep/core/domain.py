@@ -1,6 +1,7 @@
 """Fits the layers of a model to the domain of some unlabelled images, one after the other."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,50 @@ from .layers import DenoiseLayer
 from .moments import Moments
 from .probe import evaluating
 from .transport import transport
+
+
+def apply_map(layer: nn.Module, x: Tensor, linear: Tensor, constant: Tensor) -> Tensor:
+    """Returns ``A x + c`` of what a layer takes (Linear) or gives (convolution), laid out as it is there.
+
+    Args:
+        layer: The layer.
+        x: (..., C), or (B, C, H, W) of a convolution.
+        linear: A, (groups, size, size).
+        constant: c, (groups, size).
+    """
+    if isinstance(layer, nn.Conv2d):
+        kernel = linear.flatten(0, 1)[..., None, None].to(x)
+        return F.conv2d(x, kernel, constant.flatten().to(x), groups=linear.shape[0])
+    return F.linear(x, linear[0].to(x), constant[0].to(x))
+
+
+@contextmanager
+def explicit_maps(module: nn.Module, maps: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Makes layers take or give ``A x + c`` while it lasts, step by step: what a domain fit folds into the weights.
+
+    Args:
+        module: A model before the fit, with denoisers or without.
+        maps: A and c by layer name.
+    """
+
+    def on_input(linear: Tensor, constant: Tensor, layer: nn.Module, args: tuple) -> tuple:
+        return apply_map(layer, args[0], linear, constant), *args[1:]
+
+    def on_output(linear: Tensor, constant: Tensor, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return apply_map(layer, output, linear, constant)
+
+    handles = []
+    try:
+        for name, (linear, constant) in maps.items():
+            layer = module.get_submodule(name)
+            if fitted_on_output(layer):
+                handles.append(layer.register_forward_hook(partial(on_output, linear, constant)))
+            else:
+                handles.append(layer.register_forward_pre_hook(partial(on_input, linear, constant)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -127,10 +172,9 @@ class DomainFit:
             if name in self.fitted:
                 return None
             self._correct(name, measure(layer, output))
-            fitted = self.fitted[name]
-            kernel = fitted.linear.flatten(0, 1)[..., None, None].to(output)
-            bias = None if layer.bias is None else fitted.constant.flatten().to(output)
-            return F.conv2d(output, kernel, bias, groups=fitted.linear.shape[0])
+            fitted = self.fitted[name]  # without a bias, the norm behind it has taken the constant
+            constant = fitted.constant if layer.bias is not None else torch.zeros_like(fitted.constant)
+            return apply_map(layer, output, fitted.linear, constant)
 
         handles = [
             layer.register_forward_hook(partial(on_output, name))

@@ -1,6 +1,7 @@
 """Gathers the moments of what flows through the denoised layers of a model."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -54,18 +55,25 @@ def collect_moments(
 def gather(
     module: nn.Module, batches: Iterable[Any], layers: Mapping[str, DenoiseLayer], inputs: bool, every: int
 ) -> tuple[dict[str, Moments], int]:
-    """Does the pass of :func:`collect_moments` for some layers; returns the number of images too."""
+    """Does the pass of :func:`collect_moments` for some layers; returns the number of images too.
+
+    The first batch shows how often they run; the others end there, and save what comes after.
+    """
     moments: dict[str, Moments] = {}
-    images = 0
+    images = calls = calls_of_first = 0
     sample = Sample(every)
 
     def listen(name: str, layer: DenoiseLayer) -> RemovableHandle:
         def add(x: Tensor) -> None:
+            nonlocal calls
             vectors = sample(layer, x)
             if name in moments:
                 moments[name].update(vectors)
             else:
                 moments[name] = Moments.of(vectors)
+            calls += 1
+            if calls == calls_of_first:
+                raise _SeenAll
 
         if fitted_on_output(layer) and not inputs:
             return layer.register_forward_hook(lambda layer, args, output: add(output))
@@ -76,7 +84,10 @@ def gather(
         with evaluating(module):
             for batch in batches:
                 images += count_images(batch)
-                module(batch)
+                calls = 0
+                with suppress(_SeenAll):
+                    module(batch)
+                calls_of_first = calls_of_first or calls
     finally:
         for handle in handles:
             handle.remove()
@@ -84,6 +95,10 @@ def gather(
         if name in moments:
             moments[name].merge_processes()
     return {name: moments[name] for name in layers if name in moments}, sum_processes(images)
+
+
+class _SeenAll(Exception):
+    """Ends a forward whose rest nobody needs."""
 
 
 class Sample:
@@ -102,19 +117,22 @@ class Sample:
     def __call__(self, layer: DenoiseLayer, x: Tensor) -> Tensor:
         """Returns the vectors of what a layer takes or gives: (..., C); of a convolution (B, C, H, W) or (C, H, W)."""
         if isinstance(layer, nn.Conv2d):
-            x = x.flatten(-2).reshape(-1, layer.groups, x.shape[-3] // layer.groups, x.shape[-2] * x.shape[-1])
-            return self._part(x, -1).permute(1, 2, 0, 3).flatten(2)
-        return self._part(x.flatten(0, -2) if x.dim() > 1 else x[None], 0).mT[None]
+            x = x.flatten(-2).reshape(-1, x.shape[-3], x.shape[-2] * x.shape[-1])
+            if self.every > 1:  # other pixels of every image, for a place in the image is no random sample
+                chosen = self._draw(len(x), x.shape[-1])
+                x = x.gather(2, chosen[:, None].to(x.device).expand(-1, x.shape[1], -1))
+            return x.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)
+        x = x.flatten(0, -2) if x.dim() > 1 else x[None]
+        if self.every > 1:
+            x = x.index_select(0, self._draw(1, len(x))[0].to(x.device))
+        return x.mT[None]
 
-    def _part(self, x: Tensor, dim: int) -> Tensor:
-        if self.every == 1:
-            return x
-        length = x.shape[dim]
-        chosen = torch.randperm(length, generator=self.generator)[: -(-length // self.every)]
-        return x.index_select(dim, chosen.to(x.device))
+    def _draw(self, rows: int, length: int) -> Tensor:
+        """Returns places among ``length``, another random choice in each row."""
+        return torch.rand(rows, length, generator=self.generator).topk(-(-length // self.every), sorted=False).indices
 
 
-def fitted_on_output(layer: DenoiseLayer) -> bool:
+def fitted_on_output(layer: nn.Module) -> bool:
     """Whether a domain fit corrects what the layer returns: a convolution, whose padding a constant would miss."""
     return isinstance(layer, nn.Conv2d)
 

@@ -1,0 +1,38 @@
+"""How much of a model a domain fit may change, for the images that it has."""
+
+from collections.abc import Sequence
+from typing import Any
+
+FEW, MANY = 32, 512
+"""Images below which the later layers, and from which on all layers, can be fitted; measured, see docs/domain.md."""
+
+PRIOR = 16
+"""Images that the source is worth between :data:`FEW` and :data:`MANY`."""
+
+RANK = 64
+"""Rank of the maps, less the identity, from :data:`MANY` on."""
+
+
+def safe_fit(layers: Sequence[str], images: int, representative: bool = False) -> dict[str, Any]:
+    """Returns the options of a domain fit that cannot wreck the model.
+
+    Early layers carry most of what a fit recovers from noise or blur. Late layers hold classes: fitted to images of
+    other classes than the training had, or to few images, they unlearn. So only these are touched:
+
+        unknown mix of classes, or fewer than :data:`FEW` images:  the first layer, variances alone
+        fewer than :data:`MANY`:  the early half, full covariance, a prior worth :data:`PRIOR` images
+        more:                     all layers, full covariance at rank :data:`RANK`
+
+    Args:
+        layers: Names of all layers, first executed first.
+        images: Number of images to fit on.
+        representative: Whether they show the classes about as often as the training images did.
+
+    Returns:
+        ``layers``, ``fit``, ``rank`` and ``prior`` for :func:`calibrate`.
+    """
+    if not representative or images < FEW:
+        return dict(layers=tuple(layers[:1]), fit='diagonal', rank=None, prior=0.0)
+    if images < MANY:
+        return dict(layers=tuple(layers[: (len(layers) + 1) // 2]), fit='full', rank=None, prior=float(PRIOR))
+    return dict(layers=tuple(layers), fit='full', rank=RANK, prior=0.0)

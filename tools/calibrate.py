@@ -1,0 +1,114 @@
+"""Denoises a trained model without training it, from unlabelled images.
+
+schedule  sets the denoisers of a config with DenoiseRepBackbone to the exact optimum of their loss; OUT is an ordinary
+          denoised checkpoint, for test.py and fuse_checkpoint.py.
+moments   gathers the moments of all layers in the training domain; OUT is what the next mode takes as --source.
+domain    fits the model to images of the place where it will run; OUT is a vanilla checkpoint, which the config
+          without denoising loads as it is.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of the model, with denoising or without')
+    parser.add_argument('checkpoint', help='its trained checkpoint')
+    parser.add_argument('output', metavar='OUT', type=Path, help='file to write, OUT.pth')
+    parser.add_argument(
+        '--mode', choices=['schedule', 'moments', 'domain'], required=True, help='what to do, see above'
+    )
+    parser.add_argument('--source', metavar='FILE', help='domain mode: moments in the training domain, of this tool')
+    images = parser.add_argument_group('images')
+    images.add_argument('--images', type=Path, metavar='DIR', help='folder of images; folders in it are searched too')
+    images.add_argument(
+        '--split',
+        choices=['train', 'val', 'test'],
+        help='data set of the config instead (default: train; in domain mode test), without augmentation and labels',
+    )
+    images.add_argument('--num-images', type=int, default=4000, metavar='N', help='at most (default: %(default)s)')
+    images.add_argument('--batch-size', type=int, default=32, metavar='N', help='at a time (default: %(default)s)')
+    fit = parser.add_argument_group('what a domain fit may change')
+    fit.add_argument(
+        '--representative',
+        action='store_true',
+        help='the images show the classes about as often as the training images: more layers can be fitted then, '
+        'the more the more images there are (default: the first layer, variances alone, which is safe for any images)',
+    )
+    fit.add_argument('--layers', choices=['first', 'early', 'all'], help='choose yourself: first, early half, all')
+    fit.add_argument('--fit', choices=['mean', 'diagonal', 'full'], help='choose yourself: which moments are carried')
+    fit.add_argument('--rank', type=int, help='choose yourself: rank of a full fit, less the identity; 0 for full')
+    fit.add_argument('--prior', type=float, metavar='N', help='images that the training domain is worth')
+    fit.add_argument(
+        '--every', type=int, metavar='N', help='take one in N tokens or pixels (default: 8, less if they are few)'
+    )
+    fit.add_argument('--passes', type=int, metavar='N', help='passes over the images (default: see --memory)')
+    fit.add_argument(
+        '--memory',
+        type=float,
+        default=4,
+        metavar='GIB',
+        help='what the features of all images may take; where it is enough, all layers are fitted in one pass, '
+        'otherwise each in one of its own (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--verify',
+        action='store_true',
+        help='compare with the maps as layers of their own; write nothing if it differs',
+    )
+    parser.add_argument('--plot', type=Path, metavar='FILE.png', help='picture of the spectra (default: OUT.png)')
+    parser.add_argument('--dry-run', action='store_true', help='print what would be done to the model, write nothing')
+    parser.add_argument('--overwrite', action='store_true', help='replace the output if it exists')
+    parser.add_argument('--allow-pickle', action='store_true', help='read any pickle, which runs code that it brings')
+    parser.add_argument('--device', help='such as cpu or cuda:1 (default: cuda where there is one)')
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how several processes were started (default: %(default)s)',
+    )
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
+    args = parser.parse_args()
+    for name, least in dict(num_images=1, batch_size=1, every=1, passes=1, rank=0, prior=0, memory=0).items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f'--{name.replace("_", "-")} must be {least} or more')
+    if (args.mode == 'domain') != bool(args.source):
+        parser.error('--mode domain needs --source FILE, and only that mode takes it')
+    return args
+
+
+def main() -> None:
+    """Calibrates one model."""
+    args = parse_args()
+    from mmengine.dist import init_dist
+    from mmengine.logging import MMLogger
+
+    import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone and VMamba)
+    from calibration import Calibration
+    from common import check_output, load_config, stop
+    from mmdenoiserep.core import CheckpointError
+    from mmdenoiserep.core.checkpoint import check_target
+
+    args.plot = args.plot or args.output.with_suffix('.png')
+    try:
+        if not args.dry_run:
+            check_target(Path(args.checkpoint), args.output, args.overwrite)
+            if args.mode != 'moments':
+                check_output(args.plot, '.png', args.overwrite)
+        cfg = load_config(argparse.Namespace(config=args.config, cfg_options=args.cfg_options))
+        if args.launcher != 'none':
+            init_dist(args.launcher)
+        MMLogger.get_current_instance().setLevel('ERROR')  # the table of the conversion is not news here
+        getattr(Calibration(args, cfg), args.mode)()
+    except CheckpointError as error:
+        stop(str(error))
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit('calibrate: interrupted; nothing was written')

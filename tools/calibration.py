@@ -1,0 +1,263 @@
+"""The three modes of tools/calibrate.py."""
+
+import argparse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import get_rank, get_world_size
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import verify
+from calibration_report import draw_spectra, verify_maps, warnings_of
+from common import set_default_scope, stop, type_name, without_denoising, written_whole
+from images import Batches, Folder, Unlabelled, find_images, spread
+from mmdenoiserep.core import (
+    CalibrationReport,
+    CheckpointError,
+    Moments,
+    apply_denoiserep,
+    calibrate,
+    collect_moments,
+    evaluating,
+    fingerprint,
+    fuse_model,
+    fuse_state_dict,
+    load_moments,
+    read_checkpoint,
+    safe_fit,
+    save_moments,
+)
+from mmdenoiserep.core.checkpoint import STAMP, split_checkpoint, write_atomically
+from mmdenoiserep.core.fuse import DENOISER_KEY
+from mmdenoiserep.core.gather import denoised_layers
+
+SPLITS = {'schedule': 'train', 'moments': 'train', 'domain': 'test'}
+"""The data set of the config that each mode reads if nothing else is asked for."""
+
+
+class Calibration:
+    """A model with the images to calibrate it on.
+
+    Args:
+        args: The command line of tools/calibrate.py.
+        cfg: The config.
+
+    Raises:
+        CheckpointError: A file can't be read, or does not fit the config.
+    """
+
+    def __init__(self, args: argparse.Namespace, cfg: Config) -> None:
+        self.args = args
+        self.cfg = cfg
+        if not cfg.get('model', {}).get('backbone'):
+            stop(f'{args.config} has no model.backbone')
+        set_default_scope(cfg)
+        if 'data_preprocessor' in cfg:  # as mmengine's runner does
+            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+        state, self.meta = split_checkpoint(read_checkpoint(args.checkpoint, args.allow_pickle), args.checkpoint, [])
+        has_denoisers = any(map(DENOISER_KEY.fullmatch, state))
+        if args.mode == 'schedule':
+            if type_name(cfg.model.backbone) != 'DenoiseRepBackbone':
+                stop(f'{args.config} has no DenoiseRepBackbone, which --mode schedule needs; README.md has the recipe')
+            if STAMP in self.meta:
+                stop(f'{args.checkpoint} is fused already; take the vanilla checkpoint that its training began with')
+            self.model = MODELS.build(cfg.model).eval()
+            if not has_denoisers:
+                state |= {key: value for key, value in self.model.state_dict().items() if DENOISER_KEY.fullmatch(key)}
+            verify.load_strictly(self.model, state, args.checkpoint, 'denoised')
+        else:
+            self.model = MODELS.build(without_denoising(cfg.model)).eval()
+            state = fuse_state_dict(state) if has_denoisers else state
+            verify.load_strictly(self.model, state, args.checkpoint, 'vanilla')
+        self.weights = fingerprint(self.backbone.state_dict())
+        self.model.to(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        self.images = self._open_images()
+        self.total = min(args.num_images, len(self.images.dataset.dataset))
+        self.example = next(iter(self.images))[:1]
+        if args.mode != 'schedule':
+            apply_denoiserep(self.backbone, 'all', example_input=self.example)
+        self.layers = list(denoised_layers(self.backbone))
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The part that is calibrated."""
+        return self.model.backbone
+
+    def _open_images(self) -> Batches:
+        args = self.args
+        if args.images:
+            stem = next((m for m in self.backbone.modules() if isinstance(m, nn.Conv2d)), None)
+            grey = stem is not None and stem.in_channels == 1
+            dataset = Folder(self.cfg, find_images(args.images), 'grayscale' if grey else 'color')
+            workers = 0
+        else:
+            split = args.split or SPLITS[args.mode]
+            dataset = Unlabelled(self.cfg, split)
+            workers = self.cfg[f'{split}_dataloader'].get('num_workers', 0)
+        share = spread(dataset, args.num_images, get_rank(), get_world_size())
+        if not len(share):
+            stop('there are fewer images than processes')
+        return Batches(self.model, share, args.batch_size, workers)
+
+    def schedule(self) -> None:
+        """Sets the denoisers to the optimum of their loss and writes the denoised checkpoint."""
+        every = self.args.every or choose_every(measure_flows(self.backbone, self.layers, self.example), self.total)
+        with counted(self.images, 1) as batches:
+            report = calibrate(self.backbone, batches, 'schedule', every=every)
+        state = self.model.cpu().state_dict()
+        if self.args.verify:
+            pair = verify.build_both(self.cfg, self.args.config)
+            verify.compare(*pair, state, fuse_state_dict(state), self.args.checkpoint)
+        self._finish(report, state, every)
+
+    def moments(self) -> None:
+        """Gathers the moments of all layers and writes them."""
+        every = self.args.every or choose_every(measure_flows(self.backbone, self.layers, self.example), self.total)
+        with counted(self.images, 1) as batches:
+            moments = collect_moments(self.backbone, batches, every=every)
+        print(f'moments of {len(moments)} layers from {self.total:,} images, one in {every} of their vectors')
+        if self.args.dry_run or get_rank():
+            return
+        save_moments(moments, self.args.output, dict(weights=self.weights, images=self.total, every=every))
+        print(f'{self.args.output} is what --mode domain takes as --source')
+
+    def domain(self) -> None:
+        """Fits the backbone to the images and writes the vanilla checkpoint."""
+        args = self.args
+        source, about = load_moments(args.source)
+        if about.get('weights') != self.weights:
+            raise CheckpointError(
+                f'{args.source} was gathered with other weights than {args.checkpoint}; gather it again'
+            )
+        options = safe_fit(self.layers, self.total, args.representative)
+        if args.layers:
+            count = dict(first=1, early=(len(self.layers) + 1) // 2, all=len(self.layers))[args.layers]
+            options['layers'] = tuple(self.layers[:count])
+        options |= {key: getattr(args, key) for key in ('fit', 'prior') if getattr(args, key) is not None}
+        if args.rank is not None:
+            options['rank'] = args.rank or None
+        flows = measure_flows(self.backbone, options['layers'], self.example)
+        every = args.every or choose_every(flows, self.total)
+        before = deepcopy(self.backbone) if args.verify else None
+        passes = args.passes or len(options['layers'])
+        if fits_memory(flows, len(self.images.dataset), args.memory):
+            with counted(self.images, 1) as batches:
+                whole = list(batches)
+            if len({batch.shape[1:] for batch in whole}) == 1:
+                whole = [torch.cat(whole)]
+                passes = args.passes
+            fit_on = nullcontext(whole)
+        else:
+            fit_on = counted(self.images, passes)
+        with fit_on as batches:
+            report = calibrate(self.backbone, batches, 'domain', source, every=every, passes=passes, **options)
+        self.model.backbone = fuse_model(self.backbone)
+        if before is not None:
+            self._verify(before, report)
+        chosen = {key: value for key, value in options.items() if key != 'layers'}
+        self.meta[STAMP] = dict(fused=True, layers=len(report.layers), mode='domain', images=report.images, **chosen)
+        self._finish(report, self.model.cpu().state_dict(), every, source)
+
+    def _verify(self, before: nn.Module, report: CalibrationReport) -> None:
+        """Compares the new weights with the old ones and the maps as layers of their own; raises if they differ."""
+        images = torch.cat([self.example, torch.randn_like(self.example)])
+        result = verify_maps(before, self.backbone, report, images)
+        print(f'an image and noise, maps as layers of their own against maps in the weights:\n{result}')
+        if not result.ok:
+            raise CheckpointError(f'{self.args.checkpoint}: the maps do not fold into the weights; nothing was written')
+        fresh = MODELS.build(without_denoising(self.cfg.model))
+        verify.load_strictly(fresh, self.model.state_dict(), str(self.args.output), 'vanilla')
+        print('the config without denoising takes exactly these weights')
+
+    def _finish(
+        self,
+        report: CalibrationReport,
+        state: Mapping[str, Tensor],
+        every: int,
+        source: Mapping[str, Moments] | None = None,
+    ) -> None:
+        """Prints the report, and writes checkpoint and picture; one process does."""
+        if get_rank():
+            return
+        print(report)
+        print(f'one in {every} of their vectors was taken')
+        for sentence in warnings_of(report, self.layers):
+            print(f'warning: {sentence}')
+        if self.args.dry_run:
+            print('nothing was written (--dry-run)')
+            return
+        write_atomically(dict(meta=self.meta, state_dict=state), self.args.output)
+        with written_whole(self.args.plot) as temporary:
+            draw_spectra(report, temporary, source)
+        loads = 'the config without denoising' if report.mode == 'domain' else self.args.config
+        print(f'{self.args.output} loads into {loads}; spectra: {self.args.plot}')
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What one image sends through a layer, in or out.
+
+    Attributes:
+        channels: C.
+        vectors: Number of its vectors (tokens, pixels).
+        bytes: Their size.
+    """
+
+    channels: int
+    vectors: int
+    bytes: int
+
+
+def measure_flows(backbone: nn.Module, layers: Iterable[str], image: Tensor) -> list[Flow]:
+    """Returns what an image, (1, C, H, W), sends into and out of some layers."""
+    flows = []
+
+    def note(layer: nn.Module, args: tuple, output: Tensor) -> None:
+        for x in (args[0], output):
+            channels = x.shape[-3] if isinstance(layer, nn.Conv2d) else x.shape[-1]
+            flows.append(Flow(channels, x.numel() // channels, x.numel() * x.element_size()))
+
+    handles = [backbone.get_submodule(name).register_forward_hook(note) for name in layers]
+    try:
+        with evaluating(backbone):
+            backbone(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return flows
+
+
+def choose_every(flows: Sequence[Flow], images: int) -> int:
+    """Returns which share of the vectors is enough: one in so many, at most 8, but ten for each channel."""
+    return max(1, min(8, *(images * flow.vectors // (10 * flow.channels) for flow in flows)))
+
+
+def fits_memory(flows: Sequence[Flow], images: int, gibibytes: float) -> bool:
+    """Whether a forward of all images at once takes about so much: at its peak, four times the largest flow."""
+    return 4 * images * max(flow.bytes for flow in flows) <= gibibytes * 2**30
+
+
+@contextmanager
+def counted(images: Batches, passes: int) -> Iterator[Iterable[Tensor]]:
+    """Gives the batches with a progress bar over all passes."""
+    with tqdm(total=passes * len(images), unit='batch', disable=get_rank() != 0) as bar:
+        yield CountedBatches(images, bar)
+
+
+class CountedBatches:
+    """Batches that move a bar whenever they are read."""
+
+    def __init__(self, images: Batches, bar: tqdm) -> None:
+        self.images = images
+        self.bar = bar
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self.images:
+            yield batch
+            self.bar.update()
