@@ -36,16 +36,18 @@ def parse_args() -> argparse.Namespace:
         '--representative',
         action='store_true',
         help='the images show the classes about as often as the training images: more layers can be fitted then, '
-        'the more the more images there are (default: the first layer, variances alone, which is safe for any images)',
+        'the more the more images there are (default: the covariance of the first layer, but not its mean, which is '
+        'safe for any mix)',
     )
     fit.add_argument('--layers', choices=['first', 'early', 'all'], help='choose yourself: first, early half, all')
-    fit.add_argument('--fit', choices=['mean', 'diagonal', 'full'], help='choose yourself: which moments are carried')
+    fit.add_argument(
+        '--fit', choices=['mean', 'diagonal', 'covariance', 'full'], help='choose yourself: which moments are carried'
+    )
     fit.add_argument('--rank', type=int, help='choose yourself: rank of a full fit, less the identity; 0 for full')
     fit.add_argument('--prior', type=float, metavar='N', help='images that the training domain is worth')
     fit.add_argument(
         '--every', type=int, metavar='N', help='take one in N tokens or pixels (default: 8, less if they are few)'
     )
-    fit.add_argument('--passes', type=int, metavar='N', help='passes over the images (default: see --memory)')
     fit.add_argument(
         '--memory',
         type=float,
@@ -72,7 +74,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
     args = parser.parse_args()
-    for name, least in dict(num_images=1, batch_size=1, every=1, passes=1, rank=0, prior=0, memory=0).items():
+    for name, least in dict(num_images=1, batch_size=1, every=1, rank=0, prior=0, memory=0).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f'--{name.replace("_", "-")} must be {least} or more')
     if (args.mode == 'domain') != bool(args.source):
@@ -83,7 +85,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Calibrates one model."""
     args = parse_args()
-    from mmengine.dist import init_dist
     from mmengine.logging import MMLogger
 
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone and VMamba)
@@ -99,12 +100,22 @@ def main() -> None:
             if args.mode != 'moments':
                 check_output(args.plot, '.png', args.overwrite)
         cfg = load_config(argparse.Namespace(config=args.config, cfg_options=args.cfg_options))
-        if args.launcher != 'none':
-            init_dist(args.launcher)
+        start_processes(args.launcher)
         MMLogger.get_current_instance().setLevel('ERROR')  # the table of the conversion is not news here
         getattr(Calibration(args, cfg), args.mode)()
     except CheckpointError as error:
         stop(str(error))
+
+
+def start_processes(launcher: str) -> None:
+    """Makes this process one of several; mmengine can do that with GPUs only, gloo does it without."""
+    import torch
+    from mmengine.dist import init_dist
+
+    if launcher == 'pytorch' and not torch.cuda.is_available():
+        torch.distributed.init_process_group('gloo')
+    elif launcher != 'none':
+        init_dist(launcher)
 
 
 if __name__ == '__main__':

@@ -145,18 +145,17 @@ class Calibration:
         flows = measure_flows(self.backbone, options['layers'], self.example)
         every = args.every or choose_every(flows, self.total)
         before = deepcopy(self.backbone) if args.verify else None
-        passes = args.passes or len(options['layers'])
+        passes = len(options['layers'])
         if fits_memory(flows, len(self.images.dataset), args.memory):
             with counted(self.images, 1) as batches:
                 whole = list(batches)
             if len({batch.shape[1:] for batch in whole}) == 1:
                 whole = [torch.cat(whole)]
-                passes = args.passes
             fit_on = nullcontext(whole)
         else:
             fit_on = counted(self.images, passes)
         with fit_on as batches:
-            report = calibrate(self.backbone, batches, 'domain', source, every=every, passes=passes, **options)
+            report = calibrate(self.backbone, batches, 'domain', source, every=every, **options)
         self.model.backbone = fuse_model(self.backbone)
         if before is not None:
             self._verify(before, report)

@@ -91,7 +91,6 @@ def calibrate(
     rank: int | None = None,
     prior: float = 0.0,
     every: int = 1,
-    passes: int | None = None,
 ) -> CalibrationReport:
     """Sets the denoisers of a model from unlabelled images, in place, with no training at all.
 
@@ -99,8 +98,9 @@ def calibrate(
 
     ``domain`` fits each layer to the images of the place where the model will run: an affine map carries the moments of
     its features to those in the training domain, see :func:`transport` and :class:`DomainFit`. Layers follow each other
-    in the order of execution, each fitted on the stream that the earlier ones correct. The maps are in the weights
-    afterwards, and the denoisers are zero: :func:`fuse_model` returns the vanilla model.
+    in the order of execution, each fitted on the stream that the earlier ones correct: a single batch is run through
+    the model once, and each layer is fitted when its turn comes; several batches once for each layer. The maps are in
+    the weights afterwards, and the denoisers are zero: :func:`fuse_model` returns the vanilla model.
 
     Args:
         module: A model that :func:`apply_denoiserep` converted.
@@ -108,14 +108,11 @@ def calibrate(
         mode: ``'schedule'`` or ``'domain'``.
         source: Moments in the training domain, of :func:`collect_moments`; domain mode needs them.
         layers: Names of the layers to calibrate; None takes all. The others are left as they are.
-        fit: Domain mode: ``'full'``, ``'diagonal'`` or ``'mean'``, see :func:`transport`.
+        fit: Domain mode: ``'full'``, ``'covariance'``, ``'diagonal'`` or ``'mean'``, see :func:`transport`.
         rank: Domain mode: rank of the maps less the identity; None for full.
         prior: Images that a prior is worth, so that few images cannot wreck a model: the source in domain mode, equal
             variances of unrelated channels in schedule mode.
         every: See :func:`collect_moments`.
-        passes: Domain mode: how often the batches are run through the model; the layers are fitted in so many steps,
-            and those of one step do not see each other's corrections. None takes one pass for a single batch, in which
-            each layer is fitted when its turn comes, and otherwise one for each layer, which comes to the same.
 
     Returns:
         A :class:`CalibrationReport`.
@@ -155,7 +152,7 @@ def calibrate(
     if example is None:
         raise ValueError('there is no image to calibrate with')
     domain = DomainFit(module, chosen, source, example, fit, rank, prior, every)
-    domain.run(batches, passes)
+    domain.run(batches)
     rows = [
         _row(name, chosen[name], fitted.linear, fitted.constant, fitted.target, rank=rank, note=fitted.note)
         for name, fitted in domain.fitted.items()
@@ -181,7 +178,9 @@ def _fit_schedule(
         with torch.no_grad():
             for key, parameter in denoiser.named_parameters():
                 parameter.copy_(solution[key])
-        best = closed_form(seen.mean, seen.second_moment, step, None, with_bias)
+        best = solution
+        if prior or rank is not None:
+            best = closed_form(seen.mean, seen.second_moment, step, None, with_bias)
         constant = -solution['bias'].reshape(seen.mean.shape) if with_bias else torch.zeros_like(seen.mean)
         linear = torch.eye(seen.mean.shape[1], dtype=torch.float64, device=seen.mean.device) - correction_matrix(
             solution

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .feeding import find_sole_readers
-from .gather import Sample, count_images, fitted_on_output, gather, sum_processes
+from .gather import Sample, count_images, fitted_on_output, gather, sum_processes, without_zero_denoisers
 from .layers import DenoiseLayer
 from .moments import Moments
 from .probe import evaluating
@@ -136,20 +136,19 @@ class DomainFit:
             elif reader in layers and isinstance(before, nn.LayerNorm) and before.bias is not None:
                 self.norms[reader] = before
 
-    def run(self, batches: Iterable[Any], passes: int | None) -> None:
-        """Fits all layers; see ``passes`` of :func:`calibrate`."""
+    def run(self, batches: Iterable[Any]) -> None:
+        """Fits all layers: in turn on a single batch, else with a pass for each.
+
+        Several layers in one pass would not do: each would take off again what the one before it takes off.
+        """
         size = getattr(batches, '__len__', lambda: 0)()
-        if passes is None and not sum_processes(size != 1):  # the same in all processes
+        if not sum_processes(size != 1):  # the same in all processes
             self._in_turn(next(iter(batches)))
             return
-        names = list(self.layers)
-        self.passes = min(passes or len(names), len(names))
-        for number in range(self.passes):
-            start, stop = (len(names) * n // self.passes for n in (number, number + 1))
-            part = {name: self.layers[name] for name in names[start:stop]}
-            moments, self.images = gather(self.module, batches, part, False, self.every)
-            for name in part:
-                self._correct(name, moments[name])
+        for name, layer in self.layers.items():
+            moments, self.images = gather(self.module, batches, {name: layer}, False, self.every)
+            self._correct(name, moments[name])
+            self.passes += 1
 
     def _in_turn(self, batch: Any) -> None:
         """Fits each layer when the batch reaches it."""
@@ -183,7 +182,7 @@ class DomainFit:
             for name, layer in self.layers.items()
         ]
         try:
-            with evaluating(self.module):
+            with evaluating(self.module), without_zero_denoisers(self.module):
                 self.module(batch)
         finally:
             for handle in handles:

@@ -60,7 +60,7 @@ class Moments:
             x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
             mean = x.mean(-1, keepdim=True)
             centred = x - mean
-            self._add(x.shape[-1], mean[..., 0].double(), (centred @ centred.mT).double())
+            self._add(x.shape[-1], mean[..., 0].double(), centred @ centred.mT)
 
     def merge(self, other: 'Moments') -> None:
         """Adds all vectors that other moments have seen."""
@@ -71,7 +71,8 @@ class Moments:
             return
         total = self.count + count
         delta = mean - self.mean
-        self.scatter += scatter + delta[:, :, None] * delta[:, None, :] * (self.count * count / total)
+        self.scatter += scatter  # in place, whatever the dtype: large matrices are slow to allocate
+        self.scatter.addcmul_(delta[:, :, None], delta[:, None, :], value=self.count * count / total)
         self.mean += delta * (count / total)
         self.count = total
 

@@ -7,7 +7,7 @@ FEW, MANY = 32, 512
 """Images below which the later layers, and from which on all layers, can be fitted; measured, see docs/domain.md."""
 
 PRIOR = 16
-"""Images that the source is worth between :data:`FEW` and :data:`MANY`."""
+"""Images that the source is worth below :data:`MANY`, or where the mix of classes is unknown."""
 
 RANK = 64
 """Rank of the maps, less the identity, from :data:`MANY` on."""
@@ -17,11 +17,14 @@ def safe_fit(layers: Sequence[str], images: int, representative: bool = False) -
     """Returns the options of a domain fit that cannot wreck the model.
 
     Early layers carry most of what a fit recovers from noise or blur. Late layers hold classes: fitted to images of
-    other classes than the training had, or to few images, they unlearn. So only these are touched:
+    other classes than the training had, or to few images, they unlearn. The mean of any layer moves with the mix of
+    classes. So only these are touched:
 
-        unknown mix of classes, or fewer than :data:`FEW` images:  the first layer, variances alone
-        fewer than :data:`MANY`:  the early half, full covariance, a prior worth :data:`PRIOR` images
-        more:                     all layers, full covariance at rank :data:`RANK`
+        unknown mix, or fewer than :data:`FEW` images:  the first layer, its covariance but not its mean
+        fewer than :data:`MANY`:  the early half, mean and covariance
+        more:                     all layers, mean and covariance, at rank :data:`RANK`
+
+    with a prior worth :data:`PRIOR` images in the first two cases.
 
     Args:
         layers: Names of all layers, first executed first.
@@ -32,7 +35,7 @@ def safe_fit(layers: Sequence[str], images: int, representative: bool = False) -
         ``layers``, ``fit``, ``rank`` and ``prior`` for :func:`calibrate`.
     """
     if not representative or images < FEW:
-        return dict(layers=tuple(layers[:1]), fit='diagonal', rank=None, prior=0.0)
+        return dict(layers=tuple(layers[:1]), fit='covariance', rank=None, prior=float(PRIOR))
     if images < MANY:
         return dict(layers=tuple(layers[: (len(layers) + 1) // 2]), fit='full', rank=None, prior=float(PRIOR))
     return dict(layers=tuple(layers), fit='full', rank=RANK, prior=0.0)

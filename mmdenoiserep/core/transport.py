@@ -8,7 +8,7 @@ from .moments import Moments
 RIDGE = 0.01
 """Share of the mean source variance that is added to every variance on both sides."""
 
-FITS = ('full', 'diagonal', 'mean')
+FITS = ('full', 'covariance', 'diagonal', 'mean')
 
 
 def transport(
@@ -16,10 +16,11 @@ def transport(
 ) -> tuple[Tensor, Tensor]:
     """Returns A and c of ``x' = A x + c``, which carries the target's moments to the source's.
 
-        full:      ``A = S_s^1/2 S_t^-1/2``    (re-colouring; symmetric roots)
-        diagonal:  the same of the variances alone
-        mean:      ``A = I``
+        full:        ``A = S_s^1/2 S_t^-1/2``    (re-colouring; symmetric roots)
+        diagonal:    the same of the variances alone
+        mean:        ``A = I``
         ``c = mu_s - A mu_t``
+        covariance:  A as for full, but ``c = mu_t - A mu_t``: the mean, which depends on what the images show, stays
 
     both covariances with a ridge of :data:`RIDGE` times the mean source variance. For ``S_t = S_s + sigma^2 I`` and no
     ridge this is the probability-flow denoiser of a Gaussian feature. At low rank, ``A - I`` keeps the directions in
@@ -28,7 +29,7 @@ def transport(
     Args:
         source: Moments in the training domain.
         target: Moments in the deployment domain, of the same shape.
-        fit: ``'full'``, ``'diagonal'`` or ``'mean'``.
+        fit: ``'full'``, ``'covariance'``, ``'diagonal'`` or ``'mean'``.
         rank: Rank of ``A - I`` in each group; None for full.
         prior: Weight of the source in the target's moments, 0 to 1; ``n_0 / (n_0 + n)`` for a prior worth n_0 images.
 
@@ -57,9 +58,11 @@ def transport(
     else:
         linear = _power(cov_s + ridge * identity, 0.5) @ _power(cov_t + ridge * identity, -0.5)
         if rank is not None and rank < identity.shape[-1]:
-            left, values, right = torch.linalg.svd(linear - identity)
-            linear = identity + left[..., :rank] * values[:, None, :rank] @ right[:, :rank]
-    return linear, source.mean - (linear @ mean[:, :, None])[..., 0]
+            change = linear - identity
+            largest = torch.linalg.eigh(change.mT @ change).eigenvectors[..., -rank:]  # right singular vectors
+            linear = identity + change @ largest @ largest.mT
+    goal = mean if fit == 'covariance' else source.mean
+    return linear, goal - (linear @ mean[:, :, None])[..., 0]
 
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:
