@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
@@ -79,20 +80,25 @@ METRICS = {
 NOTE = 'study.json'
 
 
-def parse_args() -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def make_parser(description: str, out: Path) -> argparse.ArgumentParser:
+    """Returns the command line of a study that writes its page to ``out`` by default."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         '--experiments', nargs='+', choices=EXPERIMENTS, default=list(EXPERIMENTS), help='default: all of them'
     )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='default: 0 1 2')
     parser.add_argument('--jobs', type=int, default=2, help='processes at a time (default: %(default)s)')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/study'), help='default: %(default)s')
-    parser.add_argument('--out', type=Path, default=Path('docs/study.md'), help='page to write (default: %(default)s)')
+    parser.add_argument('--out', type=Path, default=out, help='page to write (default: %(default)s)')
     parser.add_argument('--report', action='store_true', help='train nothing, write the page from the work dir')
     parser.add_argument(
         '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='override settings of every config'
     )
+    return parser
+
+
+def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Reads the command line."""
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error('--jobs must be 1 or more')
@@ -104,7 +110,9 @@ def step(folder: Path, name: str, *command: str) -> None:
     done = folder / f'{name}.json'
     if done.exists():
         if json.loads(done.read_text())['command'] != list(command):
-            sys.exit(f'study: {done} is from another command; remove {folder}, or take another --work-dir')
+            sys.exit(
+                f'{Path(sys.argv[0]).stem}: {done} is from another command; remove {folder}, or take another --work-dir'
+            )
         return
     shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,21 +120,22 @@ def step(folder: Path, name: str, *command: str) -> None:
     done.write_text(json.dumps(dict(command=command, seconds=seconds)))
 
 
+def train(folder: Path, name: str, config: str, seed: int, overrides: list[str]) -> None:
+    """Trains one model as a step in the folder of its seed."""
+    options = ['--cfg-options', f'randomness.seed={seed}', *overrides]
+    step(folder, name, 'tools/train.py', config, '--work-dir', str(folder / name), *options)
+
+
 def run_seed(experiment: Experiment, seed: int, folder: Path, overrides: list[str]) -> None:
     """Runs all steps of one experiment with one seed."""
-    options = ['--cfg-options', f'randomness.seed={seed}', *overrides]
-
-    def train(name: str, suffix: str, *more: str) -> None:
-        config = experiment.config(suffix)
-        step(folder, name, 'tools/train.py', config, '--work-dir', str(folder / name), *options, *more)
-
-    train('baseline', '')
-    weights = f'load_from={last_checkpoint(folder / "baseline")}'
-    train('control', '_baseline-ft', weights)
-    train('denoised', '_denoiserep', weights)
+    train(folder, 'baseline', experiment.config(), seed, overrides)
+    more = [*overrides, f'load_from={last_checkpoint(folder / "baseline")}']
+    train(folder, 'control', experiment.config('_baseline-ft'), seed, more)
+    train(folder, 'denoised', experiment.config('_denoiserep'), seed, more)
     checkpoint, fused = last_checkpoint(folder / 'denoised'), str(folder / 'fused.pth')
     verify = ['--overwrite', '--verify', experiment.config('_denoiserep')]
     step(folder, 'fuse', 'tools/fuse_checkpoint.py', checkpoint, fused, *verify)
+    options = ['--cfg-options', f'randomness.seed={seed}', *overrides]
     step(folder, 'fused', 'tools/test.py', experiment.config(), fused, '--work-dir', str(folder / 'fused'), *options)
 
 
@@ -137,8 +146,15 @@ def count_images(data: str) -> int:
     return Path('work_dirs/fashion-mnist/train-labels-idx1-ubyte').stat().st_size - 8  # one byte a label
 
 
-def train_all(args: argparse.Namespace) -> None:
-    """Prepares the data, runs every experiment with every seed, and notes on what and how long."""
+def run_all(args: argparse.Namespace, one: Callable[..., None], note: str, packages: Iterable[str] = PACKAGES) -> None:
+    """Prepares the data, runs every experiment with every seed, and notes on what and how long.
+
+    Args:
+        args: The command line.
+        one: Runs one experiment with one seed; called as :func:`run_seed` is.
+        note: Name of the file in the work dir for :func:`write_note`.
+        packages: Modules whose versions are noted.
+    """
     started = time.perf_counter()
     os.environ['OMP_NUM_THREADS'] = '1'
     data_sets = sorted({EXPERIMENTS[name].data for name in args.experiments})
@@ -147,7 +163,7 @@ def train_all(args: argparse.Namespace) -> None:
             run(f'prepare {data}', DATA[data], f'work_dirs/{data}')
     pool = ThreadPoolExecutor(args.jobs)
     futures = [
-        pool.submit(run_seed, EXPERIMENTS[name], seed, seed_folder(args.work_dir, name, seed), args.cfg_options)
+        pool.submit(one, EXPERIMENTS[name], seed, seed_folder(args.work_dir, name, seed), args.cfg_options)
         for seed in args.seeds
         for name in args.experiments
     ]
@@ -156,18 +172,17 @@ def train_all(args: argparse.Namespace) -> None:
             future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-        write_note(args, data_sets, time.perf_counter() - started)
+        write_note(args.work_dir / note, args.jobs, data_sets, time.perf_counter() - started, packages)
 
 
-def write_note(args: argparse.Namespace, data_sets: list[str], seconds: float) -> None:
-    """Notes what the page says beside the results; times add up over all calls of this program."""
-    path = args.work_dir / NOTE
+def write_note(path: Path, jobs: int, data_sets: list[str], seconds: float, packages: Iterable[str]) -> None:
+    """Notes what the page says beside the results; times add up over all calls of the program."""
     before = json.loads(path.read_text()) if path.exists() else dict(seconds=0, cpu_seconds=0, images={})
-    distributions = [packages_distributions()[package][0] for package in PACKAGES]
+    distributions = [packages_distributions()[package][0] for package in packages]
     note = dict(
-        command=shlex.join(['python', 'tools/study.py', *sys.argv[1:]]),
+        command=shlex.join(['python', f'tools/{Path(sys.argv[0]).name}', *sys.argv[1:]]),
         cores=os.cpu_count(),
-        jobs=args.jobs,
+        jobs=jobs,
         seconds=before['seconds'] + seconds,
         cpu_seconds=before['cpu_seconds'] + os.times().children_user + os.times().children_system,
         images=before['images'] | {data: count_images(data) for data in data_sets},
@@ -226,11 +241,11 @@ def loss_weight(config: str) -> float:
 
 def main() -> None:
     """Trains what is missing and writes the page."""
-    args = parse_args()
+    args = parse_args(make_parser(__doc__, Path('docs/study.md')))
     os.chdir(ROOT)
     warnings.simplefilter('ignore')
     if not args.report:
-        train_all(args)
+        run_all(args, run_seed, NOTE)
     note = args.work_dir / NOTE
     if not note.exists():
         sys.exit(f'study: {args.work_dir} holds no study; start it without --report')

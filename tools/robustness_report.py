@@ -1,0 +1,297 @@
+"""The page of the robustness study: what its runs measured, as tables, in words and as a picture."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from study_report import Paired, spread, table
+
+AS_TRAINED, ALL_LAYERS, EARLY_HALF, FIRST_LAYER = 'as trained', 'all layers', 'early half', 'first layer'
+BATCH_NORM = 'BatchNorm'
+LATENCY = 0.02
+"""How far the median ratio of latencies may be from 1."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one experiment measured over its seeds.
+
+    Attributes:
+        name: Name of the experiment.
+        title: Name of the model.
+        data: Name of the data set.
+        seeds: In the order of the runs.
+        steps: Metric: the step to which it is rounded, in percent (0 where it is not).
+        runs: What ``Measurement.measure`` of tools/robustness.py returned, one a seed.
+    """
+
+    name: str
+    title: str
+    data: str
+    seeds: list[int]
+    steps: dict[str, float]
+    runs: list[dict[str, Any]]
+
+    @property
+    def metric(self) -> str:
+        """The first metric."""
+        return next(iter(self.steps))
+
+    @property
+    def picked(self) -> str:
+        """The fit that safe_fit picks for the images of the table, taken as representative."""
+        return self.runs[0]['picked']
+
+    def values(self, *keys: str, metric: str | None = None) -> list[float]:
+        """Returns one number a seed, from nested dicts whose last key is a metric, by default the first one."""
+        values = []
+        for run in self.runs:
+            for key in (*keys, metric or self.metric):
+                run = run[key]  # type: ignore[assignment]
+            values.append(run)
+        return values  # type: ignore[return-value]
+
+    def gain(self, corruption: str, *keys: str, metric: str | None = None) -> Paired:
+        """Returns a score on a corruption less that of the model as trained; one key alone is a method of the table."""
+        metric = metric or self.metric
+        keys = ('table', corruption, *keys) if len(keys) == 1 else keys
+        before = self.values('table', corruption, AS_TRAINED, metric=metric)
+        return Paired(self.values(*keys, metric=metric), before, self.steps[metric])
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing that the study was to show.
+
+    Attributes:
+        text: What.
+        measured: How it came out, in words.
+        met: Whether it was shown.
+    """
+
+    text: str
+    measured: str
+    met: bool
+
+
+def report(results: list[Result], note: dict, severities: dict[str, dict[str, float]]) -> str:
+    """Returns the generated part of the page, in Markdown.
+
+    Args:
+        results: What was measured.
+        note: What tools/robustness.py noted about the machine, the software and the time.
+        severities: Data set, then corruption.
+    """
+    corruptions = list(next(iter(severities.values())))
+    parts = ['### Targets', targets_table(results), '### What helps, and what does not', tally(results)]
+    parts += ['### Corruptions', severity_table(results, severities)]
+    for result in results:
+        parts += [f'### {result.title}', *scores(result, corruptions)]
+        if 'counts' in result.runs[0]:
+            parts += [counts(result), elsewhere(result)]
+    versions = ', '.join(f'{name} {number}' for name, number in note['versions'].items())
+    parts.append(
+        f'{note["cores"]} CPU cores, {note["jobs"]} processes at a time, one thread each: '
+        f'{note["cpu_seconds"] / 60:.0f} minutes of CPU time in {note["seconds"] / 60:.0f} minutes, by '
+        f'`{note["command"]}`. {versions}.'
+    )
+    return '\n\n'.join(parts)
+
+
+def targets(results: list[Result]) -> list[Target]:
+    """Judges what the study was to show, as far as the experiments were run."""
+    by_name = {result.name: result for result in results}
+    found = []
+    for corruption, least in {'noise': {'vit': 20, 'resnet': 30}, 'blur': {'vit': 8, 'resnet': 8}}.items():
+        for name, points in least.items():
+            if result := by_name.get(name):
+                gain = result.gain(corruption, result.picked)
+                text = f'{corruption}, {result.title}: at least +{points} {result.metric}'
+                found.append(Target(text, spread(gain.differences, '+.2f'), gain.mean >= points))
+    for name in ('mask-rcnn', 'segformer', 'reid'):
+        for corruption in ('noise', 'blur'):
+            if result := by_name.get(name):
+                shares = recovered(result, corruption)
+                text = f'{corruption}, {result.title}: at least 60 % of the lost {result.metric} recovered'
+                found.append(Target(text, f'{spread(shares, ".0f")} %', statistics.mean(shares) >= 60))
+    costs = {result.title: result.gain('clean', result.picked).mean for result in results}
+    worst = min(costs, key=lambda title: costs[title])
+    text = 'fitted to clean images: every model within 0.5 on them'
+    found.append(Target(text, f'{costs[worst]:+.2f} at worst ({worst})', costs[worst] >= -0.5))
+    ratios = {result.title: statistics.mean(run['latency'] for run in result.runs) for result in results}
+    worst = max(ratios, key=lambda title: abs(ratios[title] - 1))
+    text = f'latency, fused over baseline: every model within {LATENCY} of 1.00'
+    found.append(Target(text, f'{ratios[worst]:.3f} at worst ({worst})', abs(ratios[worst] - 1) <= LATENCY))
+    if result := by_name.get('resnet'):
+        leads = {
+            corruption: Paired(
+                result.values('table', corruption, result.picked), result.values('table', corruption, BATCH_NORM)
+            ).mean
+            for corruption in result.runs[0]['table']
+        }
+        worst = min(leads, key=lambda corruption: leads[corruption])
+        text = f'{result.title}: at least re-estimated BatchNorm in every column'
+        found.append(Target(text, f'{leads[worst]:+.2f} at worst ({worst})', leads[worst] >= 0))
+    return found
+
+
+def recovered(result: Result, corruption: str) -> list[float]:
+    """Returns the share, in percent, of what a corruption cost that the picked fit recovered, one a seed."""
+    clean, before, after = (
+        result.values('table', *keys)
+        for keys in (('clean', AS_TRAINED), (corruption, AS_TRAINED), (corruption, result.picked))
+    )
+    return [100 * (a - b) / (c - b) if c != b else 0.0 for a, b, c in zip(after, before, clean, strict=True)]
+
+
+def targets_table(results: list[Result]) -> str:
+    """Returns the judged targets, and how many are met."""
+    judged = targets(results)
+    rows = [[t.text, t.measured, 'met' if t.met else '**missed**'] for t in judged]
+    met = sum(target.met for target in judged)
+    text = 'The fit is the one that `safe_fit` picks for the target images, taken as representative'
+    picks = '; '.join(f'{result.title}: {result.picked}' for result in results)
+    return f'{table(["target", "measured", ""], rows)}\n\n{met} of {len(judged)} targets are met. {text} ({picks}).'
+
+
+def tally(results: list[Result]) -> str:
+    """Counts for every method in how many columns it changes a model by more than the noise of the seeds."""
+    effects: dict[str, dict[str, Paired]] = {}
+    for result in results:
+        for corruption, methods in result.runs[0]['table'].items():
+            for method in methods:
+                if method != AS_TRAINED:
+                    place = f'{result.title}, {corruption}'
+                    effects.setdefault(method, {})[place] = result.gain(corruption, method)
+    rows, sentences = [], []
+    for method, places in effects.items():
+        verdicts = [effect.verdict for effect in places.values()]
+        best, worst = (pick(places, key=lambda place: places[place].mean) for pick in (max, min))
+        counted = [verdicts.count(verdict) for verdict in ('higher', 'no effect within noise', 'lower')]
+        ends = [f'{places[place].mean:+.2f} ({place})' for place in (best, worst)]
+        rows.append([method, len(places), *counted, *ends])
+        if not counted[0]:
+            sentences.append(f'**{method}** helps nowhere by more than the noise of the seeds.')
+        elif counted[2] >= counted[0]:
+            sentences.append(f'**{method}** harms in at least as many columns as it helps.')
+    if any(len(result.seeds) == 1 for result in results):
+        sentences = ['One seed alone says nothing about the noise of the seeds.']
+    header = ['method', 'columns', 'higher', 'no effect within noise', 'lower', 'best', 'worst']
+    return '\n\n'.join([table(header, rows), *([' '.join(sentences)] if sentences else [])])
+
+
+def severity_table(results: list[Result], severities: dict[str, dict[str, float]]) -> str:
+    """Returns how strong the corruptions are, and what they cost the models as trained."""
+    data = [name for name in severities if any(result.data == name for result in results)]
+    header = ['data', *next(iter(severities.values()))]
+    rows = [[name, *(f'{severity:.3g}' for severity in severities[name].values())] for name in data]
+    return table(header, rows)
+
+
+def scores(result: Result, corruptions: list[str]) -> list[str]:
+    """Returns a table for each metric: the model as trained, and what each method adds to it."""
+    columns = ['clean', *corruptions]
+    images = result.runs[0]['images']
+    tables = [
+        f'{images["source"]:,} clean training images for the source, {images["target"]:,} others to fit on, '
+        f'{images["test"]:,} test images; seeds {", ".join(map(str, result.seeds))}. '
+        f'Latency, fused over baseline: {spread([run["latency"] for run in result.runs], ".3f")}.'
+    ]
+    for metric in result.steps:
+        rows = [[AS_TRAINED, *(spread(result.values('table', c, AS_TRAINED, metric=metric), '.1f') for c in columns)]]
+        for method in result.runs[0]['table']['clean']:
+            if method != AS_TRAINED:
+                gains = [result.gain(column, method, metric=metric).differences for column in columns]
+                rows.append([method, *(spread(gain, '+.2f') for gain in gains)])
+        if BATCH_NORM not in result.runs[0]['table']['clean'] and 'counts' in result.runs[0]:
+            rows.append([BATCH_NORM, *(['not applicable'] * len(columns))])
+        tables.append(table([f'{metric}, %', *columns], rows))
+    return tables
+
+
+def counts(result: Result) -> str:
+    """Returns the gain on noise and the cost on clean by the number of images to fit on, and of a skewed target."""
+    methods = list(next(iter(result.runs[0]['counts'].values()))['noise'])
+
+    def row(label: str, *keys: str, names: list[str]) -> list[str]:
+        cells = [
+            ' / '.join(
+                spread(result.gain(corruption, *keys, corruption, name).differences, '+.1f')
+                for corruption in ('noise', 'clean')
+            )
+            for name in names
+        ]
+        return [label, *cells, *(['-'] * (len(methods) - len(names)))]
+
+    rows = [row(count, 'counts', count, names=methods) for count in result.runs[0]['counts']]
+    skewed = result.runs[0]['skewed']
+    rows.append(row(f'{skewed["images"]}, skewed', 'skewed', 'scores', names=[m for m in methods if m != 'safe_fit']))
+    title = 'images to fit on (gain on noise / change on clean)'
+    return table([title, *methods], rows)
+
+
+def elsewhere(result: Result) -> str:
+    """Returns what a fit to one domain does in another one."""
+    found = result.runs[0]['elsewhere']
+    methods = list(next(iter(next(iter(found.values())).values())))
+    rows = [
+        [fitted, corruption]
+        + [spread(result.gain(corruption, 'elsewhere', fitted, corruption, m).differences, '+.1f') for m in methods]
+        for fitted, evaluated in found.items()
+        for corruption in evaluated
+    ]
+    return table(['fitted to', 'evaluated on', *methods], rows)
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """Writes the picture: gain by corruption and method, and gain and cost by the number of images to fit on."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    counted = [result for result in results if 'counts' in result.runs[0]]
+    panels: list[tuple[Callable, Result]] = [(draw_bars, result) for result in results]
+    panels += [(draw_curves, result) for result in counted]
+    columns = min(len(panels), 4)
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 3.6 * lines), layout='constrained', squeeze=False)
+    for place in axes.flat[len(panels) :]:
+        place.axis('off')
+    for place, (panel, result) in zip(axes.flat, panels, strict=False):
+        panel(place, result)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def draw_bars(axes: Any, result: Result) -> None:
+    """Draws what each method adds to the first metric, by corruption."""
+    found = result.runs[0]['table']
+    methods = [method for method in found['clean'] if method != AS_TRAINED]
+    width = 0.85 / len(methods)
+    for i, method in enumerate(methods):
+        gains = [result.gain(corruption, method).differences for corruption in found]
+        deviations = [statistics.stdev(gain) if len(gain) > 1 else 0 for gain in gains]
+        places = [x + (i - (len(methods) - 1) / 2) * width for x in range(len(found))]
+        bars = dict(width=width, yerr=deviations, error_kw=dict(lw=0.6), label=method)
+        axes.bar(places, [statistics.mean(gain) for gain in gains], **bars)
+    axes.axhline(0, color='black', lw=0.6)
+    axes.set_xticks(range(len(found)), list(found), rotation=20)
+    axes.set(title=result.title, ylabel=f'{result.metric}, against as trained')
+    axes.legend(fontsize=6, ncols=2)
+
+
+def draw_curves(axes: Any, result: Result) -> None:
+    """Draws gain on noise (solid) and change on clean (dashed) over the number of images to fit on."""
+    found = result.runs[0]['counts']
+    for i, method in enumerate(next(iter(found.values()))['noise']):
+        for corruption, style in {'noise': '-', 'clean': '--'}.items():
+            gains = [result.gain(corruption, 'counts', count, corruption, method).mean for count in found]
+            label = method if corruption == 'noise' else None
+            axes.plot([int(count) for count in found], gains, style, color=f'C{i}', marker='.', label=label)
+    axes.axhline(0, color='black', lw=0.6)
+    axes.set_xscale('log')
+    axes.set(title=f'{result.title}: noise (solid), clean (dashed)', xlabel='images to fit on', ylabel=result.metric)
+    axes.legend(fontsize=7)
