@@ -218,7 +218,11 @@ def test_print_targets(scenes, user_configs):
     assert "'layers.0.qvk'" in sentence('print_targets', vanilla, '--targets', 'layers.0.qvk', cwd=scenes)
 
 
-@pytest.mark.parametrize('name', ['train', 'test', 'fuse_checkpoint', 'print_targets', 'make_scenes', 'demo', 'study'])
+@pytest.mark.parametrize(
+    'name',
+    ['train', 'test', 'fuse_checkpoint', 'calibrate', 'print_targets', 'make_scenes', 'corrupt_images', 'demo', 'study']
+    + ['robustness'],
+)
 def test_help(name, tmp_path):
     """Every tool explains itself."""
     assert 'usage: ' in tool(name, '--help', cwd=tmp_path)

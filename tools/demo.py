@@ -1,6 +1,7 @@
 """Trains a small Mask R-CNN on composed scenes, continues it with and without denoising, fuses, and compares.
 
-Every step is one of the commands that users run themselves; it is printed before it runs.
+Then the baseline is fitted to noisy scenes without their labels, and evaluated on other noisy scenes. Every step is
+one of the commands that users run themselves; it is printed before it runs.
 """
 
 import argparse
@@ -8,6 +9,7 @@ import os
 import shutil
 import time
 import warnings
+from itertools import count
 from pathlib import Path
 
 from steps import last_checkpoint, last_metric, run, scalars
@@ -19,7 +21,9 @@ CONFIGS = {
     'denoised': 'configs/demo/mask-rcnn_swin_scenes_denoiserep.py',
 }
 WORK = Path('work_dirs/demo')
-FUSED = WORK / 'denoised_fused.pth'
+STEPS = 12
+FUSED, FITTED = WORK / 'denoised_fused.pth', WORK / 'fitted_to_noise.pth'
+NOISY = WORK / 'noisy'
 
 
 def main() -> None:
@@ -28,31 +32,47 @@ def main() -> None:
     os.chdir(ROOT)
     started = time.perf_counter()
     shutil.rmtree(WORK, ignore_errors=True)
-    run('1/7 Compose scenes from Fashion-MNIST articles', 'tools/make_scenes.py', 'work_dirs/scenes', '--overwrite')
-    for step, (name, title) in enumerate(
-        {
-            'baseline': 'Train the baseline',
-            'control': 'Continue it without denoising (the control)',
-            'denoised': 'Continue it with denoisers (joint mode), and evaluate it unfused',
-        }.items(),
-        start=2,
-    ):
-        run(f'{step}/7 {title}', 'tools/train.py', CONFIGS[name], '--work-dir', str(WORK / name))
-    fuse = ['tools/fuse_checkpoint.py', last_checkpoint(WORK / 'denoised'), str(FUSED), '--verify', CONFIGS['denoised']]
-    run('5/7 Fold the denoisers into the weights', *fuse)
-    evaluate = ['tools/test.py', CONFIGS['baseline'], str(FUSED), '--work-dir', str(WORK / 'fused')]
-    run("6/7 Evaluate the fused file in the baseline's unchanged config", *evaluate)
+    step = count(1)
 
-    print('\n=== 7/7 Compare and draw', flush=True)
+    def do(title: str, *command: str) -> None:
+        run(f'{next(step)}/{STEPS} {title}', *command)
+
+    do('Compose scenes from Fashion-MNIST articles', 'tools/make_scenes.py', 'work_dirs/scenes', '--overwrite')
+    for name, title in {
+        'baseline': 'Train the baseline',
+        'control': 'Continue it without denoising (the control)',
+        'denoised': 'Continue it with denoisers (joint mode), and evaluate it unfused',
+    }.items():
+        do(title, 'tools/train.py', CONFIGS[name], '--work-dir', str(WORK / name))
+    fuse = ['tools/fuse_checkpoint.py', last_checkpoint(WORK / 'denoised'), str(FUSED), '--verify', CONFIGS['denoised']]
+    do('Fold the denoisers into the weights', *fuse)
+    evaluate = ['tools/test.py', CONFIGS['baseline'], str(FUSED), '--work-dir', str(WORK / 'fused')]
+    do("Evaluate the fused file in the baseline's unchanged config", *evaluate)
+
+    baseline, source = [CONFIGS['baseline'], last_checkpoint(WORK / 'baseline')], str(WORK / 'moments.pth')
+    do('Spoil all scenes with noise', 'tools/corrupt_images.py', 'work_dirs/scenes/images', str(NOISY), 'noise')
+    do('Gather moments of the clean training scenes', 'tools/calibrate.py', *baseline, source, '--mode', 'moments')
+    images = ['--images', str(NOISY / 'training'), '--num-images', '300', '--representative', '--verify']
+    fit = ['tools/calibrate.py', *baseline, str(FITTED), '--mode', 'domain', '--source', source, *images]
+    do('Fit the baseline to noisy training scenes, without labels', *fit)
+    noisy = ['--cfg-options', f'test_dataloader.dataset.data_prefix.img=../demo/{NOISY.name}/validation/']
+    do('Evaluate the baseline on noisy scenes', 'tools/test.py', *baseline, '--work-dir', str(WORK / 'spoiled'), *noisy)
+    evaluate = ['tools/test.py', CONFIGS['baseline'], str(FITTED), '--work-dir', str(WORK / 'fitted'), *noisy]
+    do('Evaluate the fitted file in the unchanged config', *evaluate)
+
+    print(f'\n=== {next(step)}/{STEPS} Compare and draw', flush=True)
     warnings.simplefilter('ignore')
     import demo_report
 
     average_precision = 'coco/bbox_mAP', 'coco/segm_mAP'
-    metrics = {name: tuple(last_metric(WORK / name, key) for key in average_precision) for name in (*CONFIGS, 'fused')}
-    models = demo_report.load_models(CONFIGS, {name: last_checkpoint(WORK / name) for name in CONFIGS}, FUSED)
+    stages = *CONFIGS, 'fused', 'spoiled', 'fitted'
+    metrics = {name: tuple(last_metric(WORK / name, key) for key in average_precision) for name in stages}
+    checkpoints = {name: last_checkpoint(WORK / name) for name in CONFIGS} | dict(fused=FUSED, fitted=FITTED)
+    models = demo_report.load_models(CONFIGS, checkpoints)
     report = demo_report.table(models, metrics)
     (WORK / 'report.txt').write_text(report + '\n')
-    demo_report.draw(models, {name: scalars(WORK / name) for name in CONFIGS}, WORK / 'demo.png')
+    logs = {name: scalars(WORK / name) for name in CONFIGS}
+    demo_report.draw(models, logs, NOISY / 'validation', WORK / 'demo.png')
     print(report)
     print(f'\nPicture: {WORK / "demo.png"}   table: {WORK / "report.txt"}')
     print(f'Whole demo: {(time.perf_counter() - started) / 60:.1f} minutes on {os.cpu_count()} cores')

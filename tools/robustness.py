@@ -32,6 +32,7 @@ from torch.optim.swa_utils import update_bn
 import study
 from benchmarks.measure import alternate
 from common import load_config, set_default_scope, stop, written_whole
+from corrupt_images import corrupt
 from mmdenoiserep.core import apply_denoiserep, calibrate, collect_moments, fuse_model, safe_fit
 from mmdenoiserep.core.safety import FEW, MANY
 from mmdenoiserep.engine.resume import allow_training_checkpoints
@@ -49,10 +50,10 @@ SEVERITIES = {
 """Data set, then corruption: see :func:`corrupt`."""
 SOURCE = 4000
 """Clean training images for the moments in the training domain, at most."""
-POOL = {CLASSIFICATION: 6000}
-"""Other training images, unlabelled and corrupted, to fit on, at most; 300 of the other data sets."""
-TARGET = 1000
-"""Those of them that the table is about, at most."""
+POOL = {CLASSIFICATION: 6000, 'scenes': 300, 'fashion-reid': 2000}
+"""Other training images, unlabelled and corrupted, to fit on, at most."""
+TARGET = {CLASSIFICATION: 1000}
+"""Those of them that the table is about; elsewhere all of them."""
 COUNTS = 8, 32, 128, 512, 2000, 4000
 """Those that the curves are about."""
 SKEWED = 4, 2000
@@ -71,39 +72,6 @@ ENVIRONMENT = {
 }
 """For the processes that are started."""
 NOTE, RESULT = 'robustness_note.json', 'robustness.json'
-
-
-def corrupt(images: Tensor, corruption: str, severity: float, seed: int) -> Tensor:
-    """Returns corrupted images; image i depends on the seed and on i alone.
-
-    Args:
-        images: (N, C, H, W), uint8; three channels are BGR, as the libraries load them.
-        corruption: ``clean``; Gaussian ``noise`` or ``blur``, the severity its standard deviation (noise: of 1, blur:
-            in pixels); ``jpeg``, its quality; ``contrast``, the factor of all values; ``occlusion`` by one black
-            rectangle, its side as a share of the image's; ``shot`` noise, its scale.
-        severity: See there.
-        seed: Of everything that is drawn.
-    """
-    import albumentations as A
-
-    if corruption == 'clean':
-        return images
-    both = (severity, severity)
-    kind, options = {
-        'noise': (A.GaussNoise, dict(std_range=both)),
-        'blur': (A.GaussianBlur, dict(sigma_limit=both, blur_limit=0)),
-        'jpeg': (A.ImageCompression, dict(quality_range=both)),
-        'contrast': (A.RandomBrightnessContrast, dict(brightness_limit=(0, 0), contrast_limit=(severity - 1,) * 2)),
-        'occlusion': (
-            A.CoarseDropout,
-            dict(num_holes_range=(1, 1), hole_height_range=both, hole_width_range=both, fill=0),
-        ),
-        'shot': (A.ShotNoise, dict(scale_range=both)),
-    }[corruption]
-    transform = A.Compose([kind(**options, p=1.0)], seed=seed)  # draws in the order of the images
-    rgb = images.flip(1).permute(0, 2, 3, 1).contiguous().numpy()
-    corrupted = torch.stack([torch.from_numpy(transform(image=image)['image']) for image in rgb])
-    return corrupted.permute(0, 3, 1, 2).flip(1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -162,9 +130,9 @@ class Measurement:
         chosen = self.order(len(tested))[: TEST.get(experiment.data)]
         self.test = Images.load(tested, chosen.sort().values)
         order = self.order(len(trained))
-        count = min(POOL.get(experiment.data, 300), len(order) // 2)
+        count = min(POOL[experiment.data], len(order) // 2)
         self.pool = Images.load(trained, order[:count])
-        self.target = self.pool.first(TARGET)
+        self.target = self.pool.first(TARGET.get(experiment.data, count))
         self.clean = [
             self.batch(part) for part in Images.load(trained, order[count : count + SOURCE]).inputs.split(500)
         ]

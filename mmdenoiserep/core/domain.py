@@ -129,7 +129,8 @@ class DomainFit:
         self.fitted: dict[str, FittedLayer] = {}
         norms = {name: norm for name, norm in module.named_modules() if isinstance(norm, nn.LayerNorm | _BatchNorm)}
         self.norms: dict[str, nn.Module] = {}
-        for giver, reader in find_sole_readers(module, {**layers, **norms}, example).items():
+        one = example[:1] if isinstance(example, Tensor) else example  # who feeds whom, one image shows
+        for giver, reader in find_sole_readers(module, {**layers, **norms}, one).items():
             before, after = norms.get(giver), norms.get(reader)
             if giver in layers and isinstance(after, _BatchNorm) and after.running_mean is not None:
                 self.norms[giver] = after
