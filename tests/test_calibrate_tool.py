@@ -146,7 +146,7 @@ def state_of(path):
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_a_domain_fit_brings_the_first_features_home_in_the_unchanged_config(name, tmp_path, capsys):
-    output = fit(name, tmp_path / 'fitted.pth', '--layers', 'all', '--fit', 'full', '--every', 1)
+    output = fit(name, tmp_path / 'fitted.pth', '--layers', 'all', '--fit', 'full', '--every', 1, '--prior', 0)
     shown = capsys.readouterr().out
     assert 'takes exactly these weights' in shown and 'TOO LARGE' not in shown and 'in 1 pass' in shown
     assert output.with_suffix('.png').stat().st_size > 10_000
@@ -276,7 +276,11 @@ def test_warnings(tmp_path, capsys):
     assert 'warning: 60 images are few for 17 layers (from 512 on)' in capsys.readouterr().out
     for i in range(20):
         cv2.imwrite(str(tmp_path / f'{i}.png'), np.full((28, 28), 250, np.uint8) - (np.indices((28, 28)).sum(0) == i))
-    fit('vit_fashion-mnist', tmp_path / 'other.pth', '--images', tmp_path)
+    other = ['--images', tmp_path, '--mode', 'domain', '--source', source('vit_fashion-mnist')]
+    args = [DEMO / 'vit_fashion-mnist.py', checkpoint('vit_fashion-mnist'), tmp_path / 'other.pth', *other]
+    assert 'which looks like another data set' in sentence(*args)
+    assert not (tmp_path / 'other.pth').exists()
+    call(calibrate, *args, '--layers', 'first')
     assert 'look like another data set altogether' in capsys.readouterr().out
 
 

@@ -24,6 +24,7 @@ EXTRA = {
     'train': ['--cfg-options', *SMALL, 'default_hooks.checkpoint.interval=12', 'train_cfg.val_interval=12'],
     'fuse_checkpoint': [],
     'test': ['--cfg-options', *SMALL],
+    'calibrate': ['--num-images', '2', '--cfg-options', *SMALL],
 }
 """What is appended to make full-size commands small: small pictures, no download of weights, no worker processes."""
 
@@ -61,4 +62,4 @@ def test_the_commands_of_the_readme(clone):
         command = [sys.executable, '-W', 'ignore', script, *args, *EXTRA[Path(script).stem]]
         result = subprocess.run(command, cwd=clone, text=True, capture_output=True, timeout=600)
         assert result.returncode == 0, f'{line}\n{result.stdout[-2000:]}{result.stderr[-4000:]}'
-    assert (clone / 'fused.pth').is_file()
+    assert (clone / 'fused.pth').is_file() and (clone / 'fitted.pth').is_file()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import verify
-from calibration_report import draw_spectra, verify_maps, warnings_of
+from calibration_report import LARGE, draw_spectra, verify_maps, warnings_of
 from common import set_default_scope, stop, type_name, without_denoising, written_whole
 from images import Batches, Folder, Unlabelled, find_images, spread
 from mmdenoiserep.core import (
@@ -156,6 +156,13 @@ class Calibration:
             fit_on = counted(self.images, passes)
         with fit_on as batches:
             report = calibrate(self.backbone, batches, 'domain', source, every=every, **options)
+        first = report.layers[0]
+        if not (args.representative or args.layers or args.fit) and first.moved > LARGE:
+            raise CheckpointError(
+                f'{first.name} would move by {first.moved:.2f} times its variance, which looks like another data set '
+                'or very different light; look at the images, and if they are right, say what may change with '
+                '--representative, or with --layers and --fit'
+            )
         self.model.backbone = fuse_model(self.backbone)
         if before is not None:
             self._verify(before, report)
