@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     fit.add_argument('--rank', type=int, help='choose yourself: rank of a full fit, less the identity; 0 for full')
     fit.add_argument('--prior', type=float, metavar='N', help='images that the training domain is worth')
     fit.add_argument(
-        '--every', type=int, metavar='N', help='take one in N tokens or pixels (default: 8, less if they are few)'
+        '--every', type=int, metavar='N', help='take one in N tokens or pixels (default: 16, less if they are few)'
     )
     fit.add_argument(
         '--memory',

@@ -240,8 +240,8 @@ def measure_flows(backbone: nn.Module, layers: Iterable[str], image: Tensor) -> 
 
 
 def choose_every(flows: Sequence[Flow], images: int) -> int:
-    """Returns which share of the vectors is enough: one in so many, at most 8, but ten for each channel."""
-    return max(1, min(8, *(images * flow.vectors // (10 * flow.channels) for flow in flows)))
+    """Returns which share of the vectors is enough: one in so many, at most 16, but ten for each channel."""
+    return max(1, min(16, *(images * flow.vectors // (10 * flow.channels) for flow in flows)))
 
 
 def fits_memory(flows: Sequence[Flow], images: int, gibibytes: float) -> bool:

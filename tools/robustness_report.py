@@ -10,6 +10,21 @@ from study_report import Paired, spread, table
 
 AS_TRAINED, ALL_LAYERS, EARLY_HALF, FIRST_LAYER = 'as trained', 'all layers', 'early half', 'first layer'
 BATCH_NORM = 'BatchNorm'
+COLOURED = (
+    ALL_LAYERS,
+    EARLY_HALF,
+    FIRST_LAYER,
+    'safe_fit',
+    'mean',
+    'diagonal',
+    'schedule',
+    BATCH_NORM,
+    'entropy, 0.001',
+    'entropy, 0.0001',
+    'fine-tuned',
+    'fine-tuned on noise',
+)
+"""The methods in the order of their colours, which are the same in every panel."""
 LATENCY = 0.02
 """How far the median ratio of latencies may be from 1."""
 
@@ -266,6 +281,13 @@ def draw(results: list[Result], path: Path) -> None:
     plt.close(figure)
 
 
+def colour(method: str) -> tuple:
+    """Returns the colour of a method."""
+    import matplotlib
+
+    return matplotlib.colormaps['Paired'](COLOURED.index(method))
+
+
 def draw_bars(axes: Any, result: Result) -> None:
     """Draws what each method adds to the first metric, by corruption."""
     found = result.runs[0]['table']
@@ -275,7 +297,7 @@ def draw_bars(axes: Any, result: Result) -> None:
         gains = [result.gain(corruption, method).differences for corruption in found]
         deviations = [statistics.stdev(gain) if len(gain) > 1 else 0 for gain in gains]
         places = [x + (i - (len(methods) - 1) / 2) * width for x in range(len(found))]
-        bars = dict(width=width, yerr=deviations, error_kw=dict(lw=0.6), label=method)
+        bars = dict(width=width, yerr=deviations, error_kw=dict(lw=0.6), label=method, color=colour(method))
         axes.bar(places, [statistics.mean(gain) for gain in gains], **bars)
     axes.axhline(0, color='black', lw=0.6)
     axes.set_xticks(range(len(found)), list(found), rotation=20)
@@ -286,11 +308,11 @@ def draw_bars(axes: Any, result: Result) -> None:
 def draw_curves(axes: Any, result: Result) -> None:
     """Draws gain on noise (solid) and change on clean (dashed) over the number of images to fit on."""
     found = result.runs[0]['counts']
-    for i, method in enumerate(next(iter(found.values()))['noise']):
+    for method in next(iter(found.values()))['noise']:
         for corruption, style in {'noise': '-', 'clean': '--'}.items():
             gains = [result.gain(corruption, 'counts', count, corruption, method).mean for count in found]
             label = method if corruption == 'noise' else None
-            axes.plot([int(count) for count in found], gains, style, color=f'C{i}', marker='.', label=label)
+            axes.plot([int(count) for count in found], gains, style, color=colour(method), marker='.', label=label)
     axes.axhline(0, color='black', lw=0.6)
     axes.set_xscale('log')
     axes.set(title=f'{result.title}: noise (solid), clean (dashed)', xlabel='images to fit on', ylabel=result.metric)

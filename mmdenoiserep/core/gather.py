@@ -146,8 +146,8 @@ class Sample:
         return x.mT[None]
 
     def _draw(self, rows: int, length: int) -> Tensor:
-        """Returns places among ``length``, another random choice in each row."""
-        return torch.rand(rows, length, generator=self.generator).topk(-(-length // self.every), sorted=False).indices
+        """Returns places among ``length``, another random choice in each row; one may come twice."""
+        return torch.randint(length, (rows, -(-length // self.every)), generator=self.generator)
 
 
 def fitted_on_output(layer: nn.Module) -> bool:

@@ -22,7 +22,10 @@ MODELS = ('ViT-S/16', 'ResNet-50')
 TARGET = 1.25
 """The most that a pass may take, in plain forwards."""
 
-PLAIN, ALL = 'plain forward', 'all vectors'
+PLAIN, SOME, ALL = 'plain forward', 'some vectors', 'all vectors'
+
+IMAGES = 4000
+"""The images that tools/calibrate.py takes."""
 
 RANK = 64
 """The low rank beside the full one."""
@@ -31,10 +34,14 @@ RANK = 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this benchmark."""
     parser.add_argument('--size', type=int, default=224, help='side of the images in pixels (default: %(default)s)')
-    parser.add_argument('--batch', type=int, default=16, help='images in a batch (default: %(default)s)')
-    parser.add_argument('--batches', type=int, default=2, help='batches of a pass (default: %(default)s)')
-    parser.add_argument('--every', type=int, default=8, help='one in so many vectors is taken (default: %(default)s)')
-    parser.add_argument('--repeats', type=int, default=3, help='timed runs of each (default: %(default)s)')
+    parser.add_argument('--batch', type=int, default=32, help='images in a batch (default: %(default)s)')
+    parser.add_argument('--batches', type=int, default=1, help='batches of a pass (default: %(default)s)')
+    parser.add_argument(
+        '--every',
+        type=int,
+        help='one in so many vectors is taken (default: as tools/calibrate.py does)',
+    )
+    parser.add_argument('--repeats', type=int, default=5, help='timed runs of each (default: %(default)s)')
     parser.add_argument(
         '--memory', action='store_true', help='measure the memory of whole calibrations, too; takes minutes'
     )
@@ -57,7 +64,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             low, ratio, high = np.percentile([a / b for a, b in zip(*pair, strict=True)], [25, 50, 75])
             seconds = ' | '.join(f'{median(values):.2f}' for values in pair)
             verdict = f'{"met" if ratio <= TARGET else "missed"} (at most {TARGET})' if not name.endswith(ALL) else ''
-            lines.append(f'| {row["model"]} | {name} | {seconds} | {ratio:.2f} ({low:.2f} to {high:.2f}) | {verdict} |')
+            what = name.replace(SOME, f'one in {row["every"]} vectors')
+            lines.append(f'| {row["model"]} | {what} | {seconds} | {ratio:.2f} ({low:.2f} to {high:.2f}) | {verdict} |')
     for title, key, form in (
         ('seconds to solve all layers', 'solving', '{:.1f}'),
         ('memory at the peak', 'peak_mib', '{:,.0f} MiB'),
@@ -77,7 +85,9 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return '\n'.join([*lines, '', note]), dict(rows=rows)
 
 
-def compare(name: str, size: int, batch: int, batches: int, every: int, repeats: int, memory: bool) -> dict[str, Any]:
+def compare(
+    name: str, size: int, batch: int, batches: int, every: int | None, repeats: int, memory: bool
+) -> dict[str, Any]:
     """Returns the figures of one model.
 
     Args:
@@ -85,28 +95,32 @@ def compare(name: str, size: int, batch: int, batches: int, every: int, repeats:
         size: Side of the images in pixels.
         batch: Images in a batch.
         batches: Batches of a pass.
-        every: One in so many vectors is taken.
+        every: One in so many vectors is taken; None takes what tools/calibrate.py does.
         repeats: Timed runs of each pass.
         memory: Whether to measure the memory.
 
     Returns:
-        ``model``, ``seconds`` of all runs by pass, ``solving`` in seconds by mode and rank, and ``peak_mib`` by what
-        is run, empty without ``memory``.
+        ``model``, ``every``, ``seconds`` of all runs by pass, ``solving`` in seconds by mode and rank, and ``peak_mib``
+        by what is run, empty without ``memory``.
     """
     import torch
 
     from benchmarks.measure import alternate, peak_memory
-    from mmdenoiserep.core import apply_denoiserep, collect_moments
+    from calibration import choose_every, measure_flows
+    from mmdenoiserep.core import DenoiseLayer, apply_denoiserep, collect_moments
 
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     plain = build(name, images)
     converted, low_rank = deepcopy(plain), deepcopy(plain)
     apply_denoiserep(converted, 'all', example_input=images[:1])
     apply_denoiserep(low_rank, 'all', rank=RANK, example_input=images[:1])
+    if every is None:
+        layers = [name for name, layer in converted.named_modules() if isinstance(layer, DenoiseLayer)]
+        every = choose_every(measure_flows(converted, layers, images[:1]), IMAGES)
     loader = [images] * batches
     runs: dict[str, Callable] = {PLAIN: partial(forward, plain, loader)}
     for mode, part in (('schedule', every), ('domain', every), ('schedule', 1)):
-        runs[f'{mode}, {ALL if part == 1 else f"1 in {part} vectors"}'] = partial(
+        runs[f'{mode}, {SOME if part == every else ALL}'] = partial(
             collect_moments, converted, loader, inputs=mode == 'schedule', every=part
         )
     seconds = alternate(runs, 1, repeats)
@@ -120,6 +134,7 @@ def compare(name: str, size: int, batch: int, batches: int, every: int, repeats:
             peaks[f'domain, {_rank(rank)}'] = fit, converted, images, 'domain', source, rank, every
     return dict(
         model=name,
+        every=every,
         seconds=seconds,
         solving=time_solving(converted, inputs, source),
         peak_mib={key: peak_memory(*call) for key, call in peaks.items()},
@@ -127,7 +142,7 @@ def compare(name: str, size: int, batch: int, batches: int, every: int, repeats:
 
 
 def build(name: str, images: 'Tensor') -> 'nn.Module':
-    """Returns a model with random weights and, where it has BatchNorm, the statistics of the images."""
+    """Returns a model with random weights, and BatchNorm statistics moved towards those of the images."""
     import torch
     from mmpretrain.models import ResNet, VisionTransformer
 
