@@ -96,13 +96,12 @@ def test_the_target_is_judged_from_the_figures(peaks, monkeypatch, factor):
     text, figures = main()
     assert not peaks and 'emory' not in text
     verdict = 'met' if factor < 1.25 else 'missed'
+    first, second = (name.replace('some', 'one in 8') for name in PASSES[:2])
     assert (
-        text.count(
-            f'| {PASSES[0]} | {2 * factor:.2f} | 2.00 | {factor:.2f} ({factor:.2f} to {factor:.2f}) | {verdict} '
-        )
+        text.count(f'| {first} | {2 * factor:.2f} | 2.00 | {factor:.2f} ({factor:.2f} to {factor:.2f}) | {verdict} ')
         == 2
     )
-    assert text.count(f'| {PASSES[1]} | 2.10 | 2.00 | 1.05 (1.05 to 1.05) | met ') == 2
+    assert text.count(f'| {second} | 2.10 | 2.00 | 1.05 (1.05 to 1.05) | met ') == 2
     assert text.count('| 4.50 (4.50 to 4.50) |  |') == 2
     assert all(set(row['solving'].values()) == {3.0} for row in figures['rows'])  # three layers, a second each
 
