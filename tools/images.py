@@ -99,7 +99,6 @@ class Batches:
     def __init__(self, model: nn.Module, dataset: Dataset, batch_size: int, workers: int = 0) -> None:
         self.model = model
         self.dataset = dataset
-        self.batch_size = batch_size
         self.loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=list)
 
     def __len__(self) -> int:

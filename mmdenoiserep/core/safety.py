@@ -14,7 +14,7 @@ RANK = 64
 
 
 def safe_fit(layers: Sequence[str], images: int, representative: bool = False) -> dict[str, Any]:
-    """Returns the options of a domain fit that cannot wreck the model.
+    """Returns the options of a domain fit that were found to risk least; docs/domain.md has what they cost.
 
     Early layers carry most of what a fit recovers from noise or blur. Late layers hold classes: fitted to images of
     other classes than the training had, or to few images, they unlearn. The mean of any layer moves with the mix of
@@ -24,7 +24,8 @@ def safe_fit(layers: Sequence[str], images: int, representative: bool = False) -
         fewer than :data:`MANY`:  the early half, mean and covariance
         more:                     all layers, mean and covariance, at rank :data:`RANK`
 
-    with a prior worth :data:`PRIOR` images in the first two cases.
+    with a prior worth :data:`PRIOR` images in the first two cases. The first one harms where the light is another one,
+    because the mean stays: look at :attr:`CalibratedLayer.moved`.
 
     Args:
         layers: Names of all layers, first executed first.
