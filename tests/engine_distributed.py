@@ -17,9 +17,10 @@ def scenarios() -> dict[str, dict]:
     """Arguments of train() for every run that is made with one and with two processes; BatchNorm only where fixed."""
     plain = tiny_model(norm=False)
     plain['backbone']['backbone'] = dict(type='TinyBackbone', norm=False)
-    label_free = dict(type='DenoiseLossHook', mode='label_free')
+    joint = dict(type='DenoiseLossHook', mode='joint', weight=0.1, tokens=None)
+    label_free = dict(type='DenoiseLossHook', mode='label_free', tokens=None)
     return {
-        'joint': dict(model=plain, hooks=[dict(type='DenoiseLossHook', mode='joint', weight=0.1)], unused=False),
+        'joint': dict(model=plain, hooks=[joint], unused=False),
         'label_free': dict(model=tiny_model(), hooks=[label_free], unused=True),
         'label_free_synced': dict(
             model=tiny_model(),

@@ -537,7 +537,7 @@ def test_every_linear_layer_of_the_blocks_gets_a_denoiser_and_fuses_exactly():
 def test_the_factory_builds_it_and_vanilla_weights_load(classifier_file):
     path, state = classifier_file
     config = dict(type='VMamba', arch=FOUR_STAGES, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
-    model = MODELS.build(dict(type='DenoiseRepBackbone', backbone=config, targets='mlp', image_size=32))
+    model = MODELS.build(dict(type='DenoiseRepBackbone', backbone=config, targets='mlp', rank=None, image_size=32))
     names = [name for name, m in model.named_modules() if isinstance(m, DenoiseLinear)]
     assert names == [n for n, m in VMamba(FOUR_STAGES).named_modules() if n.endswith(('mlp.fc1', 'mlp.fc2'))]
     assert 'layers.0.blocks.0.mlp.fc1' in names

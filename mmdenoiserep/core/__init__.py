@@ -4,10 +4,11 @@ from .calibrate import CalibratedLayer, CalibrationReport, calibrate
 from .checkpoint import CheckpointError, fuse_checkpoint, read_checkpoint
 from .closed_form import closed_form
 from .convert import ConversionReport, apply_denoiserep
+from .denoiser import DEFAULT_RANK, Denoiser
 from .domain import explicit_maps
 from .fuse import FusionError, fuse_model, fuse_state_dict
 from .gather import collect_moments
-from .layers import DenoiseConv2d, DenoiseLayer, DenoiseLinear, Denoiser
+from .layers import DenoiseConv2d, DenoiseLayer, DenoiseLinear
 from .moments import Moments
 from .moments_file import fingerprint, load_moments, save_moments
 from .probe import evaluating
@@ -18,6 +19,7 @@ from .transport import transport
 from .verify import Verification, verify_fusion
 
 __all__ = [
+    'DEFAULT_RANK',
     'CalibratedLayer',
     'CalibrationReport',
     'CheckpointError',

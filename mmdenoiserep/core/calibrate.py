@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .closed_form import closed_form
+from .denoiser import correction_matrix
 from .domain import DomainFit
 from .gather import denoised_layers, fitted_on_output, gather
-from .layers import DenoiseLayer, correction_matrix, input_channels
+from .layers import DenoiseLayer, input_channels
 from .moments import Moments
 from .table import format_table
 from .transport import FITS

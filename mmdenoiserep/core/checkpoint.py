@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fuse import DENOISER_KEY, FusionError, fuse_state_dict
+from .fuse import FusionError, fuse_state_dict
 
 STAMP = 'denoiserep'
 """Key in the ``meta`` of a fused file."""
@@ -146,28 +146,24 @@ def fuse_checkpoint(
         )
     if 'ema_state_dict' in checkpoint:
         notes.append('the run kept averaged weights (EMA); they are what its state_dict holds, and what was fused')
+    changes: dict[str, float] = {}
     try:
-        fused = fuse_state_dict(state)
+        fused = fuse_state_dict(state, changes)
     except FusionError as error:
         raise CheckpointError(f'{source} cannot be fused: {error}') from None
 
-    layers = {match['layer'] for key in state if (match := DENOISER_KEY.fullmatch(key))}
-    changes = {
-        prefix.rstrip('.') or 'the model': _relative_change(state[f'{prefix}weight'], fused[f'{prefix}weight'])
-        for prefix in sorted(layers)
-    }
     unchanged = sum(
-        change == 0 and state[f'{prefix}weight'].element_size() < 4
-        for prefix, change in zip(sorted(layers), changes.values(), strict=True)
+        change == 0 and fused[f'{name}.weight' if f'{name}.weight' in fused else 'weight'].element_size() < 4
+        for name, change in changes.items()
     )
     if unchanged:
         notes.append(
-            f'{unchanged} of {len(layers)} weights are stored in half precision and did not change: '
+            f'{unchanged} of {len(changes)} weights are stored in half precision and did not change: '
             'the correction is smaller than their rounding; fuse a float32 checkpoint instead'
         )
     if check:
         check(state, fused)
-    meta[STAMP] = dict(fused=True, layers=len(layers))
+    meta[STAMP] = dict(fused=True, layers=len(changes))
     write_atomically(dict(meta=meta, state_dict=fused), target)
     return FusedCheckpoint(changes, tuple(notes))
 
@@ -270,11 +266,6 @@ def _clean_keys(state: Any, source: Path, notes: list[str]) -> 'OrderedDict[str,
     if not notes and hasattr(state, '_metadata'):
         clean._metadata = state._metadata  # type: ignore[attr-defined]
     return clean
-
-
-def _relative_change(before: Tensor, after: Tensor) -> float:
-    before, after = before.double(), after.double()
-    return ((after - before).norm() / before.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
 
 
 def _is_plain(value: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .denoiser import DEFAULT_RANK
 from .layers import DENOISE_CLASSES, DenoiseLayer, convert_layer, restore_layer
 from .probe import Execution, probe_execution
 from .schedule import NoiseSchedule
@@ -84,7 +85,7 @@ def apply_denoiserep(
     targets: Targets,
     exclude: str | Sequence[str] = (),
     *,
-    rank: int | None = None,
+    rank: int | None = DEFAULT_RANK,
     bias: bool | None = None,
     schedule: NoiseSchedule | None = None,
     example_input: Any = None,
@@ -101,7 +102,7 @@ def apply_denoiserep(
             whole name of a module, ``dict(pattern=..., rank=..., bias=...)``, or a list of these; the first entry that
             matches a layer decides its options.
         exclude: Regular expressions for names that stay as they are.
-        rank: Rank of the denoisers, None for full.
+        rank: Rank of the denoisers, None for full; where a group has no more channels, it is full.
         bias: None gives a denoiser a bias wherever that fuses exactly, False nowhere, True everywhere or not at all.
         schedule: Defaults to the official :class:`NoiseSchedule`.
         example_input: What to call the module with; None takes one random image, (1, 3, 224, 224).

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .feeding import find_sole_readers
-from .gather import Sample, count_images, fitted_on_output, gather, sum_processes, without_zero_denoisers
+from .gather import count_images, fitted_on_output, gather, sum_processes, without_zero_denoisers
 from .layers import DenoiseLayer
 from .moments import Moments
 from .probe import evaluating
+from .sample import Sample
 from .transport import transport
 
 

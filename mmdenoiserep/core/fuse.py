@@ -6,23 +6,28 @@ One function on state dicts serves live models, checkpoint files and the trainin
 import copy
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .convert import fuse_before_deploy
-from .layers import DenoiseLayer, correction_matrix, restore_layer
+from .denoiser import fold
+from .layers import DenoiseLayer, restore_layer
 
 DENOISER_KEY = re.compile(r'(?P<layer>(?:.*\.)?)denoiser\.(?P<name>weight|scale|up|down|bias)')
 """Matches a whole state-dict key of a denoiser; ``layer`` is the prefix of the layer's own keys."""
+
+
+PART = 2**19
+"""Elements of a weight that are folded at a time: 4 MiB in float64, which the cache may hold."""
 
 
 class FusionError(ValueError):
     """A state dict that can't be fused; the message is one sentence that names the key or the layer."""
 
 
-def fuse_state_dict(state: Mapping[str, Tensor]) -> 'OrderedDict[str, Tensor]':
+def fuse_state_dict(state: Mapping[str, Tensor], changes: dict[str, float] | None = None) -> 'OrderedDict[str, Tensor]':
     """Returns the vanilla state dict with every denoiser folded in; the input is not changed.
 
     Everything is computed in float64 on the CPU and cast once to the dtype of the stored weight. Nothing is random:
@@ -30,6 +35,7 @@ def fuse_state_dict(state: Mapping[str, Tensor]) -> 'OrderedDict[str, Tensor]':
 
     Args:
         state: Parameters by name, with ``<layer>.denoiser.*`` beside ``<layer>.weight`` and ``<layer>.bias``.
+        changes: Gets the relative change of each weight, ``|W' - W| / |W|`` (Frobenius norm), by layer name.
 
     Returns:
         A new dict in the same order, without the denoisers; the entries of other layers are shared with the input.
@@ -48,7 +54,10 @@ def fuse_state_dict(state: Mapping[str, Tensor]) -> 'OrderedDict[str, Tensor]':
     for layer, parameters in denoisers.items():
         if foreign := [key for key in fused if key.startswith(f'{layer}denoiser.')]:
             raise FusionError(f'{foreign[0]} is nothing that a denoiser of this package holds')
-        weight, bias = _fold(layer.rstrip('.') or 'the model', state, layer, parameters)
+        name = layer.rstrip('.') or 'the model'
+        weight, bias, change = _fold(name, state, layer, parameters)
+        if changes is not None:
+            changes[name] = change
         fused[f'{layer}weight'] = weight
         if bias is not None:
             fused[f'{layer}bias'] = bias
@@ -84,8 +93,8 @@ def fuse_model(module: nn.Module) -> nn.Module:
     return fused
 
 
-def _fold(name: str, state: Mapping[str, Tensor], prefix: str, parameters: dict) -> tuple[Tensor, Tensor | None]:
-    """Returns the fused weight and bias of one layer, or raises a FusionError that names it."""
+def _fold(name: str, state: Mapping[str, Tensor], prefix: str, parameters: dict) -> tuple[Tensor, Tensor | None, float]:
+    """Returns the fused weight and bias of one layer and the change of its weight; a FusionError names the layer."""
     weight, bias = state.get(f'{prefix}weight'), state.get(f'{prefix}bias')
     if weight is None:
         raise FusionError(f'{name} has a denoiser but no weight; the file is incomplete')
@@ -94,36 +103,63 @@ def _fold(name: str, state: Mapping[str, Tensor], prefix: str, parameters: dict)
         raise FusionError(f'the denoiser of {name} is incomplete: it has only {", ".join(sorted(parameters))}')
     if 'bias' in parameters and bias is None:
         raise FusionError(f'the denoiser of {name} has a bias, but the layer has none to fold it into')
-    for key, value in (('weight', weight), ('bias', bias), *((f'denoiser.{k}', v) for k, v in parameters.items())):
-        if value is not None and not torch.isfinite(value).all():
-            raise FusionError(f'{name}.{key} holds NaN or Inf; fuse an earlier checkpoint')
+    if not _fits(weight, bias, parameters):
+        shapes = ', '.join(f'{key} {tuple(value.shape)}' for key, value in parameters.items())
+        raise FusionError(f'the denoiser of {name} ({shapes}) does not fit its weight {tuple(weight.shape)}')
 
     wide = {key: value.detach().double().cpu() for key, value in parameters.items()}
-    try:
-        matrix = correction_matrix(wide)
-        groups, size = matrix.shape[:2]
-        if (weight.dim() == 2 and groups != 1) or any(
-            len(value) != groups for key, value in wide.items() if key != 'bias'
-        ):
-            raise RuntimeError
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise RuntimeError
-        # (groups, outputs of a group, inputs of a group, kernel taps); a Linear layer is one group with one tap
-        blocks = weight.detach().double().cpu().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-        if matrix.shape != (groups, blocks.shape[2], blocks.shape[2]):
-            raise RuntimeError
-        folded = (blocks - torch.einsum('gojk,gji->goik', blocks, matrix)).reshape(weight.shape)
-        if 'bias' in wide:
-            bias = bias.detach()  # type: ignore[union-attr]
-            shift = torch.einsum('gojk,gj->go', blocks, wide['bias'].reshape(groups, size)).flatten()
-            bias = (bias.double().cpu() - shift).to(bias)
-    except (RuntimeError, IndexError, ValueError):
-        shapes = ', '.join(f'{key} {tuple(value.shape)}' for key, value in parameters.items())
-        raise FusionError(f'the denoiser of {name} ({shapes}) does not fit its weight {tuple(weight.shape)}') from None
-    folded = folded.to(weight)
-    if not torch.isfinite(folded).all() or (bias is not None and not torch.isfinite(bias).all()):
+    folded = torch.empty_like(weight)
+    shifted = None if bias is None else torch.empty_like(bias)
+    change = size = 0.0
+    groups = len(wide['weight'] if 'weight' in wide else wide['scale'])
+    for part in _parts(weight, groups):
+        before = _wide(weight[part])
+        after, b = fold(before, None if bias is None else _wide(bias[part]), wide)
+        folded[part] = after
+        change += after.copy_(folded[part]).sub_(before).norm().item() ** 2
+        size += before.norm().item() ** 2
+        if shifted is not None and b is not None:
+            shifted[part] = b
+    if not _is_finite(folded) or (shifted is not None and not _is_finite(shifted)):
+        for key, value in dict(weight=weight, bias=bias, **{f'denoiser.{k}': v for k, v in parameters.items()}).items():
+            if value is not None and not _is_finite(value):
+                raise FusionError(f'{name}.{key} holds NaN or Inf; fuse an earlier checkpoint')
         raise FusionError(f'the fused weight of {name} overflows {weight.dtype}; fuse in a wider dtype')
-    return folded, bias
+    return folded, shifted, (change / (size or 1)) ** 0.5
+
+
+def _parts(weight: Tensor, groups: int) -> Iterator[slice]:
+    """Yields ranges of outputs that are small enough to be folded in the cache; groups stay together."""
+    outputs = len(weight)
+    step = outputs if groups > 1 else max(1, PART // max(1, weight[:1].numel()))
+    for start in range(0, outputs, step):
+        yield slice(start, start + step)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.detach().double().cpu()
+
+
+def _fits(weight: Tensor, bias: Tensor | None, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether the shapes are those of a denoiser of this layer: a Linear layer has one group."""
+    matrix = parameters.get('weight', parameters.get('up'))
+    if weight.dim() not in (2, 4) or matrix is None or matrix.dim() != 3 or not matrix.shape[0]:
+        return False
+    groups, size, rank = matrix.shape
+    shapes = dict(weight=(groups, size, size), scale=(groups,), up=(groups, size, rank), down=(groups, rank, size))
+    shapes['bias'] = (groups * size,)
+    return (
+        size == weight.shape[1]
+        and weight.shape[0] % groups == 0
+        and (weight.dim() == 4 or groups == 1)
+        and (bias is None or bias.shape == weight.shape[:1])
+        and all(value.shape == shapes[key] for key, value in parameters.items())
+    )
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or Inf; either would show in the extremes."""
+    return not values.numel() or all(torch.isfinite(extreme).item() for extreme in torch.aminmax(values))
 
 
 def _drop_own_hooks(module: nn.Module) -> None:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .layers import DenoiseLayer
+from .layers import DenoiseLayer, forwarding
 from .moments import Moments
 from .probe import evaluating, tensors_in
+from .sample import Sample
 
 
 def denoised_layers(module: nn.Module) -> dict[str, DenoiseLayer]:
@@ -99,55 +100,19 @@ def gather(
 
 @contextmanager
 def without_zero_denoisers(module: nn.Module) -> Iterator[None]:
-    """Leaves denoisers that are zero out of the forward while it lasts: ``x - 0`` costs as much as any correction."""
+    """Leaves denoisers that are zero out of the forward while it lasts: they cost as much as any other."""
     idle = [
         layer
         for layer in module.modules()
         if isinstance(layer, DenoiseLayer)
         and not any(p.any() for key, p in layer.denoiser.named_parameters() if key != 'down')
     ]
-    try:
-        for layer in idle:
-            layer.correct = lambda x: x  # type: ignore[method-assign]
+    with forwarding(idle, lambda layer, x: layer.forward_plain(x, layer.weight, layer.bias)):
         yield
-    finally:
-        for layer in idle:
-            layer.__dict__.pop('correct', None)
 
 
 class _SeenAll(Exception):
     """Ends a forward whose rest nobody needs."""
-
-
-class Sample:
-    """Lays out a batch as vectors of channels, (groups, C/g, n), or a random part of them.
-
-    Args:
-        every: Takes one in so many vectors; the draw is seeded.
-    """
-
-    def __init__(self, every: int = 1) -> None:
-        if every < 1:
-            raise ValueError(f'every must be 1 or more, got {every}')
-        self.every = every
-        self.generator = torch.Generator().manual_seed(0)
-
-    def __call__(self, layer: DenoiseLayer, x: Tensor) -> Tensor:
-        """Returns the vectors of what a layer takes or gives: (..., C); of a convolution (B, C, H, W) or (C, H, W)."""
-        if isinstance(layer, nn.Conv2d):
-            x = x.flatten(-2).reshape(-1, x.shape[-3], x.shape[-2] * x.shape[-1])
-            if self.every > 1:  # other pixels of every image, for a place in the image is no random sample
-                chosen = self._draw(len(x), x.shape[-1])
-                x = x.gather(2, chosen[:, None].to(x.device).expand(-1, x.shape[1], -1))
-            return x.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)
-        x = x.flatten(0, -2) if x.dim() > 1 else x[None]
-        if self.every > 1:
-            x = x.index_select(0, self._draw(1, len(x))[0].to(x.device))
-        return x.mT[None]
-
-    def _draw(self, rows: int, length: int) -> Tensor:
-        """Returns places among ``length``, another random choice in each row; one may come twice."""
-        return torch.randint(length, (rows, -(-length // self.every)), generator=self.generator)
 
 
 def fitted_on_output(layer: nn.Module) -> bool:

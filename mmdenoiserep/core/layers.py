@@ -1,75 +1,20 @@
 """Embedding layers with a denoiser on their input: ``y = W x' + b`` with ``x' = x - (B x + b~)``."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .denoiser import Denoiser, fold
+from .loss import denoise_loss
+from .sample import Sample
 from .schedule import NoiseSchedule, ReverseStep
 
 OFFICIAL_SCHEDULE = NoiseSchedule()
-
-
-class Denoiser(nn.Module):
-    """The correction ``B x + b~`` of one layer, held as raw parameters that start at zero.
-
-    Full:     ``B = weight``             weight (groups, C/g, C/g)
-    Low rank: ``B = scale I + up down``  scale (groups,), up (groups, C/g, rank), down (groups, rank, C/g)
-
-    B is block-diagonal with one block a group. Raw parameters instead of an ``nn.Linear``, because backbones
-    re-initialise every ``nn.Linear`` they find; no buffers, because hooks average and synchronise them.
-
-    Args:
-        channels: C, the input channels of the layer.
-        groups: The groups of the layer, which must divide C.
-        rank: Rank of ``up down``; None or at least C/g stores the full B.
-        bias: Whether there is a ``b~``, shape (C,).
-        device: Device of the parameters.
-        dtype: Floating dtype of the parameters.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        groups: int = 1,
-        rank: int | None = None,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if rank is not None and (not isinstance(rank, int) or rank < 1):
-            raise ValueError(f'the rank of a denoiser must be a number from 1 (or None for full rank), got {rank!r}')
-        size = channels // groups
-
-        def zeros(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
-
-        if rank is None or rank >= size:
-            self.weight = zeros(groups, size, size)
-        else:
-            self.scale = zeros(groups)
-            self.up = zeros(groups, size, rank)
-            # With up = 0 the start is exactly B = 0; down must not be zero too, or neither would get a gradient.
-            # B is of the order of c1, about 2e-3: down starts near its square root, so one learning rate suits both.
-            # A generator of its own: converting a model leaves the random numbers of the training run as they were.
-            noise = torch.randn(groups, rank, size, generator=torch.Generator().manual_seed(0)) * (0.05 / size**0.5)
-            self.down = nn.Parameter(noise.to(device=device, dtype=dtype or self.up.dtype))
-        self.bias = zeros(channels) if bias else None
-
-    def matrix(self) -> Tensor:
-        """Returns B, shape (groups, C/g, C/g), differentiable."""
-        return correction_matrix(dict(self.named_parameters()))
-
-
-def correction_matrix(parameters: Mapping[str, Tensor]) -> Tensor:
-    """Assembles B, shape (groups, C/g, C/g), from the parameters of a full or low-rank :class:`Denoiser`."""
-    if 'weight' in parameters:
-        return parameters['weight']
-    low_rank = parameters['up'] @ parameters['down']
-    identity = torch.eye(low_rank.shape[-1], device=low_rank.device, dtype=low_rank.dtype)
-    return parameters['scale'][:, None, None] * identity + low_rank
 
 
 class DenoiseLayer(nn.Module):
@@ -88,6 +33,7 @@ class DenoiseLayer(nn.Module):
     """
 
     weight: Tensor
+    bias: Any
     denoiser: Denoiser
     timestep: int
     schedule: NoiseSchedule
@@ -102,48 +48,62 @@ class DenoiseLayer(nn.Module):
         """The constants of this layer's timestep."""
         return self.schedule.reverse_step(self.timestep)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the layer to the denoised input, in training and in evaluation alike.
+
+        ``W (x - (B x + b~)) + b = (W - W B) x + (b - W b~)``: B is multiplied by the weight or by the input, whichever
+        has fewer elements. It is a constant here: a label loss trains the layer through its denoiser, but never the
+        denoiser.
+        """
+        if x.numel() > self.weight.numel():
+            return self.forward_plain(x, *self._fold())
+        return self.forward_by_definition(x)
+
+    def forward_by_definition(self, x: Tensor) -> Tensor:
+        """Applies the layer to :meth:`correct`, whatever that costs."""
+        return self.forward_plain(self.correct(x), self.weight, self.bias)
+
     def correct(self, x: Tensor) -> Tensor:
-        """Returns the denoised input ``x' = x - (B x + b~)``, same shape as x.
-
-        B and b~ are constants here: a label loss trains the layer through its denoiser, but never the denoiser.
-        """
-        return x - self._correction(x, {name: p.detach() for name, p in self.denoiser.named_parameters()})
-
-    def denoise_loss(self, x: Tensor) -> Tensor:
-        """Returns the expected error of the noise prediction, with the noise integrated out.
-
-            ``L = E_eps |eps - (D x_t + d)|^2 / C,   x_t = sqrt(abar) x + sqrt(1 - abar) eps``
-            ``  = ( |sqrt(abar) D x + d|^2 + |I - sqrt(1 - abar) D|_F^2 ) / C``, averaged over tokens
-
-        with ``D = (B + (c3 - 1) I) / c1`` and ``d = b~ / c1``: no sampling, so no variance. x is detached, and
-        autocast is off: half precision computes in float32.
-
-        Args:
-            x: An input of the layer, of any shape that the layer accepts. Without any token the loss is 0.
-
-        Returns:
-            A scalar, float32 or, for float64 inputs and parameters, float64.
-        """
-        step = self.reverse_step
-        with torch.autocast(x.device.type, enabled=False):
-            parameters = {name: p.to(_accurate(p.dtype)) for name, p in self.denoiser.named_parameters()}
-            matrix = correction_matrix(parameters)
-            if x.numel() == 0:
-                return sum((p.sum() for p in parameters.values()), matrix.new_zeros(())) * 0
-            x = x.detach().to(matrix.dtype) * step.signal
-            prediction = (self._correction(x, parameters) + step.c3_minus_1 * x) / step.c1
-            identity = torch.eye(matrix.shape[-1], device=matrix.device, dtype=matrix.dtype)
-            residual = identity - step.noise / step.c1 * (matrix + step.c3_minus_1 * identity)
-            channels = matrix.shape[0] * matrix.shape[1]
-            return prediction.square().mean() + residual.square().sum() / channels
-
-    def _correction(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Returns ``B x + b~``, without building B where it is of low rank."""
+        """Returns the denoised input ``x' = x - (B x + b~)``, same shape as x; B and b~ are constants here."""
+        parameters = self._constants()
         bias = parameters.get('bias')
         if 'weight' in parameters:
-            return self._project(x, parameters['weight'], bias)
+            return x - self._project(x, parameters['weight'], bias)
         low_rank = self._project(self._project(x, parameters['down'], None), parameters['up'], bias)
-        return self._scale(x, parameters['scale']) + low_rank
+        return x - (self._scale(x, parameters['scale']) + low_rank)
+
+    def denoise_loss(self, x: Tensor) -> Tensor:
+        """Returns the expected error of the noise prediction on an input, see :func:`~.loss.denoise_loss`.
+
+        Args:
+            x: An input of the layer, of any shape that the layer accepts. It is detached.
+
+        Returns:
+            A scalar, float32 or, for float64 parameters, float64; autocast is off.
+        """
+        return self.denoise_loss_of(Sample()(self, x))
+
+    def denoise_loss_of(self, vectors: Tensor) -> Tensor:
+        """Does the same for vectors that :class:`~.sample.Sample` took of an input, shape (groups, C/g, n)."""
+        with torch.autocast(vectors.device.type, enabled=False):
+            parameters = {name: p.to(_accurate(p.dtype)) for name, p in self.denoiser.named_parameters()}
+            dtype = next(iter(parameters.values())).dtype
+            return denoise_loss(parameters, vectors.detach().to(dtype), self.reverse_step)
+
+    def _constants(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.denoiser.named_parameters()}
+
+    def _fold(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the fused weight and bias, computed in float32 or float64, in the dtype of the weight."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            dtype = _accurate(self.weight.dtype)
+            parameters = {name: p.to(dtype) for name, p in self._constants().items()}
+            weight, bias = fold(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), parameters)
+        return weight.to(self.weight.dtype), None if bias is None else bias.to(self.weight.dtype)
+
+    def forward_plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Applies the vanilla layer with some weight and bias."""
+        raise NotImplementedError
 
     def _project(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         """Applies a block-diagonal matrix (groups, out/g, in/g) to the channels of x."""
@@ -208,9 +168,9 @@ class DenoiseLinear(DenoiseLayer, nn.Linear):
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
         self._attach(timestep, schedule, rank, denoiser_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Applies the layer to the denoised input, in training and in evaluation alike."""
-        return nn.Linear.forward(self, self.correct(x))
+    def forward_plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Applies ``nn.Linear`` with some weight and bias."""
+        return F.linear(x, weight, bias)
 
     def _project(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, matrix[0], bias)
@@ -253,9 +213,9 @@ class DenoiseConv2d(DenoiseLayer, nn.Conv2d):
         nn.Conv2d.__init__(self, *args, **kwargs)
         self._attach(timestep, schedule, rank, denoiser_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Applies the layer to the denoised input, in training and in evaluation alike."""
-        return nn.Conv2d.forward(self, self.correct(x))
+    def forward_plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Applies ``nn.Conv2d`` with some weight and bias."""
+        return self._conv_forward(x, weight, bias)
 
     def _project(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, matrix.flatten(0, 1)[..., None, None], bias, groups=matrix.shape[0])
@@ -286,6 +246,19 @@ def convert_layer(
         restore_layer(layer)
         raise
     return layer
+
+
+@contextmanager
+def forwarding(layers: Iterable[DenoiseLayer], forward: Callable[[DenoiseLayer, Tensor], Tensor]) -> Iterator[None]:
+    """Lets layers run another forward, called with the layer and its input, while it lasts."""
+    layers = list(layers)
+    try:
+        for layer in layers:
+            layer.forward = partial(forward, layer)  # type: ignore[method-assign]
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop('forward', None)
 
 
 def restore_layer(layer: DenoiseLayer) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .fuse import fuse_model
+from .layers import DenoiseLayer, forwarding
 from .probe import evaluating
 from .table import format_table
 
@@ -64,6 +65,8 @@ def verify_fusion(
 ) -> Verification:
     """Compares a denoised model with its fused counterpart, both in eval mode; their own modes come back afterwards.
 
+    The denoisers are applied to the features, as they are defined, and not to the weights, as a forward may do.
+
     Args:
         denoised: The model with denoisers.
         fused: The vanilla model to compare with; None fuses the denoised one.
@@ -83,7 +86,8 @@ def verify_fusion(
         tolerance = TOLERANCES[reference.dtype]
     if example_input is None:
         example_input = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(reference)
-    with evaluating(denoised, fused):
+    layers = [layer for layer in denoised.modules() if isinstance(layer, DenoiseLayer)]
+    with evaluating(denoised, fused), forwarding(layers, DenoiseLayer.forward_by_definition):
         expected = dict(_named_tensors(denoised(example_input)))
         actual = dict(_named_tensors(fused(example_input)))
     if expected.keys() != actual.keys():

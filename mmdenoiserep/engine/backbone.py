@@ -9,7 +9,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from ..core import ConversionReport, NoiseSchedule, apply_denoiserep
+from ..core import DEFAULT_RANK, ConversionReport, NoiseSchedule, apply_denoiserep
 from ..core.targets import Targets
 
 
@@ -18,7 +18,7 @@ def DenoiseRepBackbone(
     backbone: Mapping[str, Any],
     targets: Targets = 'all',
     exclude: str | Sequence[str] = (),
-    rank: int | None = None,
+    rank: int | None = DEFAULT_RANK,
     bias: bool | None = None,
     schedule: Mapping[str, Any] | None = None,
     image_size: int | Sequence[int] | None = None,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..core import DenoiseLayer
+from ..core.sample import Sample
 from .backbone import find_guards
 
 MODES = ('joint', 'label_free')
@@ -24,9 +25,14 @@ class DenoiseLossHook(Hook):
         joint:       ``L = L_label + weight * mean over layers of L_p``
         label_free:  ``L = mean over layers of L_p``; only the denoisers get a gradient, the backbone stays in eval mode
 
-    While the model's forward is open, every denoised layer hands over its detached input; when it closes, the losses
-    are computed once and the inputs are let go. So activation checkpointing, which runs layers again in the backward
-    pass, changes nothing, and the loss is scaled, accumulated, logged and averaged over processes like any other.
+    While the model's forward is open, every denoised layer hands over some tokens of its detached input; when it
+    closes, the losses are computed once and the tokens are let go. So activation checkpointing, which runs layers again
+    in the backward pass, changes nothing, and the loss is scaled, accumulated, logged and averaged over processes like
+    any other. The tokens (pixels, for a convolution) are a random choice, another one in each iteration, so that the
+    expectation of the loss is the loss over all of them. They depend on the number of the iteration alone: the random
+    numbers of the training stay as they were, and a resumed run draws the same.
+
+    In label-free mode the model's forward runs without gradients, so it needs no more memory than an evaluation.
 
     The input and the correction are constants for the label loss, so ``weight`` scales nothing but the gradient of the
     denoisers: under Adam it makes no difference. Gradient clipping is applied to the denoisers and to the other
@@ -36,21 +42,26 @@ class DenoiseLossHook(Hook):
         mode: ``'joint'`` or ``'label_free'``. Label-free training on several processes needs
             ``find_unused_parameters=True`` in the config.
         weight: lambda of the joint loss.
+        tokens: How many tokens of each call of a layer the loss is taken of; None takes all.
 
     Raises:
-        ValueError: An unknown mode or a weight that is not positive; at the start of the training: no trainable
-            denoiser in the model, or distributed label-free training without ``find_unused_parameters``.
+        ValueError: An unknown mode, a weight or a number of tokens that is not positive; at the start of the training:
+            no trainable denoiser in the model, or distributed label-free training without ``find_unused_parameters``.
         RuntimeError: A denoised layer was not executed in the first iteration, or the model was trained without calling
             it with ``mode='loss'``.
     """
 
-    def __init__(self, mode: str = 'joint', weight: float = 0.01) -> None:
+    def __init__(self, mode: str = 'joint', weight: float = 0.01, tokens: int | None = 128) -> None:
         if mode not in MODES:
             raise ValueError(f'mode of DenoiseLossHook must be one of {", ".join(MODES)}, got {mode!r}')
         if not weight > 0:
             raise ValueError(f'weight of DenoiseLossHook must be positive, got {weight}')
+        if tokens is not None and not tokens > 0:
+            raise ValueError(f'tokens of DenoiseLossHook must be a positive number, or None for all, got {tokens}')
         self.mode = mode
         self.weight = weight
+        self.tokens = tokens
+        self.iteration = 0
 
     def before_train(self, runner) -> None:
         """Starts listening; later than EMAHook's deep copy of the model, which stays without these hooks."""
@@ -73,10 +84,11 @@ class DenoiseLossHook(Hook):
                 'label-free training gives only the denoisers a gradient, which several processes have to be told: '
                 'add find_unused_parameters = True to the config'
             )
-        self.inputs: dict[str, list[Tensor]] | None = None
+        self.inputs: dict[str, list[tuple[Tensor, int]]] | None = None
         self.first = True
         self.handles = [
             model.register_forward_pre_hook(self._open, with_kwargs=True),
+            model.register_forward_hook(self._enable_grad, always_call=True),
             model.register_forward_hook(self._close),
             *(layer.register_forward_pre_hook(self._listener(name)) for name, layer in self.layers.items()),
         ]
@@ -92,6 +104,7 @@ class DenoiseLossHook(Hook):
 
     def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
         """Label-free: holds the backbone and all running statistics in eval mode, which ``train()`` has just left."""
+        self.iteration = runner.iter
         if self.mode == 'label_free':
             model = runner.model.module if is_model_wrapper(runner.model) else runner.model
             for child in model.children():
@@ -122,11 +135,18 @@ class DenoiseLossHook(Hook):
 
     def _open(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self.inputs = {name: [] for name in self.layers} if kwargs.get('mode') == 'loss' else None
+        self.sample = Sample(most=self.tokens, seed=self.iteration)
+        self.grad = torch.is_grad_enabled()
+        if self.inputs is not None and self.mode == 'label_free':
+            torch.set_grad_enabled(False)
+
+    def _enable_grad(self, *_: Any) -> None:
+        torch.set_grad_enabled(self.grad)
 
     def _listener(self, name: str) -> Callable:
         def listen(layer: nn.Module, args: tuple) -> None:
             if self.inputs is not None:
-                self.inputs[name].append(args[0].detach())
+                self.inputs[name].append((self.sample(layer, args[0].detach()), args[0].numel()))
 
         return listen
 
@@ -147,11 +167,10 @@ class DenoiseLossHook(Hook):
         return dict(losses, loss_denoise=self.weight * loss)
 
 
-def _layer_loss(layer: DenoiseLayer, inputs: list[Tensor]) -> Tensor:
+def _layer_loss(layer: DenoiseLayer, inputs: list[tuple[Tensor, int]]) -> Tensor:
     """Returns the loss over the tokens of all calls of a layer in one iteration (a shared layer has several)."""
-    numbers = [x.numel() for x in inputs]
-    total = max(sum(numbers), 1)
-    return torch.stack([layer.denoise_loss(x) * (n / total) for x, n in zip(inputs, numbers, strict=True)]).sum()
+    total = max(sum(size for _, size in inputs), 1)
+    return torch.stack([layer.denoise_loss_of(vectors) * (size / total) for vectors, size in inputs]).sum()
 
 
 class _SeparateClip:

@@ -1,15 +1,17 @@
 """Times of functions that take turns, and the memory that one needs at its peak."""
 
+import math
 import pickle
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from statistics import linear_regression, quantiles
+from typing import Any, NamedTuple
 
 
 def alternate(functions: dict[str, Callable[[], object]], warm_up: int, repeats: int) -> dict[str, list[float]]:
@@ -35,11 +37,36 @@ def alternate(functions: dict[str, Callable[[], object]], warm_up: int, repeats:
     return seconds
 
 
+class Ratio(NamedTuple):
+    """Quartiles of what one thing takes over what another takes; prints as ``1.05 (1.04 to 1.07)``."""
+
+    low: float
+    median: float
+    high: float
+
+    def __str__(self) -> str:
+        return f'{self.median:.3f} ({self.low:.3f} to {self.high:.3f})'
+
+
+def ratio(ours: Sequence[float], other: Sequence[float]) -> Ratio:
+    """Returns the quartiles of the ratios of two lists, pair by pair."""
+    ratios = [a / b for a, b in zip(ours, other, strict=True)]
+    if len(ratios) == 1:
+        return Ratio(*ratios * 3)
+    low, middle, high = quantiles(ratios, n=4, method='inclusive')
+    return Ratio(low, middle, high)
+
+
+def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """Returns p of the power law ``cost = a size^p`` that fits best (least squares of the logarithms)."""
+    return linear_regression([math.log(size) for size in sizes], [math.log(cost) for cost in costs]).slope
+
+
 def peak_memory(function: Callable, *args: Any, imports: Iterable[str] = ('torch', 'mmdenoiserep')) -> float:
     """Returns the MiB by which the resident memory grew at its peak while ``function(*args)`` ran in a fresh process.
 
-    Modules and arguments are there before and do not count; what the function imports by itself does. Memory on a GPU
-    does not count. Linux only.
+    Modules and arguments are there before and do not count; what the function imports by itself does. Where the
+    function used a GPU, the peak of its tensors there is returned instead. Linux only.
 
     Args:
         function: A function at the top of a module, which the fresh process finds by its name.
@@ -65,6 +92,9 @@ def _growth(call: bytes, imports: tuple[str, ...]) -> float:
         raise RuntimeError(f'peak memory needs Linux with a writable /proc/self/clear_refs ({error})') from None
     before = _status('VmRSS')
     function(*args)
+    torch = sys.modules.get('torch')
+    if torch and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
     return _status('VmHWM') - before
 
 

@@ -1,0 +1,94 @@
+"""The linear denoiser of one layer, and what folding it into the weights of the layer gives."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+DEFAULT_RANK = 16
+"""Rank of the denoisers that a converted model gets; docs/speed.md has the evidence."""
+
+
+class Denoiser(nn.Module):
+    """The correction ``B x + b~`` of one layer, held as raw parameters that start at zero.
+
+    Full:     ``B = weight``             weight (groups, C/g, C/g)
+    Low rank: ``B = scale I + up down``  scale (groups,), up (groups, C/g, rank), down (groups, rank, C/g)
+
+    B is block-diagonal with one block a group. Raw parameters instead of an ``nn.Linear``, because backbones
+    re-initialise every ``nn.Linear`` they find; no buffers, because hooks average and synchronise them.
+
+    Args:
+        channels: C, the input channels of the layer.
+        groups: The groups of the layer, which must divide C.
+        rank: Rank of ``up down``; None or at least C/g stores the full B.
+        bias: Whether there is a ``b~``, shape (C,).
+        device: Device of the parameters.
+        dtype: Floating dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        groups: int = 1,
+        rank: int | None = None,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if rank is not None and (not isinstance(rank, int) or rank < 1):
+            raise ValueError(f'the rank of a denoiser must be a number from 1 (or None for full rank), got {rank!r}')
+        size = channels // groups
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+
+        if rank is None or rank >= size:
+            self.weight = zeros(groups, size, size)
+        else:
+            self.scale = zeros(groups)
+            self.up = zeros(groups, size, rank)
+            # With up = 0 the start is exactly B = 0; down must not be zero too, or neither would get a gradient.
+            # B is of the order of c1, about 2e-3: down starts near its square root, so one learning rate suits both.
+            # A generator of its own: converting a model leaves the random numbers of the training run as they were.
+            noise = torch.randn(groups, rank, size, generator=torch.Generator().manual_seed(0)) * (0.05 / size**0.5)
+            self.down = nn.Parameter(noise.to(device=device, dtype=dtype or self.up.dtype))
+        self.bias = zeros(channels) if bias else None
+
+    def matrix(self) -> Tensor:
+        """Returns B, shape (groups, C/g, C/g), differentiable."""
+        return correction_matrix(dict(self.named_parameters()))
+
+
+def correction_matrix(parameters: Mapping[str, Tensor]) -> Tensor:
+    """Assembles B, shape (groups, C/g, C/g), from the parameters of a full or low-rank :class:`Denoiser`."""
+    if 'weight' in parameters:
+        return parameters['weight']
+    low_rank = parameters['up'] @ parameters['down']
+    identity = torch.eye(low_rank.shape[-1], device=low_rank.device, dtype=low_rank.dtype)
+    return parameters['scale'][:, None, None] * identity + low_rank
+
+
+def fold(weight: Tensor, bias: Tensor | None, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Returns ``W' = W - W B`` and ``b' = b - W b~``, differentiable, in the dtype of what it is given.
+
+    Args:
+        weight: W of a Linear layer, (O, C), or of a convolution, (O, C/g, kernel height, kernel width).
+        bias: b, shape (O,), or None.
+        parameters: Those of its :class:`Denoiser` by name.
+    """
+    groups = (parameters['weight'] if 'weight' in parameters else parameters['up']).shape[0]
+    taps = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).mT
+    rows = taps.reshape(groups, -1, weight.shape[1])  # one for each output and kernel tap, (groups, ..., C/g)
+    if 'weight' in parameters:
+        folded = torch.baddbmm(rows, rows, parameters['weight'], alpha=-1)
+    else:
+        folded = rows * (1 - parameters['scale'][:, None, None])
+        seen = (parameters['up'].mT @ rows.mT).mT  # twice as fast as rows @ up in float64
+        folded.baddbmm_(seen, parameters['down'], alpha=-1)
+    if 'bias' in parameters and bias is not None:
+        shift = rows @ parameters['bias'].reshape(groups, -1, 1)
+        bias = bias - shift.reshape(len(bias), -1).sum(1)
+    folded = folded.reshape(taps.shape).mT.reshape(len(weight), -1)  # a copy where there are several taps
+    return folded.reshape(weight.shape), bias
