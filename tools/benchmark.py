@@ -1,23 +1,32 @@
 """Measures time and memory of a part of this package beside what else there is, on the machine at hand.
 
-OMP_NUM_THREADS sets the number of threads. The figures are printed as Markdown.
+``all`` runs every part with its default settings. OMP_NUM_THREADS sets the number of threads. The figures are printed
+as Markdown.
 """
 
 import argparse
 import json
 import os
+import platform
+import re
+import sys
 from importlib import import_module
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from pkgutil import iter_modules
-from platform import python_version
+from typing import Any
 
 import benchmarks
 
 NAMES = [module.name for module in iter_modules(benchmarks.__path__) if module.name != 'measure']
 
 
-def parse_args() -> argparse.Namespace:
-    """Reads the command line; every subcommand is a module in ``benchmarks``."""
+PACKAGES = 'torch', 'mmengine', 'mmcv', 'mmdet', 'mmpretrain'
+"""Modules whose versions are reported."""
+
+
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; every subcommand but ``all`` is a module in ``benchmarks``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar='NAME', required=True)
     for name in NAMES:
@@ -26,25 +35,43 @@ def parse_args() -> argparse.Namespace:
         command = commands.add_parser(
             name.replace('_', '-'), description=description, help=description.splitlines()[0].rstrip('.')
         )
-        command.add_argument('--json', type=Path, metavar='FILE', help='write the figures to this file, too')
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    return parser.parse_args()
+    commands.add_parser('all', help='All of these, one after the other; takes an hour').set_defaults(run=run_all)
+    for command in commands.choices.values():
+        command.add_argument('--json', type=Path, metavar='FILE', help='write the figures to this file, too')
+        command.add_argument('--markdown', type=Path, metavar='FILE', help='write the report to this file, too')
+    return parser.parse_args(words)
+
+
+def run_all(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Runs every benchmark with its default settings; returns their reports, and their figures by name."""
+    texts, figures = [], {}
+    for name in NAMES:
+        print(f'=== {name}', file=sys.stderr, flush=True)
+        one = parse_args([name.replace('_', '-')])
+        text, figures[name] = one.run(one)
+        title = (import_module(f'benchmarks.{name}').__doc__ or '').splitlines()[0].rstrip('.')
+        texts.append(f'## {title}\n\n`python tools/benchmark.py {name.replace("_", "-")}`\n\n{text}')
+    return '\n\n'.join(texts), figures
 
 
 def main() -> None:
-    """Runs one benchmark."""
+    """Runs one benchmark, or all."""
     args = parse_args()
     from common import check_output, written_whole
 
-    if args.json:
-        check_output(args.json, '.json', overwrite=True)
+    for path, suffix in ((args.json, '.json'), (args.markdown, '.md')):
+        if path:
+            check_output(path, suffix, overwrite=True)
     text, figures = args.run(args)
     facts = machine()
-    print(f'{text}\n\n{", ".join(f"{name} {value}" for name, value in facts.items())}')
-    if args.json:
-        with written_whole(args.json) as temporary:
-            temporary.write_text(json.dumps(dict(figures, machine=facts), indent=2) + '\n')
+    report = f'{text}\n\n{", ".join(f"{name} {value}" for name, value in facts.items())}'
+    print(report)
+    for path, content in ((args.json, json.dumps(dict(figures, machine=facts), indent=2)), (args.markdown, report)):
+        if path:
+            with written_whole(path) as temporary:
+                temporary.write_text(f'{content}\n')
 
 
 def machine() -> dict[str, str | int]:
@@ -52,9 +79,21 @@ def machine() -> dict[str, str | int]:
     import torch
 
     facts: dict[str, str | int] = dict(
-        cores=os.cpu_count() or 0, threads=torch.get_num_threads(), torch=torch.__version__, Python=python_version()
+        processor=_processor(),
+        cores=os.cpu_count() or 0,
+        threads=torch.get_num_threads(),
+        Python=platform.python_version(),
     )
+    distributions = packages_distributions()
+    facts |= {name: version(distributions[name][0]) for name in PACKAGES if name in distributions}
     return facts | (dict(GPU=torch.cuda.get_device_name()) if torch.cuda.is_available() else {})
+
+
+def _processor() -> str:
+    """Returns the model of the processor where Linux tells it, else the architecture."""
+    info = Path('/proc/cpuinfo')
+    found = re.search(r'^model name\s*:\s*(.*)$', info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1] if found else platform.machine()
 
 
 if __name__ == '__main__':

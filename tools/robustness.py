@@ -7,63 +7,18 @@ A finished step is not run again.
 """
 
 import argparse
-import copy
 import json
 import os
-import statistics
 import sys
-import time
 import warnings
-from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from mmengine.config import Config
-from mmengine.evaluator import Evaluator
-from mmengine.logging import MMLogger
-from mmengine.registry import DATASETS, MODELS
-from mmengine.runner import load_checkpoint
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
 
 import study
-from benchmarks.measure import alternate
-from common import load_config, set_default_scope, stop, written_whole
-from corrupt_images import corrupt
-from mmdenoiserep.core import apply_denoiserep, calibrate, collect_moments, fuse_model, safe_fit
-from mmdenoiserep.core.safety import FEW, MANY
-from mmdenoiserep.engine.resume import allow_training_checkpoints
-from robustness_report import ALL_LAYERS, AS_TRAINED, BATCH_NORM, EARLY_HALF, FIRST_LAYER, Result, draw, report
+from robustness_report import Result, draw, report
 from steps import last_checkpoint, run
 from study_report import write_page
 
 ROOT = Path(__file__).absolute().parents[1]
-CLASSIFICATION = 'fashion-mnist'
-SEVERITIES = {
-    CLASSIFICATION: dict(noise=0.2, blur=1.2, jpeg=5, contrast=0.3, occlusion=0.4, shot=0.2),
-    'scenes': dict(noise=40 / 255, blur=2.0, jpeg=5, contrast=0.5, occlusion=0.4, shot=0.05),
-    'fashion-reid': dict(noise=40 / 255, blur=3.5, jpeg=15, contrast=0.8, occlusion=0.4, shot=0.05),
-}
-"""Data set, then corruption: see :func:`corrupt`."""
-SOURCE = 4000
-"""Clean training images for the moments in the training domain, at most."""
-POOL = {CLASSIFICATION: 6000, 'scenes': 300, 'fashion-reid': 2000}
-"""Other training images, unlabelled and corrupted, to fit on, at most."""
-TARGET = {CLASSIFICATION: 1000}
-"""Those of them that the table is about; elsewhere all of them."""
-COUNTS = 8, 32, 128, 512, 2000, 4000
-"""Those that the curves are about."""
-SKEWED = 4, 2000
-"""Classes, and images of them at most, of a skewed target."""
-MINIMISED = 2000
-"""Images that entropy minimisation gets, since it learns by steps of 200."""
-TEST = {CLASSIFICATION: 2500}
-"""Test images, at most; elsewhere all of them, since their metrics are made for the whole set."""
-RATES = 1e-3, 1e-4
-"""Learning rates of entropy minimisation: the original one, and a gentle one."""
 ENVIRONMENT = {
     'NO_ALBUMENTATIONS_UPDATE': '1',  # it asks the network for news otherwise
     # glibc keeps freed memory; to get and clear it again and again takes a third of a fit's time
@@ -71,259 +26,13 @@ ENVIRONMENT = {
     'MALLOC_TRIM_THRESHOLD_': str(2**36),
 }
 """For the processes that are started."""
-NOTE, RESULT = 'robustness_note.json', 'robustness.json'
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images as the test pipeline packs them.
-
-    Attributes:
-        inputs: (N, C, H, W), uint8, before the data preprocessor.
-        samples: What is known of them, one data sample an image.
-    """
-
-    inputs: Tensor
-    samples: list
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    @classmethod
-    def load(cls, dataset: Any, chosen: Tensor) -> 'Images':
-        """Reads some images of a data set; they must all have the same size."""
-        packed = [dataset[i] for i in chosen.tolist()]
-        return cls(torch.stack([item['inputs'] for item in packed]), [item['data_samples'] for item in packed])
-
-    def first(self, count: int) -> 'Images':
-        """Returns the first of the images."""
-        return Images(self.inputs[:count], self.samples[:count])
-
-    @property
-    def labels(self) -> Tensor:
-        """Classes of the images, (N,)."""
-        return torch.cat([sample.gt_label for sample in self.samples])
-
-
-class Measurement:
-    """One baseline, its data, and everything that is measured with it.
-
-    Args:
-        experiment: What it is an instance of.
-        folder: Where the trainings of one seed are.
-        seed: Chooses the images to fit on, and seeds the corruptions.
-        cfg: Config of the baseline.
-    """
-
-    def __init__(self, experiment: study.Experiment, folder: Path, seed: int, cfg: Config) -> None:
-        self.experiment, self.folder, self.seed, self.cfg = experiment, folder, seed, cfg
-        self.severities = SEVERITIES[experiment.data]
-        self.classifies = experiment.data == CLASSIFICATION
-        if 'data_preprocessor' in cfg:  # as mmengine's runner does
-            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-        self.model = self.trained('baseline')
-        test, train = cfg.test_dataloader.dataset, cfg.train_dataloader.dataset
-        with redirect_stdout(None):  # pycocotools reports its progress
-            tested, trained = DATASETS.build(test), DATASETS.build({**train, 'pipeline': test.pipeline})
-            self.evaluator = Evaluator(cfg.test_evaluator)
-        self.evaluator.dataset_meta = tested.metainfo
-        chosen = self.order(len(tested))[: TEST.get(experiment.data)]
-        self.test = Images.load(tested, chosen.sort().values)
-        order = self.order(len(trained))
-        count = min(POOL[experiment.data], len(order) // 2)
-        self.pool = Images.load(trained, order[:count])
-        self.target = self.pool.first(TARGET.get(experiment.data, count))
-        self.clean = [
-            self.batch(part) for part in Images.load(trained, order[count : count + SOURCE]).inputs.split(500)
-        ]
-        self.denoised = self.converted(rank=1)  # a domain fit does not use the denoisers
-        self.moments = collect_moments(self.denoised.backbone, self.clean)
-        self.layers = list(self.moments)
-        self.fits = {
-            ALL_LAYERS: safe_fit(self.layers, MANY, representative=True),
-            EARLY_HALF: safe_fit(self.layers, FEW, representative=True),
-            FIRST_LAYER: safe_fit(self.layers, MANY),
-        }
-
-    def order(self, count: int) -> Tensor:
-        """Returns the numbers below ``count`` in an order of this seed."""
-        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
-
-    def converted(self, rank: int | None) -> nn.Module:
-        """Returns a copy of the model with denoisers on all layers of the backbone."""
-        model = copy.deepcopy(self.model)
-        apply_denoiserep(model.backbone, 'all', rank=rank, example_input=self.clean[0][:2])
-        return model
-
-    def trained(self, step: str) -> nn.Module:
-        """Returns the model that one training of this seed ended with, in eval mode."""
-        model = MODELS.build(self.cfg.model)
-        model.eval()
-        load_checkpoint(model, last_checkpoint(self.folder / step), strict=True, map_location='cpu', logger='silent')
-        return model
-
-    def batch(self, inputs: Tensor) -> Tensor:
-        """Returns what the backbone gets for some images, float32."""
-        return self.model.data_preprocessor(dict(inputs=list(inputs), data_samples=None))['inputs']
-
-    def corrupted(self, images: Images, corruption: str) -> Images:
-        """Corrupts images; the test images with other draws than those to fit on."""
-        seed = 2 * self.seed + (images is self.test)
-        return Images(corrupt(images.inputs, corruption, self.severities.get(corruption, 0), seed), images.samples)
-
-    def score(self, model: nn.Module, images: Images) -> dict[str, float]:
-        """Evaluates a model; returns the experiment's metrics in percent, by their name in the report."""
-        if self.classifies:
-            from mmpretrain.evaluation import Accuracy
-
-            logits = torch.cat([model(self.batch(part)) for part in images.inputs.split(500)])
-            accuracy = Accuracy.calculate(logits, images.labels, thrs=(None,))[0][0].item()
-            return dict.fromkeys(self.experiment.metrics, accuracy)
-        size = self.cfg.test_dataloader.batch_size
-        for start in range(0, len(images), size):
-            data = dict(
-                inputs=list(images.inputs[start : start + size]), data_samples=images.samples[start : start + size]
-            )
-            self.evaluator.process(data_samples=model.test_step(data), data_batch=data)
-        with redirect_stdout(None):
-            metrics = self.evaluator.evaluate(len(images))
-        return {name: study.METRICS[key][0] * float(metrics[key]) for name, key in self.experiment.metrics.items()}
-
-    def schedule(self) -> nn.Module:
-        """Returns the model with the paper's denoisers, solved on the clean images, fused."""
-        model = self.converted(rank=None)
-        calibrate(model.backbone, self.clean, 'schedule')
-        model.backbone = fuse_model(model.backbone)
-        return model
-
-    def fitted(self, inputs: Tensor, **options: Any) -> nn.Module:
-        """Returns the model fitted to images in one batch, fused; see :func:`calibrate`."""
-        model = copy.deepcopy(self.denoised)
-        calibrate(model.backbone, [self.batch(inputs)], 'domain', self.moments, **options)
-        model.backbone = fuse_model(model.backbone)
-        return model
-
-    def normalised(self, inputs: Tensor) -> nn.Module | None:
-        """Returns the model with its BatchNorm statistics taken from some images; None where there is no BatchNorm."""
-        if not any(isinstance(module, _BatchNorm) for module in self.model.modules()):
-            return None
-        model = copy.deepcopy(self.model)
-        update_bn([self.batch(inputs)], model)
-        return model
-
-    def certain(self, inputs: Tensor, rate: float, size: int = 200) -> nn.Module:
-        """Returns the model after one pass of entropy minimisation (TENT, Wang et al. 2021) over some images.
-
-        Adam changes the affine parameters of the norms alone, BatchNorm uses the statistics of the batch. Not as in the
-        original, the model is fixed afterwards, BatchNorm with the statistics of all the images.
-        """
-        model = copy.deepcopy(self.model).requires_grad_(False)
-        norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm | _BatchNorm)]
-        affine = [parameter.requires_grad_() for norm in norms for parameter in norm.parameters(recurse=False)]
-        for norm in norms:
-            norm.train()
-        optimizer = torch.optim.Adam(affine, lr=rate)
-        with torch.enable_grad():
-            for part in inputs.split(size):
-                loss = torch.distributions.Categorical(logits=model(self.batch(part))).entropy().mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        model.eval()
-        update_bn([self.batch(inputs)], model)
-        return model
-
-    def adapted(self, inputs: Tensor) -> dict[str, nn.Module]:
-        """Returns what the fits of different size, and re-estimated BatchNorm, make of some unlabelled images."""
-        models = {name: self.fitted(inputs, **options) for name, options in self.fits.items()}
-        if self.classifies and (model := self.normalised(inputs)):
-            models[BATCH_NORM] = model
-        return models
-
-    def scores(self, models: dict[str, nn.Module], images: Images) -> dict[str, dict[str, float]]:
-        """Evaluates several models."""
-        return {name: self.score(model, images) for name, model in models.items()}
-
-    def measure(self) -> dict[str, Any]:
-        """Measures everything; returns what :class:`robustness_report.Result` reads."""
-        tests = {name: self.corrupted(self.test, name) for name in ('clean', *self.severities)}
-        result = dict(
-            images=dict(source=sum(map(len, self.clean)), target=len(self.target), test=len(self.test)),
-            picked=self.picked(len(self.target)),
-            table=self.table(tests),
-            latency=self.latency(),
-        )
-        if self.classifies:
-            result |= dict(counts=self.counts(tests), skewed=self.skewed(tests), elsewhere=self.elsewhere(tests))
-        return result
-
-    def picked(self, count: int) -> str:
-        """Returns the name of the fit that safe_fit picks for so many representative images."""
-        options = safe_fit(self.layers, count, representative=True)
-        return next(name for name, fit in self.fits.items() if fit == options)
-
-    def table(self, tests: dict[str, Images]) -> dict[str, dict]:
-        """Returns corruption, method, metric: a score; fitted to the corruption that it is evaluated on."""
-        fixed = {AS_TRAINED: self.model, 'schedule': self.schedule()}
-        if self.classifies:
-            fixed |= {'fine-tuned': self.trained('control'), 'fine-tuned on noise': self.trained('noise-augmented')}
-        table = {}
-        for corruption, test in tests.items():
-            inputs = self.corrupted(self.target, corruption).inputs
-            models = {**fixed, **self.adapted(inputs), 'mean': self.fitted(inputs, fit='mean')}
-            if self.classifies:
-                models['diagonal'] = self.fitted(inputs, fit='diagonal')
-                more = self.corrupted(self.pool.first(MINIMISED), corruption).inputs
-                models |= {f'entropy, {rate:g}': self.certain(more, rate) for rate in RATES}
-            table[corruption] = self.scores(models, test)
-        return table
-
-    def counts(self, tests: dict[str, Images]) -> dict[str, dict]:
-        """Returns images, corruption, method, metric: fitted to the noise or to clean images, evaluated on the same."""
-        result: dict[str, dict] = {}
-        for corruption in ('noise', 'clean'):
-            inputs = self.corrupted(self.pool.first(max(COUNTS)), corruption).inputs
-            for count in (count for count in COUNTS if count <= len(inputs)):
-                scores = self.scores(self.adapted(inputs[:count]), tests[corruption])
-                scores['safe_fit'] = scores[self.picked(count)]
-                result.setdefault(str(count), {})[corruption] = scores
-        return result
-
-    def skewed(self, tests: dict[str, Images]) -> dict[str, Any]:
-        """Returns the same as one entry of :meth:`counts`, fitted to some classes only, and the number of images."""
-        classes, count = SKEWED
-        labels = self.pool.labels
-        chosen = torch.isin(labels, self.order(int(labels.max()) + 1)[:classes]).nonzero()[:count, 0]
-        images = Images(self.pool.inputs[chosen], [self.pool.samples[i] for i in chosen.tolist()])
-        scores = {
-            corruption: self.scores(self.adapted(self.corrupted(images, corruption).inputs), tests[corruption])
-            for corruption in ('noise', 'clean')
-        }
-        return dict(images=len(images), scores=scores)
-
-    def elsewhere(self, tests: dict[str, Images]) -> dict[str, dict]:
-        """Returns what was fitted to, what evaluated on, method, metric: where the domains differ or are mixed."""
-        noisy = self.corrupted(self.target, 'noise').inputs
-        half = len(noisy) // 2
-        domains = {'noise': noisy, 'half noise, half clean': torch.cat([noisy[:half], self.target.inputs[half:]])}
-        result = {}
-        for name, inputs in domains.items():
-            models = self.adapted(inputs)
-            result[name] = {
-                corruption: self.scores(models, tests[corruption]) for corruption in ('noise', 'blur', 'clean')
-            }
-        return result
-
-    def latency(self) -> float:
-        """Returns the time of the fused backbone over that of the baseline's: the median of alternating pairs."""
-        image = self.batch(self.test.inputs[:1])
-        models = dict(baseline=self.model, fused=self.fitted(self.target.inputs, **self.fits[FIRST_LAYER]))
-        seconds = alternate({n: lambda m=m: m.backbone(image) for n, m in models.items()}, warm_up=10, repeats=100)
-        return statistics.median(b / a for a, b in zip(seconds['baseline'], seconds['fused'], strict=True))
+NOTE = 'robustness_note.json'
 
 
 def run_seed(experiment: study.Experiment, seed: int, folder: Path, overrides: list[str]) -> None:
     """Trains what is missing of one experiment with one seed, and measures in a process of its own."""
+    from measurement import CLASSIFICATION, RESULT, write_noise_config
+
     study.train(folder, 'baseline', experiment.config(), seed, overrides)
     if experiment.data == CLASSIFICATION:
         more = [*overrides, f'load_from={last_checkpoint(folder / "baseline")}']
@@ -335,38 +44,10 @@ def run_seed(experiment: study.Experiment, seed: int, folder: Path, overrides: l
         run(f'{folder}: robustness', *command, log=folder / 'robustness.log')
 
 
-def write_noise_config(experiment: study.Experiment, folder: Path) -> str:
-    """Writes the control's config with noise of a random strength on every training image; returns its path."""
-    cfg = Config.fromfile(experiment.config('_baseline-ft'))
-    noise = dict(type='GaussNoise', std_range=(0.0, SEVERITIES[CLASSIFICATION]['noise']), p=1.0)
-    cfg.train_dataloader.dataset.pipeline.insert(-1, dict(type='Albumentations', transforms=[noise]))
-    path = folder / 'noise-augmented.py'
-    cfg.dump(path)
-    return str(path)
-
-
-def measure_one(args: argparse.Namespace) -> None:
-    """Measures one experiment with one seed, whose models are trained, and writes the result."""
-    name, seed = args.one[0], int(args.one[1])
-    folder = study.seed_folder(args.work_dir, name, seed)
-    if not (folder / 'baseline.json').exists():
-        stop(f'{folder} has no trained baseline; start this program without --one')
-    started = time.process_time()
-    torch.set_num_threads(1)
-    MMLogger.get_current_instance().setLevel('ERROR')
-    allow_training_checkpoints()
-    experiment = study.EXPERIMENTS[name]
-    cfg = load_config(argparse.Namespace(config=experiment.config(), cfg_options=args.cfg_options))
-    set_default_scope(cfg)
-    with torch.no_grad():
-        result = Measurement(experiment, folder, seed, cfg).measure()
-    result['cpu_seconds'] = time.process_time() - started
-    with written_whole(folder / RESULT) as temporary:
-        temporary.write_text(json.dumps(result, indent=1))
-
-
 def read_results(work_dir: Path) -> list[Result]:
     """Reads every finished measurement below a work dir."""
+    from measurement import RESULT
+
     results = []
     for name, experiment in study.EXPERIMENTS.items():
         paths = {int(path.parent.name.split('_')[1]): path for path in work_dir.glob(f'{name}/seed_*/{RESULT}')}
@@ -386,6 +67,8 @@ def main() -> None:
     os.environ |= ENVIRONMENT
     warnings.simplefilter('ignore')
     if args.one:
+        from measurement import measure_one
+
         measure_one(args)
         return
     if not args.report:
@@ -393,6 +76,8 @@ def main() -> None:
     note, results = args.work_dir / NOTE, read_results(args.work_dir)
     if not note.exists() or not results:
         sys.exit(f'robustness: {args.work_dir} holds no finished measurement; start it without --report')
+    from measurement import SEVERITIES
+
     text = report(results, json.loads(note.read_text()), SEVERITIES)
     write_page(args.out, text)
     draw(results, args.out.with_suffix('.png'))

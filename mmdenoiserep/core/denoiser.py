@@ -78,17 +78,19 @@ def fold(weight: Tensor, bias: Tensor | None, parameters: Mapping[str, Tensor]) 
         bias: b, shape (O,), or None.
         parameters: Those of its :class:`Denoiser` by name.
     """
-    groups = (parameters['weight'] if 'weight' in parameters else parameters['up']).shape[0]
-    taps = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).mT
-    rows = taps.reshape(groups, -1, weight.shape[1])  # one for each output and kernel tap, (groups, ..., C/g)
+    columns = parameters['weight'] if 'weight' in parameters else parameters['up']
+    groups, size, count = columns.shape
+    if 'bias' in parameters:
+        columns = torch.cat([columns, parameters['bias'].reshape(groups, size, 1)], 2)
+    taps = weight.reshape(groups, weight.shape[0] // groups, size, -1).mT
+    rows = taps.reshape(groups, -1, size)  # one for each output and kernel tap, (groups, ..., C/g)
+    products = columns.mT @ rows.mT  # W B or W up, and W b~, of all rows; in float64 twice as fast as rows @ columns
     if 'weight' in parameters:
-        folded = torch.baddbmm(rows, rows, parameters['weight'], alpha=-1)
+        folded = rows - products[:, :count].mT
     else:
         folded = rows * (1 - parameters['scale'][:, None, None])
-        seen = (parameters['up'].mT @ rows.mT).mT  # twice as fast as rows @ up in float64
-        folded.baddbmm_(seen, parameters['down'], alpha=-1)
+        folded.baddbmm_(products[:, :count].mT, parameters['down'], alpha=-1)
     if 'bias' in parameters and bias is not None:
-        shift = rows @ parameters['bias'].reshape(groups, -1, 1)
-        bias = bias - shift.reshape(len(bias), -1).sum(1)
+        bias = bias - products[:, count].reshape(len(bias), -1).sum(1)
     folded = folded.reshape(taps.shape).mT.reshape(len(weight), -1)  # a copy where there are several taps
     return folded.reshape(weight.shape), bias

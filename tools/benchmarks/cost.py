@@ -5,6 +5,7 @@ on every layer of the backbone. It runs on the GPU where there is one.
 """
 
 import argparse
+import logging
 import random
 from dataclasses import dataclass
 from functools import partial
@@ -195,6 +196,7 @@ class Run:
 
         import mmdenoiserep  # noqa: F401
 
+        logging.disable(logging.WARNING)  # the tables of the conversion
         shape = SHAPES[name]
         library = shape.config.partition('::')[0]
         config = get_config(shape.config).model
