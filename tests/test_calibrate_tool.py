@@ -226,8 +226,10 @@ def test_schedule_mode_writes_a_denoised_checkpoint_that_fuses(tmp_path, capsys)
     call(calibrate, config, checkpoint(name), output, '--mode', 'schedule', '--verify')
     shown = capsys.readouterr().out
     rows = [line.split() for line in shown.splitlines() if line.startswith(('patch_embed', 'layers.'))]
-    rows = [row for row in rows if len(row) == 6]
-    assert len(rows) == 17 and all(0 < float(loss) <= 1 and loss == optimum for *_, loss, optimum in rows)
+    rows = [row for row in rows if len(row) == 7]
+    losses = [[float(value) for value in row[-3:]] for row in rows]
+    assert len(rows) == 17 and all(1.01 > start >= loss >= optimum > 0 for start, loss, optimum in losses)
+    assert sum(start for start, *_ in losses) > sum(loss for _, loss, _ in losses) > sum(low for *_, low in losses)
     state = state_of(output)
     assert any(value.any() for key, value in state.items() if '.denoiser.' in key)
     vanilla = state_of(checkpoint(name))

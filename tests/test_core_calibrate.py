@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import relative
+from helpers import randomise, relative
 from mmdenoiserep.core import (
     DenoiseLayer,
     DenoiseLinear,
@@ -246,27 +246,32 @@ def test_the_closed_form_is_where_lbfgs_ends_and_the_gradient_is_zero(bias, time
 @pytest.mark.parametrize('rank', [None, 2])
 def test_schedule_mode_sets_the_optimum_of_every_layer(net, clean, rank):
     """No step from there lowers the loss over all inputs, and the report says what the loss is."""
-    vanilla = denoised(net, rank=rank)
+    vanilla = randomise(denoised(net, rank=rank), size=1e-4)
     inputs = {}
     for name, layer in vanilla.named_modules():
         if hasattr(layer, 'denoiser'):
             layer.register_forward_hook(lambda m, args, out, name=name: inputs.setdefault(name, []).append(args[0]))
     for batch in clean:
         vanilla(batch)
-    model = denoised(net, rank=rank)
+    model = randomise(denoised(net, rank=rank), size=1e-4)
+    before = {name: model.get_submodule(name).denoise_loss(torch.cat(x)).item() for name, x in inputs.items()}
     report = calibrate(model, clean)
+    assert {row.name: row.start for row in report.layers} == pytest.approx(before, rel=1e-9)
     assert [row.name for row in report.layers] == list(inputs) and report.images == 24 and report.passes == 1
     for row in report.layers:
         layer = model.get_submodule(row.name)
         loss = layer.denoise_loss(torch.cat(inputs[row.name]))
         assert loss.item() == pytest.approx(row.loss, rel=1e-9)
-        assert row.optimum <= row.loss * (1 + 1e-12)
+        assert row.optimum <= row.loss * (1 + 1e-12) and row.loss < row.start
         if rank is None:
             assert row.loss == pytest.approx(row.optimum, rel=1e-12)
             loss.backward()
             slopes = [p.grad.abs().max() * layer.reverse_step.c1 for p in layer.denoiser.parameters()]
             assert max(slopes) < 1e-9
     assert report.layers[0].name in str(report) and '24 images in 1 pass' in str(report)
+    mean = next(line for line in str(report).splitlines() if line.startswith('mean'))
+    means = [sum(getattr(row, key) for row in report.layers) / len(inputs) for key in ('start', 'loss', 'optimum')]
+    assert mean.split() == ['mean', *(f'{value:.6f}' for value in means)]
 
 
 def test_pieces_and_the_whole_give_the_same_denoisers(net, clean):

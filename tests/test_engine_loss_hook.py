@@ -36,6 +36,7 @@ from engine_helpers import (
 from helpers import randomise
 from mmdenoiserep import NoiseSchedule, apply_denoiserep, fuse_model
 from mmdenoiserep.core import DenoiseLayer
+from mmdenoiserep.core.sample import Sample
 from mmdenoiserep.engine.backbone import find_guards
 from mmdenoiserep.engine.loss_hook import DenoiseLossHook
 from mmdenoiserep.engine.resume import allow_training_checkpoints
@@ -201,6 +202,55 @@ def test_label_free_trains_the_denoisers_and_nothing_else(case):
     for step in range(5):
         assert gradients(runner, step) and all(map(is_denoiser, gradients(runner, step)))
     assert all(p.grad is None for key, p in inner(runner).named_parameters() if not is_denoiser(key))
+
+
+def test_label_free_needs_no_gradient_of_the_model(case):
+    """The model's own forward keeps nothing for a backward pass; afterwards, and after an error, gradients are on."""
+
+    @MODELS.register_module(force=True)
+    class SeesGradient(TinyBackbone):
+        seen: list = []
+
+        def forward(self, x):
+            self.seen.append((torch.is_grad_enabled(), super().forward(x)[0].requires_grad))
+            if len(self.seen) > 5:
+                raise ArithmeticError
+            return super().forward(x)
+
+    backbone = dict(denoised(dict(type='SeesGradient')), image_size=9)
+    for hook, expected in ((LABEL_FREE, (False, False)), (JOINT, (True, True))):
+        SeesGradient.seen = []
+        train(case, tiny_model(backbone), [hook])
+        assert SeesGradient.seen[-1] == expected and torch.is_grad_enabled()
+    SeesGradient.seen = []
+    with pytest.raises(ArithmeticError):
+        train(case, tiny_model(backbone), [LABEL_FREE], train_cfg=dict(by_epoch=False, max_iters=6))
+    assert torch.is_grad_enabled()
+
+
+def test_a_part_of_the_tokens(case):
+    """The tokens depend on the iteration alone; nothing else of the training changes by the choice."""
+    steps = dict(train_cfg=dict(by_epoch=False, max_iters=2))
+    runs = [
+        train(case, tiny_model(), [JOINT | dict(tokens=tokens), dict(type='Watch')], **steps)
+        for tokens in (5, 5, 6, None)
+    ]
+    losses = [[output['loss_denoise'].item() for output in find_hook(runner, Watch).losses] for runner in runs]
+    assert losses[0] == losses[1]
+    assert len({loss[0] for loss in losses}) == 3
+    bases = [split(gradients(runner))[1] for runner in runs]
+    for base in bases[1:]:
+        assert_equal(base, bases[0])
+
+    layers = denoised_layers(randomise(MODELS.build(tiny_model())))
+    for seed in (0, 1):
+        sample, expected = Sample(most=5, seed=seed), []
+        for name, seen in find_hook(runs[0], Watch).inputs[0].items():
+            total = sum(x.numel() for x in seen)
+            parts = [layers[name].denoise_loss_of(sample(layers[name], x)) * (x.numel() / total) for x in seen]
+            expected.append(sum(parts))
+        same = losses[0][0] == pytest.approx(0.1 * sum(expected).item() / len(expected), rel=1e-4)
+        assert same == (seed == 0)
 
 
 def test_label_free_without_the_care_would_drift(case, monkeypatch):
@@ -413,7 +463,7 @@ def test_ema_copy_holds_no_listeners(case, order):
     assert [guard.satisfied for _, _, guard in find_guards(average)] == [False]
 
 
-@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+@pytest.mark.parametrize('hook', [JOINT | dict(tokens=5), LABEL_FREE | dict(tokens=5)])
 @pytest.mark.parametrize('ema', [False, True])
 def test_resume_continues_identically(case, hook, ema, tmp_path, monkeypatch):
     """Four iterations in one go, or two and a resume and two: bitwise the same weights and optimizer."""
@@ -536,6 +586,7 @@ def test_model_without_denoised_layers(case):
     [
         (dict(mode='both'), "'both'"),
         (dict(mode=None), 'None'),
+        (dict(tokens=0), 'tokens of DenoiseLossHook must be a positive number, or None for all, got 0'),
         (dict(weight=0), 'positive, got 0'),
         (dict(weight=-0.1), 'positive, got -0.1'),
         (dict(weight=float('nan')), 'positive, got nan'),

@@ -86,6 +86,7 @@ def machine() -> dict[str, str | int]:
     )
     distributions = packages_distributions()
     facts |= {name: version(distributions[name][0]) for name in PACKAGES if name in distributions}
+    facts['torch'] = torch.__version__  # with its build
     return facts | (dict(GPU=torch.cuda.get_device_name()) if torch.cuda.is_available() else {})
 
 

@@ -33,7 +33,8 @@ class CalibratedLayer:
         constant: c, float64, (groups, size).
         before: Eigenvalues of the features' covariance, ascending, float64.
         after: The same of the corrected features.
-        loss: Schedule mode: the loss of the denoiser on the gathered features.
+        start: Schedule mode: the loss of the denoiser as it was, on the gathered features.
+        loss: Schedule mode: the loss of the denoiser now.
         optimum: Schedule mode: the least loss that a denoiser of full rank can have on them.
         note: What could not be done, or empty.
     """
@@ -46,6 +47,7 @@ class CalibratedLayer:
     constant: Tensor
     before: Tensor
     after: Tensor
+    start: float | None = None
     loss: float | None = None
     optimum: float | None = None
     note: str = ''
@@ -71,13 +73,16 @@ class CalibrationReport:
         header = ['layer', 'step', 'rank', 'variance moved', '']
         rows = [[r.name, str(r.timestep), str(r.rank or 'full'), f'{r.moved:.2e}', r.note] for r in self.layers]
         if self.mode == 'schedule':
-            header[4:4] = 'loss', 'optimum'
-            for row, layer in zip(rows, self.layers, strict=True):
-                row[4:4] = f'{layer.loss:.6f}', f'{layer.optimum:.6f}'
+            losses = [(layer.start, layer.loss, layer.optimum) for layer in self.layers]
+            rows.append(['mean', '', '', '', ''])
+            losses.append(tuple(sum(column) / len(self.layers) for column in zip(*losses, strict=True)))
+            header[4:4] = 'loss before', 'loss', 'optimum of full rank'
+            for row, values in zip(rows, losses, strict=True):
+                row[4:4] = [f'{value:.6f}' for value in values]
         passes = f'{self.passes} pass{"es" if self.passes > 1 else ""}'
         return (
             f'{format_table(tuple(header), [tuple(row) for row in rows])}\n'
-            f'{len(rows)} layers calibrated ({self.mode}) on {self.images} images in {passes}'
+            f'{len(self.layers)} layers calibrated ({self.mode}) on {self.images} images in {passes}'
         )
 
 
@@ -175,6 +180,7 @@ def _fit_schedule(
         shrunk = _towards_equal_variances(seen, prior / (prior + images))
         second = shrunk + seen.mean[:, :, None] * seen.mean[:, None, :]
         with_bias = denoiser.bias is not None
+        start = _loss(layer, {key: p.detach().double() for key, p in denoiser.named_parameters()}, seen)
         solution = closed_form(seen.mean, second, step, rank, with_bias)
         with torch.no_grad():
             for key, parameter in denoiser.named_parameters():
@@ -186,7 +192,7 @@ def _fit_schedule(
         linear = torch.eye(seen.mean.shape[1], dtype=torch.float64, device=seen.mean.device) - correction_matrix(
             solution
         )
-        losses = dict(loss=_loss(layer, solution, seen), optimum=_loss(layer, best, seen))
+        losses = dict(start=start, loss=_loss(layer, solution, seen), optimum=_loss(layer, best, seen))
         rows.append(_row(name, layer, linear, constant, seen, rank=rank, **losses))
     return CalibrationReport('schedule', images, 1, tuple(rows))
 
