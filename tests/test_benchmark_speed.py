@@ -91,7 +91,7 @@ def test_a_detector_takes_its_step(monkeypatch):
     each.start('joint')
     each.step()
     moments = each.optimizer.optimizer.state
-    assert all(moments[p]['exp_avg'].any() for key, p in each.model.named_parameters() if '.denoiser.' in key)
+    assert all(moments[p]['exp_avg'].any() for key, p in each.model.named_parameters() if key.endswith('.denoiser.up'))
 
 
 def test_fusing_files_of_three_sizes(tmp_path):
