@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / 'tools'))
 import calibrate  # noqa: E402
 import calibration  # noqa: E402
 import fuse_checkpoint  # noqa: E402
+import images  # noqa: E402
 import make_reid  # noqa: E402
 import make_scenes  # noqa: E402
 
@@ -166,7 +167,7 @@ def test_a_domain_fit_brings_the_first_features_home_in_the_unchanged_config(nam
     seen, (training, _) = [], load_moments(source(name))
     stem.register_forward_hook(lambda layer, args, out: seen.append(out.detach().transpose(0, 1).flatten(1)[None]))
     cfg = Config.fromfile(DEMO / f'{name}.py')
-    for batch in calibration.Batches(model, calibration.Unlabelled(cfg, 'test'), 32):
+    for batch in calibration.Batches(model, images.Unlabelled(cfg, 'test'), 32):
         with torch.no_grad():
             model.backbone(batch)
     fitted = Moments.of(torch.cat(seen, -1))

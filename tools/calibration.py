@@ -16,7 +16,7 @@ from tqdm import tqdm
 import verify
 from calibration_report import LARGE, draw_spectra, verify_maps, warnings_of
 from common import set_default_scope, stop, type_name, without_denoising, written_whole
-from images import Batches, Folder, Unlabelled, find_images, spread
+from images import Batches, open_images, spread
 from mmdenoiserep.core import (
     CalibrationReport,
     CheckpointError,
@@ -91,15 +91,9 @@ class Calibration:
 
     def _open_images(self) -> Batches:
         args = self.args
-        if args.images:
-            stem = next((m for m in self.backbone.modules() if isinstance(m, nn.Conv2d)), None)
-            grey = stem is not None and stem.in_channels == 1
-            dataset = Folder(self.cfg, find_images(args.images), 'grayscale' if grey else 'color')
-            workers = 0
-        else:
-            split = args.split or SPLITS[args.mode]
-            dataset = Unlabelled(self.cfg, split)
-            workers = self.cfg[f'{split}_dataloader'].get('num_workers', 0)
+        split = args.split or SPLITS[args.mode]
+        dataset = open_images(self.cfg, self.backbone, args.images, split)
+        workers = 0 if args.images else self.cfg[f'{split}_dataloader'].get('num_workers', 0)
         share = spread(dataset, args.num_images, get_rank(), get_world_size())
         if not len(share):
             stop('there are fewer images than processes')

@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import distributions
@@ -161,3 +163,19 @@ def written_whole(target: Path) -> Iterator[Path]:
         stop(f'{target} cannot be written: {error.strerror or error}')
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_whole(target: Path) -> Iterator[Path]:
+    """Gives an empty folder beside the target, which replaces the target at the end, or is removed."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as scratch:
+            new = Path(scratch, 'new')
+            new.mkdir()
+            yield new
+            if target.exists():
+                shutil.move(target, Path(scratch, 'old'))
+            shutil.move(new, target)
+    except OSError as error:
+        stop(f'{target} cannot be written: {error.strerror or error}')

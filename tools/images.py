@@ -86,6 +86,15 @@ class Unlabelled(Dataset):
         return _pack(self.pipeline, info, info.get('img_path', f'image {index} of the data set'))
 
 
+def open_images(cfg: Config, backbone: nn.Module, folder: Path | None, split: str) -> Folder | Unlabelled:
+    """Returns the images of a folder, grey ones for a backbone that takes one channel, or those of a data set."""
+    if not folder:
+        return Unlabelled(cfg, split)
+    stem = next((m for m in backbone.modules() if isinstance(m, nn.Conv2d)), None)
+    grey = stem is not None and stem.in_channels == 1
+    return Folder(cfg, find_images(folder), 'grayscale' if grey else 'color')
+
+
 class Batches:
     """Preprocessed images for a backbone, read anew in every pass.
 

@@ -1,0 +1,406 @@
+"""What tools/visualize.py looks at: the features of two models on clean and on corrupted images."""
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import DATASETS, MODELS, VISUALIZERS
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+import verify
+from calibration import choose_every, measure_flows
+from common import set_default_scope, stop, test_dataset, without_denoising
+from corrupt_images import corrupt
+from images import Batches, open_images, spread
+from mmdenoiserep.core import Moments, evaluating, fuse_state_dict, read_checkpoint
+from mmdenoiserep.core.checkpoint import split_checkpoint
+from mmdenoiserep.core.fuse import DENOISER_KEY
+from mmdenoiserep.core.gather import Sample
+from mmdenoiserep.core.probe import tensors_in
+from mmdenoiserep.core.targets import near_names
+
+VARIANTS = tuple((model, images) for model in ('before', 'after') for images in ('clean', 'corrupted'))
+"""Which model runs on which images."""
+RATIOS = {
+    'before': (('before', 'clean'), ('before', 'corrupted')),
+    'after': (('after', 'clean'), ('after', 'corrupted')),
+    'restored': (('before', 'clean'), ('after', 'corrupted')),
+}
+"""The features that each signal-to-noise ratio compares: the signal, and the same with noise."""
+STAGE = re.compile(r'(layer|stage|block)s?[._]?\d+')
+"""Names of the parts of a backbone that are drawn."""
+MOST_STAGES, MOST_SPECTRA = 4, 9
+SHORT_EDGE = 224
+"""Pixels of an image on which a class is written."""
+
+
+class Spoiled(Dataset):
+    """Images of a data set, corrupted right after they are loaded: image i depends on the seed and on i alone.
+
+    Args:
+        dataset: Of tools/images.py.
+        corruption: See :func:`corrupt_images.corrupt`.
+        severity: Likewise.
+        seed: Likewise; image i adds i to it.
+
+    Attributes:
+        image: The image that was read last, (H, W, C) or (H, W), uint8; three channels are BGR.
+    """
+
+    def __init__(self, dataset: Any, corruption: str, severity: float = 0, seed: int = 0) -> None:
+        steps = dataset.pipeline.transforms
+        place = next((i for i, step in enumerate(steps, 1) if type(step).__name__ == 'LoadImageFromFile'), 0)
+        self.dataset = copy(dataset)
+        self.dataset.pipeline = Compose([*steps[:place], self.spoil, *steps[place:]])
+        self.how = corruption, severity, seed
+        self.image = np.empty(0)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | str:
+        self.index = index
+        return self.dataset[index]
+
+    def spoil(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Is a step of the pipeline."""
+        image = results['img']
+        corruption, severity, seed = self.how
+        batch = torch.from_numpy(np.atleast_3d(image).astype(np.uint8)).permute(2, 0, 1)[None]
+        spoiled = corrupt(batch, corruption, severity, seed + self.index)[0].permute(1, 2, 0).numpy()
+        self.image = np.ascontiguousarray(spoiled).reshape(image.shape)
+        return results | dict(img=self.image.astype(image.dtype))
+
+
+class Ratio:
+    """A signal-to-noise ratio, gathered batch by batch in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: Tensor | float = 0.0
+        self.square: Tensor | float = 0.0
+        self.noise: Tensor | float = 0.0
+
+    def update(self, signal: Tensor, noisy: Tensor) -> None:
+        """Adds vectors, (groups, C/g, n), without and with noise."""
+        signal, noisy = signal.double(), noisy.double()
+        self.count += signal.shape[-1]
+        self.total = self.total + signal.sum(-1)
+        self.square = self.square + signal.square().sum()
+        self.noise = self.noise + (noisy - signal).square().sum()
+
+    @property
+    def decibels(self) -> float:
+        """Variance of the signal over mean square of the noise; infinite without noise."""
+        signal = self.square - self.total.square().sum() / self.count
+        return 10 * torch.log10(signal / self.noise).item()
+
+
+@dataclass
+class Curves:
+    """What was measured on many images.
+
+    Attributes:
+        types: Class of each layer by name, first executed first.
+        ratios: By the names in RATIOS, then by layer.
+        moments: Of the outputs of some layers, by variant, then by layer.
+        embeddings: What the backbones return at last, averaged over places, by variant: (N, C), float32.
+        labels: Classes of the images, or None where they are not known.
+        every: One in so many vectors (tokens, pixels) was taken.
+    """
+
+    types: dict[str, str]
+    ratios: dict[str, dict[str, Ratio]]
+    moments: dict[tuple[str, str], dict[str, Moments]]
+    embeddings: dict[tuple[str, str], Tensor]
+    labels: list[int] | None
+    every: int
+
+
+@dataclass
+class View:
+    """What one model makes of one image.
+
+    Attributes:
+        image: The image, RGB, (H, W, 3), uint8.
+        stages: Features by part of the backbone, (C, h, w).
+        attention: What the places of the image get in the last attention over the whole image, as a multiple of an
+            even share, (h, w), averaged over heads; or None.
+        prediction: The image with the prediction drawn on it, RGB, (H', W', 3), uint8; or None.
+    """
+
+    image: np.ndarray
+    stages: dict[str, Tensor]
+    attention: Tensor | None
+    prediction: np.ndarray | None
+
+
+class Visualization:
+    """Two sets of weights of a model, and images.
+
+    Args:
+        args: The command line of tools/visualize.py.
+        cfg: The config.
+
+    Raises:
+        CheckpointError: A checkpoint can't be read, or does not fit the config.
+    """
+
+    def __init__(self, args: argparse.Namespace, cfg: Config) -> None:
+        if not cfg.get('model', {}).get('backbone'):
+            stop(f'{args.config} has no model.backbone')
+        self.args = args
+        self.severity = f'{args.corrupt} {args.severity:.3g}'
+        try:
+            corrupt(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), args.corrupt, args.severity, args.seed)
+        except ValueError as error:  # albumentations checks its arguments
+            stop(f'--severity {args.severity:g} does not work for {args.corrupt}: {" ".join(str(error).split())}')
+        set_default_scope(cfg)
+        if 'data_preprocessor' in cfg:  # as mmengine's runner does
+            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+        self.models, metas = {}, {}
+        for which in ('before', 'after'):
+            self.models[which], metas[which] = self._load(cfg, getattr(args, which))
+        dataset = open_images(cfg, self.models['before'].backbone, args.images, 'test')
+        self.images = {
+            'clean': Spoiled(dataset, 'clean'),
+            'corrupted': Spoiled(dataset, args.corrupt, args.severity, args.seed),
+        }
+        if len(self._chosen) < 2:
+            stop('one image is not enough; take two or more')
+        labels = [] if args.images else [dataset.dataset.get_data_info(i).get('gt_label') for i in self._chosen]
+        self.labels = None if None in labels else labels or None
+        self.visualizer = self._build_visualizer(cfg, metas['before'].get('dataset_meta'))
+        example = next(iter(self._batches('clean', self._chosen[:1])))
+        names = list(run(self.models['before'].backbone, example)[0])
+        if wrong := set(args.spectra or ()) - set(names):
+            stop(f'the backbone has no layer {min(wrong)}{near_names(min(wrong), names)}')
+        self.spectra = args.spectra or pick(names, MOST_SPECTRA)
+        self.every = choose_every(measure_flows(self.models['before'].backbone, names, example), len(self._chosen))
+
+    def _load(self, cfg: Config, path: str) -> tuple[nn.Module, dict[str, Any]]:
+        state, meta = split_checkpoint(read_checkpoint(path), path, [])
+        if any(map(DENOISER_KEY.fullmatch, state)):
+            state = fuse_state_dict(state)
+        model = MODELS.build(without_denoising(cfg.model)).eval()
+        verify.load_strictly(model, state, path, 'vanilla')
+        return model.to(self.args.device or ('cuda' if torch.cuda.is_available() else 'cpu')), meta
+
+    def _build_visualizer(self, cfg: Config, dataset_meta: Mapping[str, Any] | None) -> Any:
+        if not cfg.get('visualizer'):
+            return None
+        visualizer = VISUALIZERS.build(dict(cfg.visualizer, name='visualize', vis_backends=None))
+        dataset = test_dataset(cfg)
+        with DATASETS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
+        visualizer.dataset_meta = dataset_meta or {**getattr(kind, 'METAINFO', {}), **dataset.get('metainfo', {})}
+        return visualizer
+
+    @property
+    def _chosen(self) -> list[int]:
+        return spread(self.images['clean'], self.args.num_images).indices
+
+    def _batches(self, images: str, chosen: Sequence[int], batch_size: int = 1) -> Batches:
+        return Batches(self.models['before'], torch.utils.data.Subset(self.images[images], chosen), batch_size)
+
+    def measure(self) -> Curves:
+        """Runs both models over all images, clean and corrupted."""
+        curves = Curves({}, {key: {} for key in RATIOS}, {key: {} for key in VARIANTS}, {}, self.labels, self.every)
+        embeddings: dict[tuple[str, str], list[Tensor]] = {key: [] for key in VARIANTS}
+        pairs = [self._batches(images, self._chosen, self.args.batch_size) for images in ('clean', 'corrupted')]
+        with tqdm(total=len(self._chosen), unit='image', desc='layers') as bar:
+            for clean, corrupted in zip(*pairs, strict=True):
+                batches = dict(clean=clean, corrupted=corrupted)
+                features = {}
+                for which, images in VARIANTS:
+                    backbone = self.models[which].backbone
+                    features[which, images], embedding = run(backbone, batches[images], self.every)
+                    embeddings[which, images].append(embedding.float().cpu())
+                for key, (signal, noisy) in RATIOS.items():
+                    for name, vectors in features[signal].items():
+                        curves.ratios[key].setdefault(name, Ratio()).update(vectors, features[noisy][name])
+                for variant, moments in curves.moments.items():
+                    for name in self.spectra:
+                        vectors = features[variant][name]
+                        moments.setdefault(name, Moments(*vectors.shape[:2], vectors.device)).update(vectors)
+                bar.update(len(clean))
+        backbone = self.models['before'].backbone
+        curves.types = {name: type(backbone.get_submodule(name)).__name__ for name in curves.ratios['before']}
+        curves.embeddings = {key: torch.cat(parts) for key, parts in embeddings.items()}
+        return curves
+
+    def look(self) -> list[dict[tuple[str, str], View]]:
+        """Looks at some images one by one; returns the views of each by variant."""
+        chosen = spread(self.images['clean'], self.args.show).indices
+        return [
+            {variant: self._view(index, *variant) for variant in VARIANTS}
+            for index in tqdm(chosen, unit='image', desc='views')
+        ]
+
+    def _view(self, index: int, which: str, images: str) -> View:
+        model, dataset = self.models[which], self.images[images]
+        (batch,) = self._batches(images, [index])
+        image = to_rgb(dataset.image)
+        return View(image, *watch(model.backbone, batch), self._predict(model, dataset[index], image))
+
+    def _predict(self, model: nn.Module, packed: Any, image: np.ndarray) -> np.ndarray | None:
+        """Returns the image with what the whole model predicts, drawn by the library's own visualizer."""
+        if self.visualizer is None:
+            return None
+        with evaluating(model):
+            sample = model.test_step(pseudo_collate([packed]))[0]
+        if hasattr(self.visualizer, 'visualize_cls'):  # mmpretrain's has a method for each task
+            return self.visualizer.visualize_cls(
+                image, sample, draw_gt=False, resize=max(SHORT_EDGE, min(image.shape[:2]))
+            )
+        np.random.seed(0)  # mmdet draws a shade for each mask: the same ones in all variants
+        self.visualizer.add_datasample('prediction', image, sample, draw_gt=False)
+        return self.visualizer.get_image()
+
+    def missing(self, views: Sequence[Mapping[tuple[str, str], View]]) -> list[str]:
+        """Returns a sentence for each figure that there is not."""
+        seen = views[0]['before', 'clean']
+        kind = type(self.models['before'].backbone).__name__
+        sentences = [] if seen.attention is not None else [f'no attention.png: {kind} attends nowhere to a whole image']
+        return sentences + ([] if self.visualizer else ['no predictions.png: the config has no visualizer'])
+
+
+def pick(names: Sequence[str], count: int) -> list[str]:
+    """Returns so many names, evenly spread, with the first and the last."""
+    return [names[i] for i in sorted(set(np.linspace(0, len(names) - 1, count).round().astype(int)))]
+
+
+def run(backbone: nn.Module, images: Tensor, every: int = 1) -> tuple[dict[str, Tensor], Tensor]:
+    """Runs a backbone and returns what its Linear layers and convolutions give, and what it returns at last.
+
+    Args:
+        backbone: The backbone.
+        images: (B, C, H, W).
+        every: Takes one in so many vectors, the same ones every time.
+
+    Returns:
+        The outputs by layer, first executed first, (groups, C/g, n); and the embeddings, (B, C).
+    """
+    features: dict[str, list[Tensor]] = {}
+    sample = Sample(every)
+
+    def listen(name: str, layer: nn.Module) -> Any:
+        return layer.register_forward_hook(
+            lambda layer, args, output: features.setdefault(name, []).append(sample(layer, output))
+        )
+
+    handles = [listen(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    try:
+        with evaluating(backbone):
+            *_, last = tensors_in(backbone(images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    embedding = last.mean((2, 3)) if last.dim() == 4 else last.mean(1) if last.dim() == 3 else last
+    return {name: torch.cat(parts, -1) for name, parts in features.items()}, embedding
+
+
+class AttentionWatch(TorchFunctionMode):
+    """Keeps the last attention of an image to itself, by whatever function it is computed.
+
+    Attributes:
+        found: Weights, (tokens, tokens), averaged over heads; or None.
+    """
+
+    found: Tensor | None = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            self._keep(attention_weights(*args, **kwargs))
+        elif func is F.multi_head_attention_forward:
+            self._keep(result[1])
+        elif func in (F.softmax, torch.softmax, torch.Tensor.softmax):
+            self._keep(result)
+        return result
+
+    def _keep(self, weights: Tensor | None) -> None:
+        """Takes (1, heads, tokens, tokens) or (1, tokens, tokens), nothing else."""
+        if weights is None or weights.dim() not in (3, 4):
+            return
+        if len(weights) == 1 and weights.shape[-2] == weights.shape[-1] > 1:
+            self.found = weights.flatten(0, -3).mean(0)
+
+
+def attention_weights(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Returns what the values are weighted with, with all masks and scales: the attention to one-hot values."""
+    identity = torch.eye(key.shape[-2], device=key.device, dtype=key.dtype).expand(*key.shape[:-1], -1)
+    return F.scaled_dot_product_attention(query, key, identity, *args, **kwargs)
+
+
+def watch(backbone: nn.Module, image: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Runs a backbone on one image, (1, C, H, W); returns the features of its parts and the attention, see View."""
+    ratio = image.shape[2] / image.shape[3]
+    seen: dict[str, Tensor] = {}
+
+    def listen(name: str, part: nn.Module) -> Any:
+        return part.register_forward_hook(lambda part, args, output: seen.update({name: next(tensors_in(output))}))
+
+    handles = [listen(name, part) for name, part in backbone.named_modules() if STAGE.fullmatch(name)]
+    try:
+        with evaluating(backbone), AttentionWatch() as attention:
+            output = backbone(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    seen = seen or {f'output {i}': x for i, x in enumerate(tensors_in(output))}
+    maps = {name: to_map(x, ratio) for name, x in seen.items()}
+    stages = {name: x.cpu() for name, x in maps.items() if x is not None}
+    windows = any(hasattr(part, 'window_size') for part in backbone.modules())
+    return stages, None if windows or attention.found is None else received(attention.found, ratio)
+
+
+def to_map(x: Tensor, ratio: float) -> Tensor | None:
+    """Returns features of one image as a map, (C, h, w); None where they are none.
+
+    Args:
+        x: (1, C, h, w), (1, h, w, C) or (1, tokens, C).
+        ratio: Height over width of the image, which tells the layouts apart.
+    """
+    if x.dim() == 4:
+        off_first, off_last = (abs(np.log(h / w / ratio)) for h, w in (x.shape[2:], x.shape[1:3]))
+        return x[0] if off_first <= off_last else x[0].permute(2, 0, 1)
+    grid = find_grid(x.shape[1], ratio) if x.dim() == 3 else None
+    return x[0, grid[0] :].mT.unflatten(1, grid[1:]) if grid else None
+
+
+def find_grid(tokens: int, ratio: float) -> tuple[int, int, int] | None:
+    """Returns the number of class tokens, and the height and width of the map that the other tokens make."""
+    for extra in range(3):
+        height = max(1, round((max(tokens - extra, 1) * ratio) ** 0.5))
+        width = (tokens - extra) // height
+        if width and height * width == tokens - extra and 0.7 < height / width / ratio < 1.4:
+            return extra, height, width
+    return None
+
+
+def received(weights: Tensor, ratio: float) -> Tensor | None:
+    """Returns what each place gets from the class token, or from all places on average; an even share is 1."""
+    if not (grid := find_grid(len(weights), ratio)):
+        return None
+    extra, height, width = grid
+    row = weights[0] if extra else weights.mean(0)
+    return (row[extra:] * len(weights)).reshape(height, width).cpu()
+
+
+def to_rgb(image: np.ndarray) -> np.ndarray:
+    """Returns a BGR or grey image, (H, W, C) or (H, W), as RGB, (H, W, 3)."""
+    image = np.atleast_3d(image)
+    return np.ascontiguousarray(np.repeat(image, 3, 2) if image.shape[2] == 1 else image[..., ::-1])

@@ -1,0 +1,88 @@
+"""Draws what a model makes of clean and of corrupted images, before and after denoising or a domain fit.
+
+OUT gets signal_to_noise.png (each layer), spectra.png (some layers), embedding.png, features_1.png, features_2.png and
+so on (one image each), and, where the model has them, attention.png and predictions.png; a table is printed.
+
+With x the output of a layer for clean images, x~ that for the same images corrupted, and mu the mean of x,
+
+    SNR = 10 log10( E|x - mu|^2 / E|x~ - x|^2 )  dB
+
+before: x and x~ of BEFORE; after: x and x~ of AFTER; restored: x of BEFORE, x~ of AFTER, which is what counts where the
+rest of the model is as it was.
+"""
+
+import argparse
+from pathlib import Path
+
+from corrupt_images import SEVERITIES
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of the model')
+    parser.add_argument('before', metavar='BEFORE.pth', help='checkpoint as trained')
+    parser.add_argument('after', metavar='AFTER.pth', help='checkpoint as fused or fitted; denoisers in it are fused')
+    parser.add_argument('--out', type=Path, required=True, metavar='OUT', help='folder to write')
+    parser.add_argument(
+        '--images',
+        type=Path,
+        metavar='DIR',
+        help='folder of clean images; folders in it are searched too (default: the test data set of the config)',
+    )
+    parser.add_argument(
+        '--corrupt', choices=SEVERITIES, default='noise', help='what is done to them (default: %(default)s)'
+    )
+    parser.add_argument('--severity', type=float, help='how much, as in corrupt_images.py, which has the defaults')
+    parser.add_argument('--seed', type=int, default=0, help='of the corruption (default: %(default)s)')
+    parser.add_argument(
+        '--num-images', type=int, default=200, metavar='N', help='at most, for the curves (default: %(default)s)'
+    )
+    parser.add_argument('--show', type=int, default=4, metavar='N', help='images that are shown (default: %(default)s)')
+    parser.add_argument('--batch-size', type=int, default=8, metavar='N', help='at a time (default: %(default)s)')
+    parser.add_argument('--spectra', nargs='+', metavar='LAYER', help='layers of spectra.png (default: nine of them)')
+    parser.add_argument('--overwrite', action='store_true', help='replace OUT if it exists')
+    parser.add_argument('--device', help='such as cpu or cuda:1 (default: cuda where there is one)')
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
+    args = parser.parse_args()
+    for name, least in dict(num_images=2, show=1, batch_size=1).items():
+        if getattr(args, name) < least:
+            parser.error(f'--{name.replace("_", "-")} must be {least} or more')
+    if args.severity is None:
+        args.severity = SEVERITIES[args.corrupt]
+    return args
+
+
+def main() -> None:
+    """Runs both models on clean and on corrupted images and writes the figures."""
+    args = parse_args()
+    from mmengine.logging import MMLogger
+
+    import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone and VMamba)
+    from common import folder_written_whole, load_config, stop
+    from mmdenoiserep.core import CheckpointError
+    from visualization import Visualization
+    from visualization_report import table, write_figures
+
+    if args.out.exists() and not (args.overwrite and args.out.is_dir()):
+        stop(f'{args.out} exists; name another folder, or pass --overwrite')
+    if args.out.exists() and any(path.suffix != '.png' for path in args.out.iterdir()):
+        stop(f'{args.out} holds more than pictures, which --overwrite would delete; name another folder')
+    cfg = load_config(args)
+    MMLogger.get_current_instance().setLevel('ERROR')
+    try:
+        visualization = Visualization(args, cfg)
+    except CheckpointError as error:
+        stop(str(error))
+    curves = visualization.measure()
+    views = visualization.look()
+    with folder_written_whole(args.out) as folder:
+        names = write_figures(folder, curves, views, visualization.severity)
+    print(table(curves))
+    for sentence in visualization.missing(views):
+        print(sentence)
+    print(f'{args.out}: {", ".join(names)}')
+
+
+if __name__ == '__main__':
+    main()
