@@ -1,7 +1,7 @@
 """DenoiseRep (arXiv 2406.08773) for OpenMMLab: train linear denoisers on a backbone, fold them into its weights.
 
 The names of the core need torch only. Where mmengine is installed, importing this package also registers
-``DenoiseRepBackbone``, ``DenoiseLossHook``, ``DenoiseFusionHook`` and the backbone ``VMamba`` in its root registries.
+``DenoiseRepBackbone``, its hooks and the backbone ``VMamba`` in its root registries.
 """
 
 from importlib.util import find_spec
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 if find_spec('mmengine'):
-    from .engine import DenoiseFusionHook, DenoiseLossHook, DenoiseRepBackbone
+    from .engine import DenoiseFusionHook, DenoiseLossHook, DenoiseRepBackbone, DenoiseVisHook
     from .tasks.vmamba import VMamba
 
-    __all__ += ['DenoiseFusionHook', 'DenoiseLossHook', 'DenoiseRepBackbone', 'VMamba']
+    __all__ += ['DenoiseFusionHook', 'DenoiseLossHook', 'DenoiseRepBackbone', 'DenoiseVisHook', 'VMamba']

@@ -3,5 +3,6 @@
 from .backbone import DenoiseRepBackbone
 from .fusion_hook import DenoiseFusionHook
 from .loss_hook import DenoiseLossHook
+from .vis_hook import DenoiseVisHook
 
-__all__ = ['DenoiseFusionHook', 'DenoiseLossHook', 'DenoiseRepBackbone']
+__all__ = ['DenoiseFusionHook', 'DenoiseLossHook', 'DenoiseRepBackbone', 'DenoiseVisHook']
