@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this benchmark."""
     parser.add_argument('--models', nargs='+', choices=SHAPES, default=list(SHAPES), help='default: all of them')
     parser.add_argument('--batch', type=int, help='images in a batch (default: 16, Mask R-CNN 2)')
-    parser.add_argument('--repeats', type=int, default=10, help='timed training steps of each (default: %(default)s)')
+    parser.add_argument('--repeats', type=int, default=5, help='timed training steps of each (default: %(default)s)')
     parser.add_argument('--amp', action='store_true', help='mixed precision; its training steps need a GPU')
     parser.add_argument('--no-memory', action='store_true', help='leave out the memory, which takes half of the time')
 

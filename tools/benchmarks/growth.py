@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 IMAGES = (32, 64, 128)
-WIDTHS = (192, 384, 768)
-"""Channels of the models: DeiT-T, -S and -B."""
+WIDTHS = (96, 192, 384)
+"""Channels of the models; the last one is ViT-S."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Returns the report, and its figures under ``images`` and ``parameters``."""
     from benchmarks.measure import alternate, exponent
 
-    middle = WIDTHS[1]
+    middle = WIDTHS[-1]
     models = {width: build(width, args.layers, args.size) for width in WIDTHS}
     cases = {(middle, images) for images in IMAGES} | {(width, IMAGES[0]) for width in WIDTHS}
     seconds = alternate(
@@ -63,7 +63,7 @@ def build(width: int, layers: int, size: int) -> 'nn.Module':
     from mmdenoiserep import apply_denoiserep
 
     torch.manual_seed(0)
-    arch = dict(embed_dims=width, num_layers=layers, num_heads=width // 64, feedforward_channels=4 * width)
+    arch = dict(embed_dims=width, num_layers=layers, num_heads=3, feedforward_channels=4 * width)
     model = VisionTransformer(arch, img_size=size, patch_size=16)
     apply_denoiserep(model, 'all', example_input=torch.randn(1, 3, size, size))
     return model
