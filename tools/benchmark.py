@@ -70,8 +70,8 @@ def main() -> None:
     print(report)
     for path, content in ((args.json, json.dumps(dict(figures, machine=facts), indent=2)), (args.markdown, report)):
         if path:
-            with written_whole(path) as temporary:
-                temporary.write_text(f'{content}\n')
+            with written_whole(path) as file:
+                file.write(f'{content}\n'.encode())
 
 
 def machine() -> dict[str, str | int]:

@@ -193,8 +193,8 @@ class Calibration:
             print('nothing was written (--dry-run)')
             return
         write_atomically(dict(meta=self.meta, state_dict=state), self.args.output)
-        with written_whole(self.args.plot) as temporary:
-            draw_spectra(report, temporary, source)
+        with written_whole(self.args.plot) as file:
+            draw_spectra(report, file, source)
         loads = 'the config without denoising' if report.mode == 'domain' else self.args.config
         print(f'{self.args.output} loads into {loads}; spectra: {self.args.plot}')
 

@@ -1,7 +1,7 @@
 """What follows a calibration: warnings, the check of the weights, the picture of the spectra."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +62,12 @@ def verify_maps(before: nn.Module, after: nn.Module, report: CalibrationReport, 
         return verify_fusion(before, after, images)
 
 
-def draw_spectra(report: CalibrationReport, path: Path, source: Mapping[str, Moments] | None = None) -> None:
+def draw_spectra(report: CalibrationReport, file: BinaryIO, source: Mapping[str, Moments] | None = None) -> None:
     """Writes a picture of the variances along the principal axes of up to nine layers, before and after.
 
     Args:
         report: What was done.
-        path: File to write, ``.png``.
+        file: Gets the picture, PNG.
         source: Moments in the training domain, drawn beside them.
     """
     import matplotlib
@@ -92,5 +92,5 @@ def draw_spectra(report: CalibrationReport, path: Path, source: Mapping[str, Mom
     grid[0, 0].legend()
     figure.supxlabel('principal axis')
     figure.supylabel('variance')
-    figure.savefig(path, dpi=100)
+    figure.savefig(file, format='png', dpi=100)
     plt.close(figure)

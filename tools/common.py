@@ -1,7 +1,6 @@
 """What the tools share: reading a config, checking a checkpoint against its model, writing a file all or nothing."""
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.config.utils import MODULE2PACKAGE
@@ -153,16 +152,15 @@ def check_output(target: Path, suffix: str, overwrite: bool) -> None:
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """Gives a temporary name in the folder of the target, which becomes the target at the end, or is removed."""
-    temporary = target.with_name(f'.{target.stem}.part{target.suffix}')
+def written_whole(target: Path) -> Iterator[BinaryIO]:
+    """Gives a file that becomes the target at the end, or is removed; a full disk ends the program with a sentence."""
+    from mmdenoiserep.core.files import whole_file
+
     try:
-        yield temporary
-        os.replace(temporary, target)
+        with whole_file(target) as file:
+            yield file
     except OSError as error:
         stop(f'{target} cannot be written: {error.strerror or error}')
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

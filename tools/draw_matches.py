@@ -72,8 +72,8 @@ def main() -> None:
     cfg = load_config(args)
     images = read_images(cfg, [image for entry in chosen for image in (entry, *entry['matches'])], args.matches)
     figure = draw(chosen, images)
-    with written_whole(args.output) as temporary:
-        figure.savefig(temporary, dpi=100)
+    with written_whole(args.output) as file:
+        figure.savefig(file, format='png', dpi=100)
     print(f'{args.output}: {count} of {len(entries):,} queries')
 
 

@@ -54,8 +54,8 @@ def main() -> None:
             reason = f': {args.checkpoint} has no {missing[0]}, {len(missing)} are missing' if missing else ''
             stop(f'the features of {batch[0]} and others are not finite{reason}')
     relative = [path.relative_to(args.images).as_posix() for path in paths]
-    with written_whole(args.output) as temporary:
-        np.savez(temporary, features=np.concatenate(features), paths=np.array(relative))
+    with written_whole(args.output) as file:
+        np.savez(file, features=np.concatenate(features), paths=np.array(relative))
     print(f'{args.output}: {len(paths):,} images, {features[0].shape[1]} channels')
 
 

@@ -330,5 +330,5 @@ def measure_one(args: argparse.Namespace) -> None:
     with torch.no_grad():
         result = Measurement(experiment, folder, seed, cfg).measure()
     result['cpu_seconds'] = time.process_time() - started
-    with written_whole(folder / RESULT) as temporary:
-        temporary.write_text(json.dumps(result, indent=1))
+    with written_whole(folder / RESULT) as file:
+        file.write(json.dumps(result, indent=1).encode())

@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 import statistics
-import tempfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import whole_file
 from .fuse import FusionError, fuse_state_dict
 
 STAMP = 'denoiserep'
@@ -177,24 +177,11 @@ def write_atomically(content: Any, target: Path) -> None:
         CheckpointError: The folder or disk does not take the file; nothing is left behind.
     """
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f'.{target.name[:64]}.', suffix='.part', dir=target.parent)
-    except OSError as error:
-        raise CheckpointError(f'{target} cannot be written: {error.strerror or error}') from None
-    try:
-        with os.fdopen(handle, 'wb') as file:
+        with whole_file(target) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError | RuntimeError):  # torch's zip writer turns a full disk into a RuntimeError
-            reason = getattr(error, 'strerror', None) or 'the disk is full or took only a part of it'
-            raise CheckpointError(f'{target} cannot be written: {reason}; nothing was left behind') from None
-        raise
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        reason = getattr(error, 'strerror', None) or 'the disk is full or took only a part of it'
+        raise CheckpointError(f'{target} cannot be written: {reason}; nothing was left behind') from None
 
 
 @contextmanager

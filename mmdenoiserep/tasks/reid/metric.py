@@ -1,7 +1,6 @@
 """The metric of re-identification for mmengine's evaluation."""
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from mmengine.logging import print_log
 from mmengine.registry import METRICS
 from torch import Tensor
 
+from ...core.files import whole_file
 from .ranking import Ranking, rank_matches
 
 KEYS = ('sample_idx', 'img_path', 'pid', 'camid', 'is_query')
@@ -212,9 +212,5 @@ def write_matches(path: Path, images: list[dict], query: Tensor, gallery: Tensor
         ]
         entries.append(dict(entry, ap=ranking.average_precision[i].item(), matches=matches))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.part')
-    try:
-        temporary.write_text(json.dumps(entries))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(json.dumps(entries).encode())
