@@ -89,7 +89,7 @@ def main() -> None:
 
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone and VMamba)
     from calibration import Calibration
-    from common import check_output, load_config, stop
+    from common import check_output, config_at_fault, load_config, stop
     from mmdenoiserep.core import CheckpointError
     from mmdenoiserep.core.checkpoint import check_target
 
@@ -102,9 +102,13 @@ def main() -> None:
         cfg = load_config(argparse.Namespace(config=args.config, cfg_options=args.cfg_options))
         start_processes(args.launcher)
         MMLogger.get_current_instance().setLevel('ERROR')  # the table of the conversion is not news here
-        getattr(Calibration(args, cfg), args.mode)()
+        with config_at_fault(args.config):
+            calibration = Calibration(args, cfg)
+        getattr(calibration, args.mode)()
     except CheckpointError as error:
         stop(str(error))
+    except ValueError as error:
+        stop(f'{args.checkpoint} cannot be calibrated: {error}')
 
 
 def start_processes(launcher: str) -> None:

@@ -192,9 +192,10 @@ class Calibration:
         if self.args.dry_run:
             print('nothing was written (--dry-run)')
             return
-        write_atomically(dict(meta=self.meta, state_dict=state), self.args.output)
         with written_whole(self.args.plot) as file:
             draw_spectra(report, file, source)
+            file.flush()  # a full disk shows before the checkpoint is there
+            write_atomically(dict(meta=self.meta, state_dict=state), self.args.output)
         loads = 'the config without denoising' if report.mode == 'domain' else self.args.config
         print(f'{self.args.output} loads into {loads}; spectra: {self.args.plot}')
 

@@ -1,10 +1,11 @@
 """What the tools share: reading a config, checking a checkpoint against its model, writing a file all or nothing."""
 
 import argparse
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -17,8 +18,30 @@ from mmengine.registry import init_default_scope
 
 
 def stop(sentence: str) -> NoReturn:
-    """Ends the program with a sentence behind the name of the running tool."""
-    sys.exit(f'{Path(sys.argv[0]).stem}: {sentence}')
+    """Ends the program with a sentence on one line behind the name of the running tool."""
+    from mmdenoiserep.core.checkpoint import printable
+
+    one_line = re.sub(r'\s*[\r\n]\s*', ' ', sentence.strip())
+    sys.exit(printable(f'{Path(sys.argv[0]).stem}: {one_line}'))
+
+
+@contextmanager
+def config_at_fault(path: str) -> Iterator[None]:
+    """Ends the program with a sentence that blames a config for whatever goes wrong while it is turned into objects."""
+    from mmdenoiserep.core import CheckpointError, FusionError
+
+    try:
+        yield
+    except (CheckpointError, FusionError):
+        raise
+    except Exception as error:  # what a config names may fail in any way
+        stop_for_config(path, error)
+
+
+def stop_for_config(path: str, error: Exception) -> NoReturn:
+    """Ends the program with a sentence that blames a config."""
+    reason = error.args[0] if isinstance(error, KeyError) and error.args else error  # a KeyError quotes its message
+    stop(f'the config {path} does not work ({type(error).__name__}: {reason})')
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -49,6 +72,35 @@ def parse_options(options: list[str]) -> dict:
     parser = argparse.ArgumentParser()
     parser.add_argument('--options', nargs='+', action=DictAction)
     return parser.parse_args(['--options', *options]).options
+
+
+def start(runner, run: Callable[[], object], config: str, checkpoint: str | None) -> None:
+    """Trains or tests with a runner; up to the first iteration, a failure ends the program with a sentence.
+
+    Args:
+        runner: The runner.
+        run: Its ``train`` or ``test``.
+        config: Path of its config, to blame for what fails before the weights are loaded.
+        checkpoint: Path of these; None for the last checkpoint of the run.
+    """
+    load, loaded = runner.load_or_resume, False
+
+    def load_or_stop() -> None:
+        nonlocal loaded
+        try:
+            load()
+        except Exception as error:  # files fail in many ways
+            what = checkpoint or 'the last checkpoint of this run'
+            stop(f'{what} cannot be loaded ({type(error).__name__}: {error})')
+        loaded = True
+
+    runner.load_or_resume = load_or_stop
+    try:
+        run()
+    except Exception as error:
+        if loaded:
+            raise  # code of the model or of the data: its author wants the traceback
+        stop_for_config(config, error)
 
 
 def set_default_scope(cfg: Config) -> None:
@@ -113,21 +165,21 @@ def refuse_other_weights(model, path: str) -> None:
     if '://' in path:
         return
     from mmdenoiserep.core import CheckpointError, DenoiseLayer, read_checkpoint
-    from mmdenoiserep.core.checkpoint import STAMP
+    from mmdenoiserep.core.checkpoint import STAMP, split_checkpoint
     from mmdenoiserep.core.fuse import DENOISER_KEY
 
     try:
-        checkpoint = read_checkpoint(path)
+        state, meta = split_checkpoint(read_checkpoint(path), Path(path), [])
     except CheckpointError as error:
         stop(str(error))
-    denoised_file = any(DENOISER_KEY.search(str(key)) for key in checkpoint.get('state_dict', checkpoint))
+    denoised_file = any(map(DENOISER_KEY.search, state))
     denoised_model = any(isinstance(module, DenoiseLayer) for module in model.modules())
     if denoised_file and not denoised_model:
         stop(
             f'{path} has denoisers and the config has none; run tools/fuse_checkpoint.py {path} OUT, '
             'or take the config that it was trained with'
         )
-    if denoised_model and STAMP in (checkpoint.get('meta') or {}):
+    if denoised_model and STAMP in meta:
         stop(f'{path} is fused; take the config without DenoiseRepBackbone')
 
 
@@ -145,10 +197,15 @@ def check_output(target: Path, suffix: str, overwrite: bool) -> None:
     """Ends the program if a file must not or can't be written, before anything is computed."""
     if target.suffix != suffix:
         stop(f'{target} must end with {suffix}')
-    if target.exists() and not overwrite:
-        stop(f'{target} exists; name another file, or pass --overwrite')
-    if not target.parent.is_dir():
-        stop(f'the folder {target.parent} does not exist; create it first')
+    try:
+        if target.exists() and not overwrite:
+            stop(f'{target} exists; name another file, or pass --overwrite')
+        if target.is_dir():
+            stop(f'{target} is a folder; name a file')
+        if not target.parent.is_dir():
+            stop(f'the folder {target.parent} does not exist; create it first')
+    except OSError as error:  # a name that is too long, a folder that is closed
+        stop(f'{target} cannot be written: {error.strerror}')
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def main() -> None:
     """Converts one file."""
     args = parse_args()
     from mmdenoiserep.core import CheckpointError, read_checkpoint
-    from mmdenoiserep.core.checkpoint import check_target, write_atomically
+    from mmdenoiserep.core.checkpoint import check_target, printable, write_atomically
 
     if args.format == 'vmamba':
         from mmdenoiserep.tasks.vmamba import convert_vmamba as convert
@@ -41,7 +41,7 @@ def main() -> None:
     except CheckpointError as error:
         sys.exit(f'convert_checkpoint: {error}')
     except ValueError as error:
-        sys.exit(f'convert_checkpoint: {args.input} cannot be converted: {error}')
+        sys.exit(f'convert_checkpoint: {args.input} cannot be converted: {printable(str(error))}')
     print(f'{args.output}: {len(state)} tensors')
 
 

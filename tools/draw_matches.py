@@ -60,7 +60,7 @@ def read_matches(path: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Chooses queries, reads their images and writes the picture."""
     args = parse_args()
-    from common import check_output, load_config, written_whole
+    from common import check_output, config_at_fault, load_config, written_whole
 
     check_output(args.output, '.png', args.overwrite)
     entries = read_matches(args.matches)
@@ -70,7 +70,9 @@ def main() -> None:
     else:
         chosen = [entries[i] for i in sorted(random.Random(args.seed).sample(range(len(entries)), count))]
     cfg = load_config(args)
-    images = read_images(cfg, [image for entry in chosen for image in (entry, *entry['matches'])], args.matches)
+    wanted = [image for entry in chosen for image in (entry, *entry['matches'])]
+    with config_at_fault(args.config):
+        images = read_images(cfg, wanted, args.matches)
     figure = draw(chosen, images)
     with written_whole(args.output) as file:
         figure.savefig(file, format='png', dpi=100)

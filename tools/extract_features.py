@@ -4,6 +4,7 @@ The file has ``features`` (N, C), float32, and ``paths`` (N,), relative to the f
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +33,26 @@ def main() -> None:
     from mmengine.dataset import pseudo_collate
     from tqdm import tqdm
 
-    from common import check_output, load_config, set_default_scope, stop, written_whole
+    from common import check_output, config_at_fault, load_config, set_default_scope, stop, written_whole
     from images import Folder, find_images
 
     check_output(args.output, '.npz', args.overwrite)
     paths = find_images(args.images)
-    if '://' not in args.checkpoint and not Path(args.checkpoint).is_file():
+    if '://' not in args.checkpoint and not os.path.isfile(args.checkpoint):
         stop(f'the checkpoint {args.checkpoint} does not exist')
     cfg = load_config(args)
-    set_default_scope(cfg)
-    dataset = Folder(cfg, paths)
-    model, missing = build_model(cfg, args.checkpoint, args.device)
+    with config_at_fault(args.config):
+        set_default_scope(cfg)
+        dataset = Folder(cfg, paths)
+        model, missing = build_model(cfg, args.checkpoint, args.device)
     features = []
     for start in tqdm(range(0, len(paths), args.batch_size), unit='batch'):
         batch = paths[start : start + args.batch_size]
         images = [dataset[i] for i in range(start, start + len(batch))]
         if sentences := [image for image in images if isinstance(image, str)]:
             stop(sentences[0])
-        features.append(predict(model, pseudo_collate(images), args.config))
+        with config_at_fault(args.config):
+            features.append(predict(model, pseudo_collate(images), args.config))
         if not np.isfinite(features[-1]).all():
             reason = f': {args.checkpoint} has no {missing[0]}, {len(missing)} are missing' if missing else ''
             stop(f'the features of {batch[0]} and others are not finite{reason}')

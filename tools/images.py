@@ -1,5 +1,6 @@
 """Images for a model without their annotations: of a folder, or of a data set in a config."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -20,11 +21,13 @@ SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 
 def find_images(folder: Path) -> list[Path]:
     """Returns the paths of all images in a folder and the folders in it, sorted; none ends the program."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         stop(f'{folder} is not a folder')
     paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES)
     if not paths:
         stop(f'{folder} has no images ({", ".join(SUFFIXES)})')
+    if others := [path for path in paths if not path.is_file()]:  # a pipe would be waited for
+        stop(f'{others[0]} is not a file; remove it, or rename it')
     return paths
 
 

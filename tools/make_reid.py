@@ -217,7 +217,7 @@ def main():
             raise ValueError(f'{args.source} has {len(articles)} articles, {needed} are needed.')
         plan = plan_images(np.random.default_rng([args.seed, 0]).permutation(len(articles)), args)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f'.{args.out.name}.') as scratch:
+        with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f'.{args.out.name[:32]}.') as scratch:
             new = Path(scratch) / 'new'
             for folder, images in plan.items():
                 write_folder(new / folder, images, articles, args.size, args.seed)

@@ -291,7 +291,7 @@ def main():
 
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f'.{args.out.name}.') as scratch:
+        with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f'.{args.out.name[:32]}.') as scratch:
             new = Path(scratch) / 'new'
             for split, count, part in zip(SPLITS, (args.train, args.val), parts, strict=True):
                 write_split(new, split, count, images[part], labels[part], args.size, args.seed)

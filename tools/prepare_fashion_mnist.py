@@ -101,7 +101,7 @@ def main():
             raise ValueError(f'{args.out} holds files that are not Fashion-MNIST, --overwrite would delete them.')
         splits = read_source(args.source)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f'.{args.out.name}.') as scratch:
+        with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f'.{args.out.name[:32]}.') as scratch:
             new = Path(scratch) / 'new'
             new.mkdir()
             for split, (images, labels) in splits.items():

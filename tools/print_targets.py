@@ -1,7 +1,6 @@
 """Prints which layers of a config's backbone get a denoiser, and which can't, without training or loading anything."""
 
 import argparse
-import sys
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,22 +26,21 @@ def main() -> None:
     from mmengine.registry import MODELS
 
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone for configs that do not import it)
-    from common import load_config, set_default_scope, without_denoising
+    from common import config_at_fault, load_config, set_default_scope, stop, without_denoising
     from mmdenoiserep.engine.backbone import find_guards
 
     cfg = load_config(args)
-    if not cfg.get('model', {}).get('backbone'):
-        sys.exit(f'print_targets: {args.config} has no model.backbone')
-    set_default_scope(cfg)
-    inner = without_denoising(cfg.model.backbone)
-    backbone = cfg.model.backbone if inner != cfg.model.backbone else dict(type='DenoiseRepBackbone', backbone=inner)
     options = dict(targets=args.targets, exclude=args.exclude, rank=args.rank)
-    backbone.update({key: value for key, value in options.items() if value is not None})
     MMLogger.get_current_instance().setLevel('ERROR')  # the table is printed once, below
-    try:
+    with config_at_fault(args.config):
+        if not cfg.get('model', {}).get('backbone'):
+            stop(f'{args.config} has no model.backbone')
+        set_default_scope(cfg)
+        inner = without_denoising(cfg.model.backbone)
+        denoised = inner != cfg.model.backbone
+        backbone = cfg.model.backbone if denoised else dict(type='DenoiseRepBackbone', backbone=inner)
+        backbone.update({key: value for key, value in options.items() if value is not None})
         model = MODELS.build(backbone)
-    except (KeyError, ValueError) as error:
-        sys.exit(f'print_targets: {error.args[0]}')
     for _, module, guard in find_guards(model):
         print(f'{type(module).__module__}.{type(module).__qualname__}')
         print(guard.report)

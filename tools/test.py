@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from pathlib import Path
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,10 +36,10 @@ def main() -> None:
     """Builds the runner and evaluates."""
     args = parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if '://' not in args.checkpoint and not Path(args.checkpoint).is_file():
+    if '://' not in args.checkpoint and not os.path.isfile(args.checkpoint):
         sys.exit(f'test: the checkpoint {args.checkpoint} does not exist')
 
-    from common import draw_predictions, load_config, refuse_other_weights, use_tta
+    from common import config_at_fault, draw_predictions, load_config, refuse_other_weights, start, use_tta
     from mmdenoiserep.engine.resume import allow_training_checkpoints
 
     cfg = load_config(args)
@@ -55,11 +54,12 @@ def main() -> None:
     from mmengine.runner import Runner
 
     allow_training_checkpoints()
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    with config_at_fault(args.config):
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        if args.out:
+            runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     refuse_other_weights(runner.model, args.checkpoint)
-    if args.out:
-        runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
-    runner.test()
+    start(runner, runner.test, args.config, args.checkpoint)
 
 
 if __name__ == '__main__':

@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from pathlib import Path
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,7 +37,7 @@ def main() -> None:
     args = parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
 
-    from common import load_config, use_amp
+    from common import config_at_fault, load_config, start, use_amp
     from mmdenoiserep.engine.resume import allow_training_checkpoints
 
     cfg = load_config(args)
@@ -51,15 +50,16 @@ def main() -> None:
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-        if cfg.load_from and not Path(cfg.load_from).is_file():
+        if cfg.load_from and not os.path.isfile(cfg.load_from):
             sys.exit(f'train: {cfg.load_from} to resume from does not exist')
 
     from mmengine.registry import RUNNERS
     from mmengine.runner import Runner
 
     allow_training_checkpoints()
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    runner.train()
+    with config_at_fault(args.config):
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    start(runner, runner.train, args.config, cfg.get('load_from'))
 
 
 if __name__ == '__main__':

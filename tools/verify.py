@@ -1,6 +1,5 @@
 """Builds the denoised and the vanilla model of a config and compares them on the same images."""
 
-import sys
 from collections.abc import Mapping
 
 import torch
@@ -8,18 +7,19 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
 
-from common import set_default_scope, without_denoising
+from common import config_at_fault, set_default_scope, stop, without_denoising
 from mmdenoiserep.core import CheckpointError, verify_fusion
 from mmdenoiserep.engine.backbone import find_guards
 
 
 def build_both(cfg: Config, path: str) -> tuple[nn.Module, nn.Module]:
     """Returns the denoised and the vanilla model of a config, in eval mode and without loading any weights."""
-    set_default_scope(cfg)
-    denoised = MODELS.build(cfg.model)
-    if not any(find_guards(denoised)):
-        sys.exit(f'fuse_checkpoint: {path} has no DenoiseRepBackbone; --verify needs the config of the training run')
-    return denoised, MODELS.build(without_denoising(cfg.model))
+    with config_at_fault(path):
+        set_default_scope(cfg)
+        denoised = MODELS.build(cfg.model)
+        if not any(find_guards(denoised)):
+            stop(f'{path} has no DenoiseRepBackbone; --verify needs the config of the training run')
+        return denoised, MODELS.build(without_denoising(cfg.model))
 
 
 def load_strictly(model: nn.Module, weights: Mapping[str, torch.Tensor], path: str, kind: str) -> None:

@@ -125,7 +125,8 @@ def calibrate(
 
     Raises:
         ValueError: The module has no denoisers, a name or the mode is unknown, the source is missing or does not fit,
-            there is no image, or in domain mode a denoiser is not zero. Nothing has been changed then.
+            there is no image, or in domain mode a denoiser is not zero. Nothing has been changed then. Or the features
+            of a layer are not finite, which in domain mode leaves the layers before it fitted.
     """
     chosen = denoised_layers(module)
     if layers is not None:

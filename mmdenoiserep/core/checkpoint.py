@@ -23,8 +23,16 @@ STAMP = 'denoiserep'
 """Key in the ``meta`` of a fused file."""
 
 
+def printable(text: str) -> str:
+    """Returns a text with its control characters escaped: a terminal would obey those in the names of a file."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode() for c in text)
+
+
 class CheckpointError(Exception):
     """A file that can't be read, fused or written; the message is one sentence that names it and says what to do."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class Inert:
@@ -69,8 +77,9 @@ class FusedCheckpoint:
         return '\n'.join(
             [
                 f'{len(self.layers)} layers fused; relative change of their weights: '
-                f'median {statistics.median(self.layers.values()):.2e}, largest {self.layers[largest]:.2e} ({largest})',
-                *(f'note: {note}' for note in self.notes),
+                f'median {statistics.median(self.layers.values()):.2e}, largest {self.layers[largest]:.2e} '
+                f'({printable(largest)})',
+                *(f'note: {printable(note)}' for note in self.notes),
             ]
         )
 
@@ -89,9 +98,13 @@ def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict
         CheckpointError: The file is missing, truncated, no checkpoint, or needs code.
     """
     path = Path(path)
-    if not path.exists():
+    try:
+        exists, is_file = path.exists(), path.is_file()
+    except OSError as error:  # a name that is too long, a folder that is closed
+        raise CheckpointError(f'{path} cannot be read: {error.strerror}') from None
+    if not exists:
         raise CheckpointError(f'{path} does not exist')
-    if not path.is_file():
+    if not is_file:
         raise CheckpointError(f'{path} is not a file')
     try:
         mmap = zipfile.is_zipfile(path)
@@ -205,15 +218,18 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
     Raises:
         CheckpointError: The target is a folder, the source itself, there already, or in no folder.
     """
-    if target.is_dir():
-        raise CheckpointError(f'{target} is a folder; name the file to write, such as {target / "fused.pth"}')
-    if target.exists():
-        if source.exists() and target.samefile(source):
-            raise CheckpointError(f'{target} is the input itself; name another file to write')
-        if not overwrite:
-            raise CheckpointError(f'{target} exists; name another file, or pass --overwrite')
-    if not target.parent.is_dir():
-        raise CheckpointError(f'the folder {target.parent} does not exist; create it first')
+    try:
+        if target.is_dir():
+            raise CheckpointError(f'{target} is a folder; name the file to write, such as {target / "fused.pth"}')
+        if target.exists():
+            if source.exists() and target.samefile(source):
+                raise CheckpointError(f'{target} is the input itself; name another file to write')
+            if not overwrite:
+                raise CheckpointError(f'{target} exists; name another file, or pass --overwrite')
+        if not target.parent.is_dir():
+            raise CheckpointError(f'the folder {target.parent} does not exist; create it first')
+    except OSError as error:  # a name that is too long, a folder that is closed
+        raise CheckpointError(f'{target} cannot be written: {error.strerror}') from None
 
 
 def split_checkpoint(
@@ -241,9 +257,11 @@ def split_checkpoint(
 def _clean_keys(state: Any, source: Path, notes: list[str]) -> 'OrderedDict[str, Tensor]':
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(f'{source} has no state_dict; its keys are not the names of parameters')
-    others = sorted(key for key, value in state.items() if not isinstance(value, Tensor))
+    others = sorted(key for key, value in state.items() if not _is_dense(value))
     if others or not state:
-        raise CheckpointError(f'{source} has no state_dict, and {others[0] if others else "it"} holds no tensor')
+        raise CheckpointError(
+            f'{source} has no state_dict, and {others[0] if others else "it"} holds no tensor of the usual, dense kind'
+        )
     clean = OrderedDict((key.replace('_orig_mod.', ''), value) for key, value in state.items())
     if list(clean) != list(state):
         notes.append('stripped _orig_mod. (torch.compile) from the names')
@@ -255,9 +273,24 @@ def _clean_keys(state: Any, source: Path, notes: list[str]) -> 'OrderedDict[str,
     return clean
 
 
+def _is_dense(value: Any) -> bool:
+    """Whether a value is a tensor as large as its data in the file; with strides of zero it would seem of any size."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return type(value) in (dict, OrderedDict) and all(_is_plain(v) for kv in value.items() for v in kv)
-    if isinstance(value, list | tuple):
-        return type(value) in (list, tuple) and all(map(_is_plain, value))
-    return value is None or type(value) in (str, int, float, bool)
+    """Whether a value has plain data only, and not so deep that it can't be written again."""
+    seen: set[int] = set()  # a file of a few bytes may hold one list at any number of places, or a list in itself
+
+    def plain(value: Any, depth: int) -> bool:
+        if value is None or type(value) in (str, int, float, bool) or id(value) in seen:
+            return True
+        seen.add(id(value))
+        if type(value) not in (dict, OrderedDict, list, tuple) or depth > 100:
+            return False
+        items = [v for kv in value.items() for v in kv] if isinstance(value, dict) else value
+        return all(plain(item, depth + 1) for item in items)
+
+    return plain(value, 0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .feeding import find_sole_readers
-from .gather import count_images, fitted_on_output, gather, sum_processes, without_zero_denoisers
+from .gather import check_finite, count_images, fitted_on_output, gather, sum_processes, without_zero_denoisers
 from .layers import DenoiseLayer
 from .moments import Moments
 from .probe import evaluating
@@ -193,6 +193,7 @@ class DomainFit:
     @torch.no_grad()
     def _correct(self, name: str, target: Moments) -> Tensor | None:
         """Fits one layer in place; returns what must be added to its present input, for a LayerNorm has changed."""
+        check_finite(name, target)
         layer = self.layers[name]
         weight, norm = layer.weight.double(), self.norms.get(name)
         bias: Tensor | None = layer.bias  # type: ignore[assignment]

@@ -44,7 +44,7 @@ def collect_moments(
         The moments by layer name, first executed first.
 
     Raises:
-        ValueError: The module has no denoisers, or there is no batch.
+        ValueError: The module has no denoisers, there is no batch, or the features are not finite.
     """
     layers = denoised_layers(module)
     moments, images = gather(module, batches, layers, inputs, every)
@@ -95,7 +95,14 @@ def gather(
     for name in layers:
         if name in moments:
             moments[name].merge_processes()
+            check_finite(name, moments[name])
     return {name: moments[name] for name in layers if name in moments}, sum_processes(images)
+
+
+def check_finite(name: str, moments: Moments) -> None:
+    """Raises a ValueError if the features of a layer were not finite."""
+    if not moments.scatter.isfinite().all():
+        raise ValueError(f'the features of {name} hold NaN or Inf; look at the weights and at the images')
 
 
 @contextmanager

@@ -290,10 +290,15 @@ def convert_vmamba(checkpoint: Mapping[str, Any]) -> 'OrderedDict[str, Tensor]':
         ValueError: It holds no VMamba with its classifier.
     """
     state = checkpoint.get('model', checkpoint)
-    named = {_rename(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    if not {'patch_embed.0.weight', 'classifier.norm.weight', 'classifier.head.weight'} <= named.keys():
-        raise ValueError('it holds no VMamba with a classifier (patch_embed, classifier.norm and classifier.head)')
-    last = max(int(name.split('.')[1]) for name in named if name.startswith('layers.'))
+    if not isinstance(state, Mapping):
+        raise ValueError('it holds no state dict')
+    named = {_rename(k): value for k, value in state.items() if isinstance(k, str) and isinstance(value, Tensor)}
+    stages = [int(match[1]) for name in named if (match := re.match(r'layers\.([0-9]{1,2})\.', name))]
+    if not {'patch_embed.0.weight', 'classifier.norm.weight', 'classifier.head.weight'} <= named.keys() or not stages:
+        raise ValueError(
+            'it holds no VMamba with a classifier (patch_embed, layers, classifier.norm and classifier.head)'
+        )
+    last = max(stages)
     converted: OrderedDict[str, Tensor] = OrderedDict()
     for name, value in named.items():
         name = name.replace('classifier.norm.', f'backbone.outnorm{last}.').replace('classifier.head.', 'head.fc.')

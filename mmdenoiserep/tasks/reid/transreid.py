@@ -43,8 +43,10 @@ def convert_transreid(checkpoint: Mapping[str, Any]) -> 'OrderedDict[str, Tensor
     """
     state = next((checkpoint[key] for key in ('teacher', 'state_dict', 'model') if key in checkpoint), checkpoint)
     converted: OrderedDict[str, Tensor] = OrderedDict()
+    if not isinstance(state, Mapping):
+        raise ValueError('it holds no state dict')
     for name, value in state.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(name, str) or not isinstance(value, Tensor):
             continue
         bare = re.sub(r'^(module\.)?(backbone\.|base\.)?', '', name)
         if new := _rename(bare, RENAMED):
