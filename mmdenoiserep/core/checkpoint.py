@@ -162,7 +162,7 @@ def fuse_checkpoint(
     changes: dict[str, float] = {}
     try:
         fused = fuse_state_dict(state, changes)
-    except FusionError as error:
+    except (FusionError, NotImplementedError) as error:  # float8 lacks most operations
         raise CheckpointError(f'{source} cannot be fused: {error}') from None
 
     unchanged = sum(
