@@ -5,8 +5,9 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.visualization import TensorboardVisBackend
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..core import DenoiseLayer
 from ..core.gather import denoised_layers
 
 
@@ -51,7 +52,7 @@ class DenoiseVisHook(Hook):
                     board.experiment.add_histogram(f'denoiser/{name}/{part}', values, step)
 
 
-def _parts(layer: nn.Module) -> dict[str, tuple[float, Tensor]]:
+def _parts(layer: DenoiseLayer) -> dict[str, tuple[float, Tensor]]:
     """Returns B and, where there is one, b~: its size, and its values."""
     matrix = layer.denoiser.matrix().detach().float()  # (groups, C/g, C/g)
     channels = matrix.shape[0] * matrix.shape[1]
