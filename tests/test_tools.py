@@ -208,6 +208,11 @@ def test_resume_continues_a_training_run(scenes, user_configs, trained, tmp_path
     assert 'does not exist' in sentence('train', config, '--resume', 'nowhere.pth', cwd=tmp_path)
 
 
+def extra_of(table):
+    """Returns the extra parameters that a table of a conversion ends with."""
+    return int(re.search(r'([\d,]+) extra parameters \(', table)[1].replace(',', ''))
+
+
 def test_print_targets(scenes, user_configs):
     """The table can be had without training, for denoised and for vanilla configs."""
     vanilla, denoised = user_configs['mmpretrain']
@@ -215,6 +220,8 @@ def test_print_targets(scenes, user_configs):
     assert 'layers.0.attn.qkv' in table and 'extra parameters' in table and 'mmpretrain.models.backbones' in table
     mlp = tool('print_targets', vanilla, '--targets', 'mlp', '--rank', 4, '--exclude', r'layers\.1\..*', cwd=scenes)
     assert 'layers.0.ffn.layers.1' in mlp and 'layers.1.' not in mlp and 'qkv' not in mlp
+    full = tool('print_targets', vanilla, '--rank', 0, cwd=scenes)
+    assert extra_of(mlp) < extra_of(table) < extra_of(full)
     assert "'layers.0.qvk'" in sentence('print_targets', vanilla, '--targets', 'layers.0.qvk', cwd=scenes)
 
 

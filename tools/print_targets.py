@@ -14,7 +14,7 @@ def parse_args() -> argparse.Namespace:
         help='try these instead: mlp, linear, conv2d, all, or regular expressions that match a whole name',
     )
     parser.add_argument('--exclude', nargs='+', metavar='REGEX', help='names to leave out')
-    parser.add_argument('--rank', type=int, help='rank of the denoisers (default: full)')
+    parser.add_argument('--rank', type=int, help='rank of the denoisers, 0 for full (default: that of the config)')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
     return parser.parse_args()
 
@@ -30,7 +30,7 @@ def main() -> None:
     from mmdenoiserep.engine.backbone import find_guards
 
     cfg = load_config(args)
-    options = dict(targets=args.targets, exclude=args.exclude, rank=args.rank)
+    options = dict(targets=args.targets, exclude=args.exclude)
     MMLogger.get_current_instance().setLevel('ERROR')  # the table is printed once, below
     with config_at_fault(args.config):
         if not cfg.get('model', {}).get('backbone'):
@@ -40,6 +40,8 @@ def main() -> None:
         denoised = inner != cfg.model.backbone
         backbone = cfg.model.backbone if denoised else dict(type='DenoiseRepBackbone', backbone=inner)
         backbone.update({key: value for key, value in options.items() if value is not None})
+        if args.rank is not None:
+            backbone['rank'] = args.rank or None
         model = MODELS.build(backbone)
     for _, module, guard in find_guards(model):
         print(f'{type(module).__module__}.{type(module).__qualname__}')

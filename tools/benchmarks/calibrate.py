@@ -112,7 +112,7 @@ def compare(
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     plain = build(name, images)
     converted, low_rank = deepcopy(plain), deepcopy(plain)
-    apply_denoiserep(converted, 'all', example_input=images[:1])
+    apply_denoiserep(converted, 'all', rank=None, example_input=images[:1])
     apply_denoiserep(low_rank, 'all', rank=RANK, example_input=images[:1])
     if every is None:
         layers = [name for name, layer in converted.named_modules() if isinstance(layer, DenoiseLayer)]
