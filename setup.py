@@ -1,10 +1,39 @@
 """Packaging of mmdenoiserep."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+COMMANDS = (
+    'train',
+    'test',
+    'print-targets',
+    'fuse-checkpoint',
+    'calibrate',
+    'convert-checkpoint',
+    'extract-features',
+    'draw-matches',
+)
+"""The tools that are console commands, ``denoiserep-train`` and so on; the others need the checkout or its data."""
+
+
+class BuildWithMim(build_py):
+    """Adds ``.mim`` to the built package, where OpenMMLab's programs look for configs, tools and the model index."""
+
+    def run(self):
+        """Builds; an editable package has these files in the checkout."""
+        super().run()
+        if self.editable_mode:
+            return
+        mim = Path(self.build_lib, 'mmdenoiserep', '.mim')
+        shutil.rmtree(mim, ignore_errors=True)
+        for folder in ('configs', 'tools'):
+            shutil.copytree(ROOT / folder, mim / folder, ignore=shutil.ignore_patterns('__pycache__'))
+        shutil.copy(ROOT / 'model-index.yml', mim)
+
 
 setup(
     name='mmdenoiserep',
@@ -15,6 +44,9 @@ setup(
     license_expression='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['mmdenoiserep*']),
+    py_modules=['denoiserep_commands'],
+    cmdclass={'build_py': BuildWithMim},
+    entry_points={'console_scripts': [f'denoiserep-{name} = denoiserep_commands:main' for name in COMMANDS]},
     install_requires=['torch>=2.6'],
     extras_require={
         'mm': ['mmengine>=0.10.5', 'mmcv>=2.0.1'],

@@ -1,5 +1,10 @@
 """Set-up of all tests."""
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from mmengine.registry import DefaultScope
@@ -11,3 +16,24 @@ torch.set_num_threads(1)  # small layers: threads cost more than they bring
 def no_default_scope():
     """Lets every test start without a default scope; runs of earlier tests leave theirs behind."""
     DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture(scope='session')
+def sdist(tmp_path_factory):
+    """The sdist of a copy of the checkout, which is left beside it as ``source``; built without a network."""
+    root = tmp_path_factory.mktemp('dist')
+    not_source = shutil.ignore_patterns('.*', '__pycache__', '*.egg-info', 'build', 'dist', 'work_dirs', 'data')
+    shutil.copytree(Path(__file__).parents[1], root / 'source', ignore=not_source)
+    build = f'from setuptools import build_meta; build_meta.build_sdist({str(root)!r})'
+    subprocess.run([sys.executable, '-c', build], cwd=root / 'source', check=True, capture_output=True)
+    (path,) = root.glob('*.tar.gz')
+    return path
+
+
+@pytest.fixture(scope='session')
+def wheel(sdist):
+    """The wheel of the sdist."""
+    options = ['--no-cache-dir', '--no-index', '--no-deps', '--no-build-isolation', '--wheel-dir', sdist.parent]
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', *options, sdist], check=True, capture_output=True)
+    (path,) = sdist.parent.glob('*.whl')
+    return path

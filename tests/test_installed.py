@@ -1,11 +1,8 @@
 """The package as a wheel in another place, and a user's own configs outside of the repository."""
 
 import os
-import shutil
 import subprocess
 import sys
-import zipfile
-from email.parser import BytesParser
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,8 +12,6 @@ import torch
 from engine_helpers import is_denoiser
 from tiny_datasets import write_ade20k, write_coco, write_imagenet
 
-ROOT = Path(__file__).resolve().parents[1]
-NOT_SOURCE = ('.*', '__pycache__', '*.egg-info', 'build', 'dist', 'work_dirs', 'data')
 CONFIG = """
 _base_ = '{base}'
 custom_imports = dict(imports=['mmdenoiserep'], allow_failed_imports=False)
@@ -72,16 +67,6 @@ def pip(*args, cwd):
 
 
 @pytest.fixture(scope='session')
-def wheel(tmp_path_factory):
-    """The wheel of a copy of the checkout, built without a network."""
-    root = tmp_path_factory.mktemp('wheel')
-    shutil.copytree(ROOT, root / 'source', ignore=shutil.ignore_patterns(*NOT_SOURCE))
-    pip('wheel', '--no-index', '--no-deps', '--no-build-isolation', '--wheel-dir', root, root / 'source', cwd=root)
-    (path,) = root.glob('*.whl')
-    return path
-
-
-@pytest.fixture(scope='session')
 def site(wheel):
     """A folder that the wheel is installed into, not editable."""
     folder = wheel.with_name('site')
@@ -95,25 +80,6 @@ def nowhere(tmp_path_factory):
     folder = tmp_path_factory.mktemp('nowhere')
     (folder / 'mmdenoiserep.py').write_text("raise ModuleNotFoundError('not installed here')\n")
     return folder
-
-
-def test_the_wheel_holds_the_package_alone(wheel):
-    """Every module of the package and the licence; no tests, tools or configs."""
-    with zipfile.ZipFile(wheel) as file:
-        names = file.namelist()
-        (metadata,) = (name for name in names if name.endswith('.dist-info/METADATA'))
-        fields = BytesParser().parsebytes(file.read(metadata))
-        info = metadata.removesuffix('METADATA')
-        licence = file.read(f'{info}licenses/LICENSE')
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'mmdenoiserep').rglob('*.py')}
-    assert {name for name in names if not name.startswith(info)} == modules
-    assert {'mmdenoiserep/core/__init__.py', 'mmdenoiserep/engine/__init__.py'} <= modules
-    assert licence == (ROOT / 'LICENSE').read_bytes()
-    assert fields['Name'] == 'mmdenoiserep' and fields['License-Expression'] == 'Apache-2.0'
-    assert fields['Requires-Python'] == '>=3.10'
-    required = fields.get_all('Requires-Dist')
-    assert [name for name in required if 'extra' not in name] == ['torch>=2.6'], 'the core needs torch only'
-    assert {name.split('>')[0] for name in required if 'extra == "mm"' in name} == {'mmengine', 'mmcv'}
 
 
 def test_installed_and_not_installed(site, nowhere, tmp_path):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.config.utils import MODULE2PACKAGE
@@ -53,16 +53,29 @@ def load_config(args: argparse.Namespace) -> Config:
     if find_spec('mmseg') and not any(distributions(name='mmsegmentation')):
         # the maintained fork of the stack ships mmseg under another name, and mmengine looks for the old one
         MODULE2PACKAGE['mmseg'] = 'mmseg'
+    MODULE2PACKAGE['mmdenoiserep'] = 'mmdenoiserep'  # for _base_ = 'mmdenoiserep::...'
     try:
         cfg = Config.fromfile(args.config)
     except Exception as error:  # a config is a program: reading it may fail in any way
         stop(f'the config {args.config} cannot be read ({type(error).__name__}: {error})')
+    drop_scope(cfg._cfg_dict, 'mmdenoiserep')
     if getattr(args, 'cfg_options', None):
         cfg.merge_from_dict(parse_options(args.cfg_options))
     if hasattr(args, 'launcher'):
         cfg.launcher = args.launcher
         cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
     return cfg
+
+
+def drop_scope(config: Any, scope: str) -> None:
+    """Removes a package that has no registries of its own from the scopes that mmengine notes at what is inherited."""
+    if isinstance(config, dict):
+        if config.get('_scope_') == scope:
+            del config['_scope_']
+        config = list(dict.values(config))  # lazy stays lazy
+    if isinstance(config, list | tuple):
+        for value in config:
+            drop_scope(value, scope)
 
 
 def parse_options(options: list[str]) -> dict:
