@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CLASSES = CocoDataset.METAINFO['classes']
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 COMMANDS = [line for block in re.findall(r'```bash\n(.*?)```', README, re.DOTALL) for line in block.splitlines()]
+COMMANDS = [line for line in COMMANDS if 'bash tools/' not in line]  # those are in test_launchers.py
 SMALL = ['train_dataloader.dataset.pipeline.2.scale=(160,96)', 'load_from=None', 'train_dataloader.num_workers=0']
 SMALL += [f'{split}_dataloader.{key}' for split in ('train', 'val', 'test') for key in ('persistent_workers=False',)]
 SMALL += ['val_dataloader.num_workers=0', 'test_dataloader.num_workers=0']

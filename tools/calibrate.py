@@ -85,11 +85,12 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Calibrates one model."""
     args = parse_args()
+    from mmengine.dist import init_dist
     from mmengine.logging import MMLogger
 
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone and VMamba)
     from calibration import Calibration
-    from common import check_output, config_at_fault, load_config, stop
+    from common import check_output, config_at_fault, load_config, start_gloo, stop
     from mmdenoiserep.core import CheckpointError
     from mmdenoiserep.core.checkpoint import check_target
 
@@ -100,7 +101,8 @@ def main() -> None:
             if args.mode != 'moments':
                 check_output(args.plot, '.png', args.overwrite)
         cfg = load_config(argparse.Namespace(config=args.config, cfg_options=args.cfg_options))
-        start_processes(args.launcher)
+        if not start_gloo(args.launcher) and args.launcher != 'none':
+            init_dist(args.launcher)
         MMLogger.get_current_instance().setLevel('ERROR')  # the table of the conversion is not news here
         with config_at_fault(args.config):
             calibration = Calibration(args, cfg)
@@ -109,17 +111,6 @@ def main() -> None:
         stop(str(error))
     except ValueError as error:
         stop(f'{args.checkpoint} cannot be calibrated: {error}')
-
-
-def start_processes(launcher: str) -> None:
-    """Makes this process one of several; mmengine can do that with GPUs only, gloo does it without."""
-    import torch
-    from mmengine.dist import init_dist
-
-    if launcher == 'pytorch' and not torch.cuda.is_available():
-        torch.distributed.init_process_group('gloo')
-    elif launcher != 'none':
-        init_dist(launcher)
 
 
 if __name__ == '__main__':

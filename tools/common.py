@@ -128,6 +128,23 @@ def type_name(config: ConfigDict) -> str:
     return getattr(kind, '__name__', str(kind)).split('.')[-1]
 
 
+def start_gloo(launcher: str) -> bool:
+    """Joins the processes of torchrun where there is no GPU, which mmengine can't; returns whether it did."""
+    import torch
+
+    if launcher != 'pytorch' or torch.cuda.is_available():
+        return False
+    torch.distributed.init_process_group('gloo')
+    return True
+
+
+def use_cpus(cfg: Config) -> None:
+    """Makes the runner of a config work in several processes without GPUs."""
+    if start_gloo(cfg.launcher):
+        default = dict(broadcast_buffers=False, find_unused_parameters=cfg.get('find_unused_parameters', False))
+        cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg', default), device_ids=None)
+
+
 def use_amp(cfg: Config) -> None:
     """Switches the optimizer wrapper to automatic mixed precision."""
     wrapper = cfg.optim_wrapper

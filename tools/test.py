@@ -39,7 +39,7 @@ def main() -> None:
     if '://' not in args.checkpoint and not os.path.isfile(args.checkpoint):
         sys.exit(f'test: the checkpoint {args.checkpoint} does not exist')
 
-    from common import config_at_fault, draw_predictions, load_config, refuse_other_weights, start, use_tta
+    from common import config_at_fault, draw_predictions, load_config, refuse_other_weights, start, use_cpus, use_tta
     from mmdenoiserep.engine.resume import allow_training_checkpoints
 
     cfg = load_config(args)
@@ -54,6 +54,7 @@ def main() -> None:
     from mmengine.runner import Runner
 
     allow_training_checkpoints()
+    use_cpus(cfg)
     with config_at_fault(args.config):
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         if args.out:

@@ -37,7 +37,7 @@ def main() -> None:
     args = parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
 
-    from common import config_at_fault, load_config, start, use_amp
+    from common import config_at_fault, load_config, start, use_amp, use_cpus
     from mmdenoiserep.engine.resume import allow_training_checkpoints
 
     cfg = load_config(args)
@@ -57,6 +57,7 @@ def main() -> None:
     from mmengine.runner import Runner
 
     allow_training_checkpoints()
+    use_cpus(cfg)
     with config_at_fault(args.config):
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     start(runner, runner.train, args.config, cfg.get('load_from'))
