@@ -1,0 +1,128 @@
+"""The part of a model that is deployed: as torch runs it, as an ONNX file, and how far the two are apart."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from common import set_default_scope, stop, without_denoising
+from mmdenoiserep.core import CheckpointError, read_checkpoint
+from mmdenoiserep.core.checkpoint import split_checkpoint
+from mmdenoiserep.core.fuse import DENOISER_KEY
+from verify import load_strictly
+
+TOLERANCE = 1e-4
+"""Largest difference of onnxruntime and torch in float32, over the largest output."""
+
+
+def load_fused(cfg: Config, config: str, checkpoint: str) -> nn.Module:
+    """Returns the model of a config without denoising, in eval mode, with the weights of a fused checkpoint.
+
+    Raises:
+        CheckpointError: The file can't be read, has denoisers, or does not fit.
+    """
+    if not cfg.get('model', {}).get('backbone'):
+        stop(f'{config} has no model.backbone')
+    set_default_scope(cfg)
+    if 'data_preprocessor' in cfg:  # as mmengine's runner does
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    state, _ = split_checkpoint(read_checkpoint(checkpoint), Path(checkpoint), [])
+    if any(map(DENOISER_KEY.fullmatch, state)):
+        raise CheckpointError(
+            f'{checkpoint} has denoisers; fold them into the weights first: '
+            f'tools/fuse_checkpoint.py {checkpoint} FUSED.pth'
+        )
+    model = MODELS.build(without_denoising(cfg.model)).eval()
+    load_strictly(model, state, checkpoint, 'vanilla')
+    return model
+
+
+class Deployed(nn.Module):
+    """What of a model is deployed, in eval mode.
+
+    Args:
+        model: A classifier or segmentor, which gives logits in ``mode='tensor'``, or a detector, of which backbone and
+            neck are taken: the rest cuts out boxes, with operators of its own library.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.is_detector = any(kind.__name__ == 'BaseDetector' for kind in type(model).__mro__)
+        self.eval()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Returns the logits, (N, ...), or the feature maps, (N, C', H', W'), of images, (N, C, H, W)."""
+        output = self.model.extract_feat(images) if self.is_detector else self.model(images, mode='tensor')
+        return tuple(_tensors(output))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for item in value:
+            yield from _tensors(item)
+
+
+def image_shape(cfg: Config, model: nn.Module, size: Sequence[int] | None) -> tuple[int, int, int]:
+    """Returns (C, H, W) of an image of a height and width, or of those that the backbone is made for."""
+    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    size = size or without_denoising(cfg.model.backbone).get('img_size', 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    return stem.in_channels, height, width
+
+
+def random_images(batch: int, shape: Sequence[int]) -> Tensor:
+    """Returns the same random images (batch, C, H, W) every time."""
+    return torch.randn((batch, *shape), generator=torch.Generator().manual_seed(batch))
+
+
+def export_onnx(
+    model: Deployed, shape: Sequence[int], path: Path, dynamic_batch: bool = False, dynamo: bool = False
+) -> None:
+    """Writes an ONNX file with the input ``images`` and the outputs ``output_0``, ``output_1``, ...
+
+    Args:
+        model: What to export.
+        shape: (C, H, W) of the images.
+        path: File to write.
+        dynamic_batch: Whether it takes any number of images; otherwise it takes one.
+        dynamo: Takes the newer exporter of torch, which stands on ``torch.export``.
+    """
+    images = random_images(2 if dynamic_batch else 1, shape)
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        redirect_stdout(StringIO()),
+    ):  # it prints the graph that it fails at
+        warnings.simplefilter('ignore')  # on each Python number that the trace takes for a constant
+        outputs = [f'output_{i}' for i in range(len(model(images)))]
+        if dynamo:
+            axes = dict(dynamic_shapes=({0: torch.export.Dim('batch')},) if dynamic_batch else None)
+        else:
+            axes = dict(dynamic_axes={name: {0: 'batch'} for name in ('images', *outputs)} if dynamic_batch else None)
+        names = dict(input_names=['images'], output_names=outputs)
+        torch.onnx.export(model, (images,), path, **names, **axes, dynamo=dynamo, external_data=False, verbose=False)
+
+
+def run_onnx(path: Path, images: Tensor) -> list[Tensor]:
+    """Returns what onnxruntime computes on the CPU."""
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    return [torch.from_numpy(output) for output in session.run(None, dict(images=images.numpy()))]
+
+
+def largest_difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Returns the largest difference of two lists of outputs, each over the largest magnitude that is expected."""
+    return max(
+        ((a - e).abs().max() / e.abs().max()).nan_to_num(torch.inf).item()
+        for a, e in zip(actual, expected, strict=True)
+    )
