@@ -348,6 +348,7 @@ def slow(content, file):
     time.sleep(60)
 torch.save = slow
 sys.argv = ['fuse_checkpoint.py', {str(trained)!r}, 'fused.pth']
+sys.path.insert(0, {str(ROOT / 'tools')!r})
 runpy.run_path({str(ROOT / 'tools/fuse_checkpoint.py')!r}, run_name='__main__')
 """
     process = subprocess.Popen(

@@ -17,6 +17,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 import benchmarks
+from launch import launch
 
 NAMES = [module.name for module in iter_modules(benchmarks.__path__) if module.name != 'measure']
 
@@ -98,4 +99,4 @@ def _processor() -> str:
 
 
 if __name__ == '__main__':
-    main()
+    launch(main)

@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from launch import launch
+
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
@@ -115,6 +117,6 @@ def main() -> None:
 
 if __name__ == '__main__':
     try:
-        main()
+        launch(main)
     except KeyboardInterrupt:
         sys.exit('calibrate: interrupted; nothing was written')

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any, BinaryIO, NoReturn
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import init_default_scope
+
+from launch import describe_missing
 
 
 def stop(sentence: str) -> NoReturn:
@@ -56,7 +59,11 @@ def load_config(args: argparse.Namespace) -> Config:
     MODULE2PACKAGE['mmdenoiserep'] = 'mmdenoiserep'  # for _base_ = 'mmdenoiserep::...'
     try:
         cfg = Config.fromfile(args.config)
+        if (scope := cfg.get('default_scope')) in ('mmdet', 'mmseg', 'mmpretrain'):
+            import_module(scope)
     except Exception as error:  # a config is a program: reading it may fail in any way
+        if sentence := describe_missing(error):
+            stop(f'the config {args.config} needs {sentence}')
         stop(f'the config {args.config} cannot be read ({type(error).__name__}: {error})')
     drop_scope(cfg._cfg_dict, 'mmdenoiserep')
     if getattr(args, 'cfg_options', None):

@@ -8,6 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from launch import launch
+
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
@@ -46,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    launch(main)

@@ -10,6 +10,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from launch import launch
+
 GREY, GREEN, RED = '0.45', '#2a9d3a', '#d1242f'
 WIDTH = 1.0
 """Inches of an image."""
@@ -142,4 +144,4 @@ def show(axes: Any, entry: dict[str, Any], images: dict[int, Any], colour: str, 
 
 
 if __name__ == '__main__':
-    main()
+    launch(main)

@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from launch import launch
+
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
@@ -86,6 +88,6 @@ def main() -> None:
 
 if __name__ == '__main__':
     try:
-        main()
+        launch(main)
     except KeyboardInterrupt:
         sys.exit('export_onnx: interrupted; nothing was written')

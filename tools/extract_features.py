@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from launch import launch
+
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
@@ -105,4 +107,4 @@ def predict(model: Any, batch: dict[str, Any], config: str) -> Any:
 
 
 if __name__ == '__main__':
-    main()
+    launch(main)

@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from launch import launch
+
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
@@ -51,6 +53,6 @@ def main() -> None:
 
 if __name__ == '__main__':
     try:
-        main()
+        launch(main)
     except KeyboardInterrupt:
         sys.exit('fuse_checkpoint: interrupted; nothing was written')

@@ -2,6 +2,8 @@
 
 import argparse
 
+from launch import launch
+
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
@@ -49,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    launch(main)

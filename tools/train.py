@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 
+from launch import launch
+
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line; the flags are those of mmdet's own ``tools/train.py``."""
@@ -64,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    launch(main)

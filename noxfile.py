@@ -1,0 +1,50 @@
+"""The versions that the package works with, by one command: ``nox``; ``nox --list`` names the sessions.
+
+``core`` builds environments of its own and downloads torch for each. ``stack`` and ``without`` stand on the environment
+that nox runs in, which holds the compiled mmcv: ``.venv`` after ``make install``.
+"""
+
+import sys
+import sysconfig
+from pathlib import Path
+
+import nox
+
+nox.options.error_on_missing_interpreters = False  # a Python that is not here is skipped, and said to be
+nox.options.reuse_existing_virtualenvs = True
+
+TORCH_ALONE = [f'tests/test_core_{name}.py' for name in ('alone', 'calibrate', 'layers', 'schedule')]
+MMENGINE_ALONE = [f'tests/test_{name}.py' for name in ('core_checkpoint', 'engine_fusion_hook', 'engine_resume')]
+BY_OBJECTS = 'tests/test_core_calibrate.py::test_two_processes_calibrate_as_one'
+"""Needs numpy besides: torch 2.6 can't send objects between processes without it."""
+STACK = [f'tests/test_{name}.py' for name in ('engine_backbone', 'engine_loss_hook', 'engine_fusion_hook', 'tools')]
+"""Test files that meet mmengine most: its registries, hooks, runners, checkpoints and configs."""
+
+PURELIB = 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
+
+@nox.session(python=['3.10', '3.11', '3.12', '3.13'])
+@nox.parametrize('torch', ['2.6.0', '2.14.1'])
+def core(session: nox.Session, torch: str) -> None:
+    """The core with torch alone, then with mmengine and no other library."""
+    session.install('--constraint=requirements/dev.txt', f'torch=={torch}', 'pytest', '.')
+    session.run('pytest', '--noconftest', '--deselect', BY_OBJECTS, *TORCH_ALONE)
+    session.install('--constraint=requirements/openmmlab.txt', 'mmengine', 'setuptools<81')
+    session.run('pytest', BY_OBJECTS, *MMENGINE_ALONE)
+
+
+@nox.session
+@nox.parametrize('mmengine', ['0.10.5', '0.10.7'])
+def stack(session: nox.Session, mmengine: str) -> None:
+    """All three libraries and the compiled mmcv of the present environment, with another mmengine before them."""
+    here, own = (sysconfig.get_path('purelib'), Path(session.run('python', '-c', PURELIB, silent=True).strip()))
+    (own / 'base.pth').write_text(f'import site; site.addsitedir({here!r})\n')
+    session.install('--no-deps', f'mmengine=={mmengine}')
+    session.run('python', '-m', 'pytest', *STACK)
+
+
+@nox.session(python=False)
+@nox.parametrize('library', ['mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'])
+def without(session: nox.Session, library: str) -> None:
+    """The present environment without one library."""
+    session.run(sys.executable, '-m', 'pytest', 'tests/test_without_libraries.py', '-k', library)
