@@ -112,9 +112,9 @@ def test_the_generated_file_has_denoisers_of_the_default_rank(tmp_path):
 
 def test_the_growth_of_calibration(monkeypatch):
     monkeypatch.setattr(growth, 'IMAGES', (32, 64))
-    monkeypatch.setattr(growth, 'WIDTHS', (64, 128))
+    monkeypatch.setattr(growth, 'WIDTHS', (48, 96))
     text, figures = run(growth, '--size', 32, '--layers', 1, '--repeats', 1)
-    assert set(figures['seconds']) == {'64 32', '128 32', '128 64'}
+    assert set(figures['seconds']) == {'48 32', '96 32', '96 64'}
     assert f'images^{figures["images"]:.2f}' in text and f'parameters^{figures["parameters"]:.2f}' in text
 
 

@@ -5,7 +5,6 @@ on every layer of the backbone. It runs on the GPU where there is one.
 """
 
 import argparse
-import logging
 import random
 from dataclasses import dataclass
 from functools import partial
@@ -192,11 +191,12 @@ class Run:
     def __init__(self, name: str, batch: int, rank: str | None, amp: bool) -> None:
         import torch
         from mmengine.hub import get_config
+        from mmengine.logging import MMLogger
         from mmengine.registry import MODELS, init_default_scope
 
         import mmdenoiserep  # noqa: F401
 
-        logging.disable(logging.WARNING)  # the tables of the conversion
+        MMLogger.get_current_instance().setLevel('ERROR')  # without the tables of the conversion
         shape = SHAPES[name]
         library = shape.config.partition('::')[0]
         config = get_config(shape.config).model
