@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
 torch.set_num_threads(1)  # small layers: threads cost more than they bring
@@ -16,6 +17,13 @@ torch.set_num_threads(1)  # small layers: threads cost more than they bring
 def no_default_scope():
     """Lets every test start without a default scope; runs of earlier tests leave theirs behind."""
     DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """Lets every test see the log; tools that earlier tests ran in this process have silenced it."""
+    for logger in MMLogger._instance_dict.values():
+        logger.setLevel('INFO')
 
 
 @pytest.fixture(scope='session')

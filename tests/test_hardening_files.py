@@ -146,6 +146,7 @@ def test_kill_9_leaves_the_old_or_the_new_file(name, folder):
         status = os.waitpid(pid, 0)[1]
         after = read(target)
         assert after in (before, 1 - before)
+        longest *= 1.05 if os.WIFSIGNALED(status) else 0.9  # as fast as the machine now is, half of them are killed
         if not os.WIFSIGNALED(status):
             assert status == 0 and after == 1 - before
             continue

@@ -153,7 +153,7 @@ def test_the_table_has_the_signal_to_noise_ratios(tmp_path, capsys):
         decibels(x['after', 'clean'], x['after', 'noisy']),
         decibels(x['before', 'clean'], x['after', 'noisy']),
     ]
-    assert len({round(value, 1) for value in expected}) == 3
+    assert len({round(value, 2) for value in expected}) == 3
     assert table_of(printed)[layer] == pytest.approx(expected, abs=0.006)
 
 
