@@ -6,6 +6,7 @@ on every layer of the backbone. It runs on the GPU where there is one.
 
 import argparse
 import random
+import sys
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -125,6 +126,7 @@ def compare(name: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.measure import alternate, peak_memory
     from mmdenoiserep import fuse_model
 
+    print(f'{name}: takes minutes', file=sys.stderr, flush=True)
     plain = Run(name, batch, None, args.amp)
     denoised = {rank: Run(name, batch, rank, args.amp) for rank in RANKS}
     for each in denoised.values():
