@@ -131,26 +131,25 @@ def compare(name: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     denoised = {rank: Run(name, batch, rank, args.amp) for rank in RANKS}
     for each in denoised.values():
         make_denoisers_matter(each.model)
-    fused = fuse_model(denoised['default rank'].model.backbone.cpu()).to(plain.device)
-    denoised['default rank'].model.backbone.to(plain.device)
-    states = [{key: value.shape for key, value in m.state_dict().items()} for m in (fused, plain.model.backbone)]
+    fused = fuse_model(denoised['default rank'].model)
+    models = {PLAIN: plain.model, 'fused': fused} | {rank: run.model for rank, run in denoised.items()}
+    for model in models.values():
+        model.eval()
+    states = [{key: value.shape for key, value in m.state_dict().items()} for m in (fused, plain.model)]
     one = torch.randn(1, 3, *SHAPES[name].size, device=plain.device)
-    flops = [int(FlopAnalyzer(m.eval() or m, one).total()) for m in (fused, plain.model.backbone)]
+    flops = [int(FlopAnalyzer(m.backbone, one).total()) for m in (fused, plain.model)]
     if states[0] != states[1] or flops[0] != flops[1]:
         raise ValueError(f'the fused {name} is not the plain one: {flops} FLOPs')
 
-    images = one.expand(batch, -1, -1, -1).contiguous()
-    backbones = {PLAIN: plain.model.backbone, 'fused': fused} | {r: d.model.backbone for r, d in denoised.items()}
-    for backbone in backbones.values():
-        backbone.eval()
+    inputs = plain.model.data_preprocessor(plain.data, False)
     inference = alternate(
-        {way: partial(infer, backbone, images, args.amp) for way, backbone in backbones.items()}, 2, 3 * args.repeats
+        {way: partial(infer, model, inputs, args.amp) for way, model in models.items()}, 2, 3 * args.repeats
     )
     measured = {
         'fused inference': {PLAIN: inference[PLAIN], 'default rank': inference.pop('fused')},
         'unfused inference': inference,
     }
-    del fused, backbones
+    del fused, models
     runs = dict({PLAIN: plain}, **denoised)
     for mode, what in (('joint', 'joint step'), ('label_free', 'label-free step')):
         for each in runs.values():
@@ -270,12 +269,12 @@ def train_twice(name: str, batch: int, way: str, amp: bool) -> None:
     run.step()
 
 
-def infer(backbone: 'nn.Module', images: Any, amp: bool) -> None:
-    """Runs a backbone without gradients."""
+def infer(model: 'nn.Module', inputs: dict[str, Any], amp: bool) -> None:
+    """Has a model predict on preprocessed images."""
     import torch
 
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=amp):
-        backbone(images)
+    with torch.no_grad(), torch.autocast(inputs['inputs'].device.type, enabled=amp):
+        model(**inputs, mode='predict')
 
 
 def make_denoisers_matter(model: 'nn.Module') -> None:
