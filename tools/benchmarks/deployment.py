@@ -69,9 +69,10 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             sizes = (
                 f'{fused[key] / 1e3:,.1f} and {vanilla[key] / 1e3:,.1f} kB' for key in ('float32_bytes', 'int8_bytes')
             )
+            ratio = f'{fused["error"] / vanilla["error"]:.2f}' if vanilla['error'] else 'no Linear layer'
             lines.append(
                 f'| {row["model"]} | {name} | {fused["error"]:.2%} | {vanilla["error"]:.2%} '
-                f'| {fused["error"] / vanilla["error"]:.2f} | {" | ".join(sizes)} |'
+                f'| {ratio} | {" | ".join(sizes)} |'
             )
     note = (
         'Exports of the fused model: largest difference over the largest output, in float32; a dynamic batch is tried '
