@@ -146,7 +146,7 @@ model = dict(
 """
 
 
-def test_what_one_exporter_lacks_the_other_has(tmp_path, capsys):
+def test_what_one_exporter_lacks_the_other_has(tmp_path, capfd):
     """Pooling to sizes that do not divide the map: one sentence names it, without a picture of the whole graph."""
     config, checkpoint = tmp_path / 'psp.py', tmp_path / 'psp.pth'
     config.write_text(PYRAMID)
@@ -154,7 +154,7 @@ def test_what_one_exporter_lacks_the_other_has(tmp_path, capsys):
     before = sorted(tmp_path.iterdir())
     message = sentence(config, checkpoint, tmp_path / 'out.onnx', '--size', 64, 64)
     assert 'psp.py cannot be exported for one image (3, 64, 64)' in message and 'adaptive_avg_pool2d' in message
-    assert not capsys.readouterr().out and sorted(tmp_path.iterdir()) == before
+    assert 'graph(' not in ''.join(capfd.readouterr()) and sorted(tmp_path.iterdir()) == before
     call(config, checkpoint, tmp_path / 'out.onnx', '--size', 64, 64, '--dynamo')
     (output,) = onnx.load(tmp_path / 'out.onnx').graph.output
     assert [size.dim_value for size in output.type.tensor_type.shape.dim] == [1, 3, 2, 2]

@@ -1,9 +1,9 @@
 """The part of a model that is deployed: as torch runs it, as an ONNX file, and how far the two are apart."""
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
-from io import StringIO
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +99,7 @@ def export_onnx(
         dynamo: Takes the newer exporter of torch, which stands on ``torch.export``.
     """
     images = random_images(2 if dynamic_batch else 1, shape)
-    with (
-        torch.no_grad(),
-        warnings.catch_warnings(),
-        redirect_stdout(StringIO()),
-    ):  # it prints the graph that it fails at
+    with torch.no_grad(), warnings.catch_warnings(), _without_stderr():
         warnings.simplefilter('ignore')  # on each Python number that the trace takes for a constant
         outputs = [f'output_{i}' for i in range(len(model(images)))]
         if dynamo:
@@ -112,6 +108,20 @@ def export_onnx(
             axes = dict(dynamic_axes={name: {0: 'batch'} for name in ('images', *outputs)} if dynamic_batch else None)
         names = dict(input_names=['images'], output_names=outputs)
         torch.onnx.export(model, (images,), path, **names, **axes, dynamo=dynamo, external_data=False, verbose=False)
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Drops what C++ prints: at an operator that it lacks, the default exporter prints its whole graph."""
+    torch._C._jit_set_onnx_log_output_stream('stderr')  # not buffered, unlike the standard output
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, 'wb') as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def run_onnx(path: Path, images: Tensor) -> list[Tensor]:
