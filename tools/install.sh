@@ -70,5 +70,6 @@ step 3-torchvision "Installing torchvision" "" pip_install --no-deps torchvision
 step 4-repair "Checking torchvision against torch" tools/torchvision_repair.py repair_torchvision
 step 5-mmcv "Compiling mmcv for this torch (about 7 minutes on 2 cores)" "" compile_mmcv mmcv==2.1.0
 step 6-dev "Installing what tests and linters need" "$requirements/dev.txt" pip_install -r "$requirements/dev.txt"
-step 7-package "Installing this project into $venv (editable)" setup.py pip_install --no-build-isolation --no-deps -e .
+step 7-docs "Installing what builds the pages" "$requirements/docs.txt" pip_install -r "$requirements/docs.txt"
+step 8-package "Installing this project into $venv (editable)" setup.py pip_install --no-build-isolation --no-deps -e .
 if [ $installed = yes ]; then say "The environment $venv is ready"; fi
