@@ -44,7 +44,7 @@ def test_the_second_time_nothing_is_installed(project):
     """All steps run once, in the order that mmcv needs; then none."""
     code, printed, calls = install(project)
     assert code == 0 and 'ready' in printed
-    order = ['torch.txt', 'openmmlab.txt', 'torchvision', 'mmcv==2.1.0', 'dev.txt', '-e .']
+    order = ['torch.txt', 'openmmlab.txt', 'torchvision', 'mmcv==2.1.0', 'dev.txt', 'docs.txt', '-e .']
     assert [next(word for word in order if word in call) for call in calls] == order
     assert install(project) == (0, '', [])
 
@@ -57,7 +57,7 @@ def test_an_interrupted_install_goes_on_where_it_stopped(project):
     (project / 'fail').unlink()
     code, _, calls = install(project)
     assert code == 0
-    assert 'mmcv==2.1.0' in calls[0] and len(calls) == 3
+    assert 'mmcv==2.1.0' in calls[0] and len(calls) == 4
 
 
 def test_a_changed_pin_repeats_its_step_and_what_builds_on_it(project):

@@ -1,0 +1,49 @@
+"""The pages: what they tell to type exists, the API page is complete, and the site is built, with the notebook run."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmdenoiserep import core, engine
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = [
+    (page.name, line)
+    for page in sorted((ROOT / 'docs').glob('*.md'))
+    for block in re.findall(r'```bash\n(.*?)```', page.read_text(encoding='utf-8'), re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+@pytest.mark.parametrize('page,line', COMMANDS)
+def test_a_command_is_understood(page, line, monkeypatch):
+    """A target of the Makefile, or a tool that takes these options, with a config of this repository."""
+    program, target, *args = shlex.split(line)
+    if program == 'make':
+        assert re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(encoding='utf-8'), re.MULTILINE)
+        return
+    assert program == 'python'
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+    monkeypatch.setattr(sys, 'argv', [target, *args])
+    read = importlib.import_module(Path(target).stem).parse_args()
+    assert not hasattr(read, 'config') or (ROOT / read.config).is_file()
+
+
+def test_the_api_page_has_every_public_name():
+    """Each once, and no other."""
+    documented = re.findall(r'^::: mmdenoiserep\.(\w+\.\w+)$', (ROOT / 'docs/api.md').read_text(), re.MULTILINE)
+    public = [f'core.{name}' for name in core.__all__] + [f'engine.{name}' for name in engine.__all__]
+    assert sorted(documented) == sorted(public)
+
+
+def test_the_site_is_built(tmp_path):
+    """Strictly: every page is in the navigation, every link leads somewhere, and every cell of the notebook works."""
+    build = [sys.executable, '-m', 'mkdocs', 'build', '--site-dir', str(tmp_path)]
+    result = subprocess.run(build, cwd=ROOT, text=True, capture_output=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert 'domain fit   clean' in (tmp_path / 'quickstart.html').read_text(encoding='utf-8')
