@@ -30,7 +30,11 @@ def test_a_command_is_understood(page, line, monkeypatch):
     assert program == 'python'
     monkeypatch.syspath_prepend(ROOT / 'tools')
     monkeypatch.setattr(sys, 'argv', [target, *args])
-    read = importlib.import_module(Path(target).stem).parse_args()
+    tool = importlib.import_module(Path(target).stem)
+    if not hasattr(tool, 'parse_args'):
+        assert not args
+        return
+    read = tool.parse_args()
     assert not hasattr(read, 'config') or (ROOT / read.config).is_file()
 
 
