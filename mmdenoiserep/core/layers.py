@@ -203,12 +203,12 @@ class DenoiseConv2d(DenoiseLayer, nn.Conv2d):
 
     def __init__(
         self,
-        *args,
+        *args: Any,
         timestep: int = 1,
         schedule: NoiseSchedule | None = None,
         rank: int | None = None,
         denoiser_bias: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         nn.Conv2d.__init__(self, *args, **kwargs)
         self._attach(timestep, schedule, rank, denoiser_bias)
