@@ -8,6 +8,7 @@ torch gives.
 import argparse
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 from launch import launch
@@ -69,7 +70,8 @@ def main() -> None:
     except CheckpointError as error:
         stop(str(error))
     shape = image_shape(cfg, model, args.size)
-    with written_whole(args.output) as temporary:
+    with tempfile.TemporaryDirectory() as folder:  # exporters want a path
+        temporary = Path(folder, 'model.onnx')
         try:
             export_onnx(model, shape, temporary, args.dynamic_batch, args.dynamo)
             for batch in (1, 2, 3) if args.dynamic_batch else (1,):
@@ -83,6 +85,8 @@ def main() -> None:
             how = 'with --dynamic-batch; leave that out, for one image' if args.dynamic_batch else 'for one image'
             reason = re.split(r'\n|\. ', str(error).strip())[0]
             stop(f'{args.config} cannot be exported {how} {shape} ({type(error).__name__}: {reason})')
+        with written_whole(args.output) as file:
+            file.write(temporary.read_bytes())
     print(f'{args.output}: {args.output.stat().st_size / 1e6:.1f} MB')
 
 
