@@ -34,11 +34,6 @@ def denoised(layer, rank=None, bias=None, timestep=7, schedule=None, size=0.3):
     return randomise(layer, size)
 
 
-def by_definition(layer, x):
-    """Return what a denoised layer gives when its denoiser is applied to the input, as it is defined."""
-    return DenoiseLayer.forward_by_definition(layer, x)
-
-
 def dense(layer):
     """Return B of a denoised layer as one (C, C) matrix."""
     return torch.block_diag(*layer.denoiser.matrix().detach())

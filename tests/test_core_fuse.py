@@ -10,7 +10,7 @@ from mmseg.models import MixVisionTransformer
 from mmseg.models import VisionTransformer as SegVisionTransformer
 from torch import nn
 
-from helpers import by_definition, denoised, randomise, relative
+from helpers import denoised, randomise, relative
 from mmdenoiserep import DenoiseLinear, apply_denoiserep, fuse_model, fuse_state_dict, verify_fusion
 from mmdenoiserep.core import DenoiseLayer, Denoiser, FusionError
 from mmdenoiserep.core.layers import convert_layer
@@ -77,7 +77,7 @@ def test_layers_fuse_exactly(kind, rank, dtype, tolerance):
     assert signature(fused.state_dict()) == signature(vanilla.state_dict())
     x = example(vanilla, dtype)
     with torch.no_grad():
-        defined = by_definition(layer, x)
+        defined = layer.forward_by_definition(x)
         assert relative(fused(x), defined) < tolerance
         assert relative(layer(x), defined) < tolerance
         assert relative(vanilla(x), defined) > 0.05
@@ -108,7 +108,7 @@ def test_half_precision(build, shape, rank, dtype):
     fused = fuse_model(layer)
     x = torch.randn(shape).to(dtype)
     with torch.no_grad():
-        reference = by_definition(copy.deepcopy(layer).double(), x.double())
+        reference = copy.deepcopy(layer).double().forward_by_definition(x.double())
         own = relative(vanilla(x), copy.deepcopy(vanilla).double()(x.double()))
         assert fused.weight.dtype == dtype
         assert relative(fused(x), reference) < 2 * own
@@ -123,7 +123,7 @@ def test_zero_padding_needs_the_care():
     layer.denoiser = Denoiser(12, bias=True, dtype=torch.float64)
     layer.denoiser.load_state_dict({'weight': weight, 'bias': torch.ones(12)})
     x = example(layer)
-    wrong = (fuse_model(layer)(x) - by_definition(layer, x)).abs()
+    wrong = (fuse_model(layer)(x) - layer.forward_by_definition(x)).abs()
     assert wrong[..., 1:-1, 1:-1].max() < 1e-12
     assert wrong.max() > 0.1
 
