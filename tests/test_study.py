@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / 'tools'))
@@ -34,14 +36,16 @@ def write_log(path, *entries):
 def write_run(folder, metrics, losses=(0.0101, 0.0099)):
     """Writes the logs of one experiment and seed; ``metrics`` has one dict a stage."""
     for stage, logged in zip(study_report.STAGES, metrics, strict=True):
-        if stage == 'fused':
-            write_log(folder / 'fused/time/time.json', logged)
+        if stage.endswith('fused'):
+            write_log(folder / stage / 'time/time.json', logged)
             continue
         steps = (20, 1000) if stage == 'baseline' else (20, 300)
         extra = [dict(loss_denoise=loss) if stage == 'denoised' else {} for loss in losses]
         trained = [dict(step=step, loss=1.0, **more) for step, more in zip(steps, extra, strict=True)]
         write_log(folder / stage / 'time/vis_data/scalars.json', *trained, logged)
-    (folder / 'fused.json').write_text('{}')
+    trained = [dict(step=step, loss=loss, loss_denoise=loss) for step, loss in zip((20, 300), (1.2, 0.9), strict=True)]
+    write_log(folder / 'label-free/time/vis_data/scalars.json', *trained)
+    (folder / 'label-free-fused.json').write_text('{}')
 
 
 @pytest.fixture
@@ -49,12 +53,13 @@ def logs(tmp_path, monkeypatch):
     """Work dir of a made-up study: a ViT with three seeds, a detector with two, and an unfinished run."""
     monkeypatch.chdir(ROOT)
     baseline, control, unfused, fused = [70, 70, 70], [80, 81, 82], [81, 82.1, 82.85], [81, 82.1, 82.9]
+    label_free = [70.5, 69.5, 70.3]
     losses = [(0.0101, 0.0095), (0.0102, 0.0096), (0.0103, 0.0097)]
     for seed in (2, 0, 1):
-        stages = (baseline[seed], control[seed], unfused[seed], fused[seed])
+        stages = (baseline[seed], control[seed], unfused[seed], fused[seed], label_free[seed])
         metrics = [{'accuracy/top1': value} for value in stages]
         write_run(tmp_path / f'vit/seed_{seed}', metrics, losses[seed])
-    for seed, values in {0: (0.3, 0.4, 0.41, 0.41), 1: (0.35, 0.42, 0.4, 0.4)}.items():
+    for seed, values in {0: (0.3, 0.4, 0.41, 0.41, 0.32), 1: (0.35, 0.42, 0.4, 0.4, 0.37)}.items():
         metrics = [{'coco/bbox_mAP': value, 'coco/segm_mAP': value / 2} for value in values]
         write_run(tmp_path / f'mask-rcnn/seed_{seed}', metrics)
     write_log(tmp_path / 'swin/seed_0/baseline/time/vis_data/scalars.json', {'accuracy/top1': 1.0})
@@ -106,6 +111,7 @@ def test_reading_the_logs(logs):
     assert (vit.seeds, vit.iterations, vit.images) == ([0, 1, 2], (1000, 300), 8000)
     assert vit.metrics['top-1']['fused'] == [81, 82.1, 82.9], 'in the order of the seeds'
     assert sum(vit.losses, ()) == pytest.approx((1.01, 0.95, 1.02, 0.96, 1.03, 0.97)), 'divided by the weight'
+    assert vit.label_free_losses == [(1.2, 0.9)] * 3, 'as it is'
     assert (detector.seeds, detector.images) == ([0, 1], 1000)
     assert detector.metrics['box AP']['control'] == pytest.approx([40, 42]), 'fractions become percent'
     assert detector.metrics['mask AP']['control'] == pytest.approx([20, 21])
@@ -121,12 +127,15 @@ def test_the_page(logs, tmp_path, monkeypatch, capsys):
         study.main()
         text = page.read_text()
         assert text.startswith('before\n<!-- results: begin -->\n') and text.endswith('<!-- results: end -->\nafter\n')
-        assert 'old' not in text and text.count('| ViT | top-1 |') == 1
+        assert 'old' not in text and text.count('| ViT | top-1 |') == 2, 'joint and label-free'
     assert (
         '| ViT | top-1 | 70.00 ± 0.00 | 81.00 ± 1.00 | 82.00 ± 0.95 | +11.00 ± 1.00 | +1.00 ± 0.10 '
         '| +0.75 to +1.25 | higher |' in text
     )
-    assert '| ViT | fashion-mnist | 8,000 | 1000 + 300 | 0, 1, 2 | 1.020 to 0.960 | 0.05 |' in text
+    assert '| ViT | top-1 | 70.00 ± 0.00 | 70.10 ± 0.53 | +0.10 ± 0.53 | -1.21 to +1.41 | no effect' in text
+    assert '| Mask R-CNN Swin | mask AP | 16.25 ± 1.77 | 17.25 ± 1.77 | +1.00 ± 0.00 | ' in text
+    assert 'In 2 of 3 rows denoising is above the baseline' in text
+    assert '| 1000 + 300 | 0, 1, 2 | 1.020 to 0.960 | 1.200 to 0.900 | 0.05 |' in text
     assert '| +1.00 to' not in text and '-0.50 ± 2.12' in text, 'box AP: +1 and -2'
     assert 'In 2 of 3 rows the 95 % interval of the paired difference contains zero' in text
     assert 'In 1 of 3 rows denoising is above the control' in text and '(top-1 of ViT +1.00)' in text
@@ -165,7 +174,7 @@ def test_one_seed_of_one_experiment(tmp_path):
 
     tool('prepare_fashion_mnist', '--source', 'demo/fashion-mnist')
     printed = tool('study', *options, *small)
-    assert printed.count('=== done in') == 5
+    assert printed.count('=== done in') == 8
     text = (tmp_path / 'docs/study.md').read_text()
     assert '| ResNet | fashion-mnist | 8,000 | 3 + 3 | 0 |' in text and '| ResNet | top-1 | ' in text
     folder = tmp_path / 'work_dirs/study/resnet/seed_0'
@@ -173,9 +182,15 @@ def test_one_seed_of_one_experiment(tmp_path):
     top1 = [study.last_metric(folder / stage, 'accuracy/top1') for stage in ('denoised', 'fused')]
     assert top1[1] == pytest.approx(top1[0], abs=0.1), 'fused in the vanilla config: the same as unfused'
 
+    files = [folder / name for name in ('baseline/iter_3.pth', 'label-free-fused.pth')]
+    before, after = (torch.load(file, weights_only=False)['state_dict'] for file in files)
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    converted = {name for name in before if re.fullmatch(r'backbone\..*conv\d\.weight|.*downsample\.0\.weight', name)}
+    assert changed and changed <= converted, 'without labels, only what the denoisers are folded into has changed'
+
     assert '=== done in' not in tool('study', *options, *small), 'finished steps are not run again'
     assert 'is from another command' in tool('study', *options, code=1)
-    (folder / 'fused.json').unlink()
+    (folder / 'label-free-fused.json').unlink()
     assert tool('study', *options, *small).count('=== done in') == 1, 'only what is missing'
     bad = ['--work-dir', 'work_dirs/bad', '--cfg-options', 'nonsense']
     printed = tool('study', *options, *bad, code=1)

@@ -1,8 +1,9 @@
 """Trains small models on real images, with and without denoising, over several seeds, and writes what came out.
 
 For each experiment and seed: a baseline; the control, which trains it on; the same with denoisers (joint mode), fused
-and evaluated in the baseline's config. Every step is one of the commands that users run themselves. The processes use
-one thread each. A finished step is not run again, so an interrupted study goes on when it is started again.
+and evaluated in the baseline's config; and the baseline with denoisers that were trained without labels, fused and
+evaluated in the same way. Every step is one of the commands that users run themselves. The processes use one thread
+each. A finished step is not run again, so an interrupted study goes on when it is started again.
 """
 
 import argparse
@@ -131,12 +132,14 @@ def run_seed(experiment: Experiment, seed: int, folder: Path, overrides: list[st
     train(folder, 'baseline', experiment.config(), seed, overrides)
     more = [*overrides, f'load_from={last_checkpoint(folder / "baseline")}']
     train(folder, 'control', experiment.config('_baseline-ft'), seed, more)
-    train(folder, 'denoised', experiment.config('_denoiserep'), seed, more)
-    checkpoint, fused = last_checkpoint(folder / 'denoised'), str(folder / 'fused.pth')
-    verify = ['--overwrite', '--verify', experiment.config('_denoiserep')]
-    step(folder, 'fuse', 'tools/fuse_checkpoint.py', checkpoint, fused, *verify)
+    denoised = experiment.config('_denoiserep')
     options = ['--cfg-options', f'randomness.seed={seed}', *overrides]
-    step(folder, 'fused', 'tools/test.py', experiment.config(), fused, '--work-dir', str(folder / 'fused'), *options)
+    for mode, trained, fused in (('joint', 'denoised', 'fused'), ('label_free', 'label-free', 'label-free-fused')):
+        train(folder, trained, denoised, seed, [*more, f'custom_hooks.0.mode={mode}'])
+        files = [last_checkpoint(folder / trained), str(folder / f'{fused}.pth')]
+        step(folder, f'fuse-{trained}', 'tools/fuse_checkpoint.py', *files, '--overwrite', '--verify', denoised)
+        evaluate = ['tools/test.py', experiment.config(), files[1], '--work-dir', str(folder / fused)]
+        step(folder, fused, *evaluate, *options)
 
 
 def count_images(data: str) -> int:
@@ -201,14 +204,15 @@ def read_results(work_dir: Path, images: dict[str, int]) -> list[Result]:
     results = []
     for name, experiment in EXPERIMENTS.items():
         folders = {
-            int(done.parent.name.split('_')[1]): done.parent for done in work_dir.glob(f'{name}/seed_*/fused.json')
+            int(done.parent.name.split('_')[1]): done.parent
+            for done in work_dir.glob(f'{name}/seed_*/{STAGES[-1]}.json')
         }
         seeds = sorted(folders)
         if not seeds:
             continue
         logs = {
             stage: [[entry for entry in scalars(folders[seed] / stage) if 'loss' in entry] for seed in seeds]
-            for stage in ('baseline', 'denoised')
+            for stage in ('baseline', 'denoised', 'label-free')
         }
         weight = loss_weight(experiment.config('_denoiserep'))
         results.append(
@@ -217,7 +221,7 @@ def read_results(work_dir: Path, images: dict[str, int]) -> list[Result]:
                 data=experiment.data,
                 images=images[experiment.data],
                 seeds=seeds,
-                iterations=tuple(logs[stage][0][-1]['step'] for stage in logs),
+                iterations=tuple(logs[stage][0][-1]['step'] for stage in ('baseline', 'denoised')),
                 metrics={
                     metric: {
                         stage: [METRICS[key][0] * last_metric(folders[seed] / stage, key) for seed in seeds]
@@ -227,6 +231,7 @@ def read_results(work_dir: Path, images: dict[str, int]) -> list[Result]:
                 },
                 steps={metric: METRICS[key][1] for metric, key in experiment.metrics.items()},
                 losses=[tuple(log[i]['loss_denoise'] / weight for i in (0, -1)) for log in logs['denoised']],
+                label_free_losses=[tuple(log[i]['loss_denoise'] for i in (0, -1)) for log in logs['label-free']],
             )
         )
     return results

@@ -6,7 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-STAGES = 'baseline', 'control', 'denoised', 'fused'
+STAGES = 'baseline', 'control', 'denoised', 'fused', 'label-free-fused'
+"""What is measured of an experiment, in the order of the runs."""
 MARKERS = '<!-- results: begin -->', '<!-- results: end -->'
 
 
@@ -22,7 +23,8 @@ class Result:
         iterations: Of the baseline, and of the control and the denoised run each.
         metrics: Name, then stage: values in percent, one a seed.
         steps: Name: the step to which the metric is rounded in the log, in percent.
-        losses: First and last logged ``loss_denoise / weight``, one pair a seed.
+        losses: First and last logged ``loss_denoise / weight`` of the joint training, one pair a seed.
+        label_free_losses: The same of the training without labels.
     """
 
     title: str
@@ -33,6 +35,7 @@ class Result:
     metrics: dict[str, dict[str, list[float]]]
     steps: dict[str, float]
     losses: list[tuple[float, float]]
+    label_free_losses: list[tuple[float, float]]
 
 
 class Paired:
@@ -92,9 +95,15 @@ def report(results: list[Result], note: dict) -> str:
         results: What was measured.
         note: What tools/study.py noted about the machine, the software and the time.
     """
-    accuracy, training, effects = [], [], {}
+    accuracy, label_free, training, effects, label_free_effects = [], [], [], {}, {}
     for result in results:
         for metric, values in result.metrics.items():
+            alone = Paired(values['label-free-fused'], values['baseline'], result.steps[metric])
+            label_free_effects[f'{metric} of {result.title}'] = alone
+            label_free.append(
+                [result.title, metric, spread(values['baseline']), spread(values['label-free-fused'])]
+                + [spread(alone.differences, '+.2f'), alone.interval, alone.verdict]
+            )
             extra = Paired(values['control'], values['baseline'])
             effect = Paired(values['fused'], values['control'], result.steps[metric])
             effects[f'{metric} of {result.title}'] = effect
@@ -105,21 +114,22 @@ def report(results: list[Result], note: dict) -> str:
                 + [effect.interval, effect.verdict]
             )
         unfused = [Paired(values['fused'], values['denoised']).differences for values in result.metrics.values()]
-        first, last = zip(*result.losses, strict=True)
         training.append(
             [result.title, result.data, f'{result.images:,}']
             + [f'{result.iterations[0]} + {result.iterations[1]}', ', '.join(map(str, result.seeds))]
-            + [f'{statistics.mean(first):.3f} to {statistics.mean(last):.3f}']
-            + [f'{max(map(abs, sum(unfused, []))):.2f}']
+            + [course(result.losses), course(result.label_free_losses), f'{max(map(abs, sum(unfused, []))):.2f}']
         )
     columns = ['model', 'metric, %', 'baseline', 'control', 'denoised, fused', 'control - baseline', 'fused - control']
-    about = ['model', 'data', 'training images', 'iterations', 'seeds', '`loss_denoise / weight`', 'fused - unfused']
+    about = ['model', 'data', 'training images', 'iterations', 'seeds', '`loss_denoise / weight`', 'label-free']
+    alone = ['model', 'metric, %', 'baseline', 'label-free, fused', 'label-free - baseline', '95 % interval of it']
     versions = ', '.join(f'{name} {number}' for name, number in note['versions'].items())
     return '\n\n'.join(
         [
             table([*columns, '95 % interval of it', 'denoising'], accuracy),
-            conclusion(effects),
-            table(about, training),
+            conclusion(effects, 'control'),
+            table([*alone, 'denoising'], label_free),
+            conclusion(label_free_effects, 'baseline'),
+            table([*about, 'fused - unfused'], training),
             f'{note["cores"]} CPU cores, {note["jobs"]} processes at a time, one thread each: '
             f'{note["cpu_seconds"] / 60:.0f} minutes of CPU time in {note["seconds"] / 60:.0f} minutes, by '
             f'`{note["command"]}`. {versions}.',
@@ -127,13 +137,18 @@ def report(results: list[Result], note: dict) -> str:
     )
 
 
-def conclusion(effects: dict[str, Paired]) -> str:
-    """Says in words what the paired differences of denoising and control show."""
+def course(losses: list[tuple[float, float]]) -> str:
+    """Formats the means of the first and of the last losses."""
+    return ' to '.join(f'{statistics.mean(values):.3f}' for values in zip(*losses, strict=True))
+
+
+def conclusion(effects: dict[str, Paired], control: str) -> str:
+    """Says in words what the paired differences of denoising and its control show."""
     sentences = []
     for verdict, text in {
         'no effect within noise': 'the 95 % interval of the paired difference contains zero: no effect within noise',
-        'higher': 'denoising is above the control by more than the noise of the seeds',
-        'lower': 'denoising is below the control by more than the noise of the seeds',
+        'higher': f'denoising is above the {control} by more than the noise of the seeds',
+        'lower': f'denoising is below the {control} by more than the noise of the seeds',
     }.items():
         found = {name: effect.mean for name, effect in effects.items() if effect.verdict == verdict}
         if found:
