@@ -13,11 +13,14 @@ COMMANDS = (
     'print-targets',
     'fuse-checkpoint',
     'calibrate',
+    'visualize',
+    'corrupt-images',
+    'export-onnx',
     'convert-checkpoint',
     'extract-features',
     'draw-matches',
 )
-"""The tools that are console commands, ``denoiserep-train`` and so on; the others need the checkout or its data."""
+"""The tools that are console commands, ``denoiserep-train`` and so on; the others are for the checkout."""
 
 
 class BuildWithMim(build_py):
@@ -51,5 +54,7 @@ setup(
     extras_require={
         'mm': ['mmengine>=0.10.5', 'mmcv>=2.0.1'],
         'reid': ['mmengine>=0.10.5', 'mmcv>=2.0.1', 'mmpretrain>=1.2.0', 'h5py', 'scipy'],
+        'visualize': ['albumentations>=2', 'scikit-learn', 'tensorboard'],
+        'export': ['onnx', 'onnxruntime', 'onnxscript'],
     },
 )

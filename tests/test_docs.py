@@ -1,5 +1,6 @@
 """The pages: what they tell to type exists, the API page is complete, and the site is built, with the notebook run."""
 
+import copy
 import importlib
 import re
 import shlex
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmdenoiserep import core, engine
 
@@ -17,6 +19,7 @@ COMMANDS = [
     for page in sorted((ROOT / 'docs').glob('*.md'))
     for block in re.findall(r'```bash\n(.*?)```', page.read_text(encoding='utf-8'), re.DOTALL)
     for line in block.splitlines()
+    if 'bash tools/' not in line  # those are in test_launchers.py
 ]
 
 
@@ -40,6 +43,21 @@ def test_a_command_is_understood(page, line, monkeypatch):
         return
     read = tool.parse_args()
     assert not hasattr(read, 'config') or read.config == 'my_config.py' or (ROOT / read.config).is_file()
+
+
+def test_the_recipe_in_plain_pytorch():
+    """As the page has it, for a small model; what it compares holds, and the fit has changed something."""
+    page = (ROOT / 'docs/own-model.md').read_text(encoding='utf-8')
+    recipe = re.search(r'```python\n(from mmdenoiserep\.core .*?)```', page, re.DOTALL)[1]
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(6, 12), torch.nn.GELU(), torch.nn.Linear(12, 8), torch.nn.GELU(), torch.nn.Linear(8, 4)
+    clean = torch.randn(2000, 6) @ torch.randn(6, 6)
+    new = clean[:1000] + 2 * torch.randn(1000, 6) + 1
+    model = torch.nn.Sequential(*layers)
+    names = dict(copy=copy, torch=torch, model=model, images=new[:8], clean_batches=clean.split(500), new_images=new)
+    exec(recipe, names)
+    with torch.no_grad():
+        assert not torch.allclose(names['fused'](new), model(new), rtol=0.1, atol=0.1)
 
 
 def test_the_api_page_has_every_public_name():

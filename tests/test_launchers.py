@@ -23,8 +23,8 @@ USAGE = {
     'slurm_test': 'PARTITION JOB_NAME CONFIG CHECKPOINT [arguments of test.py]',
 }
 SHOW = '#!/bin/bash\nprintf "%s\\n" "$(basename "$0")" "$@" "MASTER_PORT is ${MASTER_PORT:-not set}"\n'
-README = (ROOT / 'README.md').read_text(encoding='utf-8')
-COMMANDS = re.findall(r'^.*bash tools/\w+\.sh .*$', README, re.MULTILINE)
+PAGE = (ROOT / 'docs/distributed.md').read_text(encoding='utf-8')
+COMMANDS = re.findall(r'^.*bash tools/\w+\.sh .*$', PAGE, re.MULTILINE)
 CONFIG = """
 custom_imports = dict(imports=['mmdenoiserep', 'launched'], allow_failed_imports=False)
 model = dict(
@@ -130,7 +130,7 @@ def test_what_srun_gets(name, stubs, tmp_path):
 
 
 @pytest.mark.parametrize('line', COMMANDS)
-def test_the_commands_of_the_readme(line, stubs):
+def test_the_commands_of_the_page(line, stubs):
     """Each is accepted, and the program and the config that it names are there."""
     result = subprocess.run(['bash', '-c', line], cwd=ROOT, env={'PATH': stubs}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -139,7 +139,7 @@ def test_the_commands_of_the_readme(line, stubs):
     assert any(word in result.stdout.split() for word in ('--launcher=pytorch', '--launcher=slurm'))
 
 
-def test_the_readme_names_them_all():
+def test_the_page_names_them_all():
     assert {re.search(r'tools/(\w+)\.sh', line)[1] for line in COMMANDS} == set(USAGE)
 
 

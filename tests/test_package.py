@@ -22,12 +22,6 @@ from tiny_datasets import write_fashion_mnist
 
 ROOT = Path(__file__).resolve().parents[1]
 MIM = 'mmdenoiserep/.mim/'
-CONFIG = """
-_base_ = 'mmdenoiserep::demo/vit_fashion-mnist.py'
-custom_imports = dict(imports=['mmdenoiserep'], allow_failed_imports=False)
-custom_hooks = [dict(type='DenoiseLossHook', mode='joint', weight=0.01)]
-model = dict(backbone=dict(_delete_=True, type='DenoiseRepBackbone', backbone=_base_.model.backbone, targets='mlp'))
-"""
 MEASURED = {
     'vit_fashion-mnist': 'ViT',
     'swin_fashion-mnist': 'Swin',
@@ -103,6 +97,8 @@ def test_the_wheel_holds_what_is_used(wheel):
     required = fields.get_all('Requires-Dist')
     assert [name for name in required if 'extra' not in name] == ['torch>=2.6'], 'the core needs torch only'
     assert {name.split('>')[0] for name in required if 'extra == "mm"' in name} == {'mmengine', 'mmcv'}
+    page = (ROOT / 'docs/get-started.md').read_text()
+    assert all(f'| `{extra}` |' in page for extra in fields.get_all('Provides-Extra')), 'the page has them all'
 
 
 def test_one_version(wheel):
@@ -117,7 +113,8 @@ def test_one_version(wheel):
 def test_the_commands_are_the_tools(programs, tmp_path):
     """Each console command answers as the tool of its name does, from any folder."""
     names = {path.name for path in programs.glob('denoiserep-*')}
-    assert {'denoiserep-train', 'denoiserep-test', 'denoiserep-fuse-checkpoint', 'denoiserep-calibrate'} <= names
+    listed = re.search(r'are commands then: (.*?);', (ROOT / 'docs/get-started.md').read_text())[1]
+    assert names == {f'denoiserep-{name}' for name in re.findall(r'`(?:denoiserep)?-([a-z-]+)`', listed)}
     for name in names:
         tool = ROOT / 'tools' / f'{name.removeprefix("denoiserep-").replace("-", "_")}.py'
         description = tool.read_text().split('"""')[1].split('\n')[0]
@@ -141,20 +138,27 @@ def test_a_users_config_inherits_from_the_installed_package(programs, tmp_path):
     package = Path(run(programs / 'python', '-c', where, cwd=tmp_path).strip()).parent
     assert package.is_relative_to(programs.parent)
     write_fashion_mnist(tmp_path / 'work_dirs/fashion-mnist')
-    (tmp_path / 'mine.py').write_text(CONFIG)
+    (tmp_path / 'my_config.py').write_text("_base_ = 'mmdenoiserep::demo/vit_fashion-mnist.py'\n")
+    recipe = re.search(r'```python\n(_base_ = .*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)[1]
+    assert "'all'" in recipe
+    (tmp_path / 'mine.py').write_text(recipe.replace("'all'", "'mlp'"))
     table = run(programs / 'denoiserep-print-targets', 'mine.py', cwd=tmp_path)
     assert '8 layers denoised' in table and 'layers.3.ffn.layers.1 ' in table
+    run(programs / 'denoiserep-train', 'my_config.py', '--cfg-options', 'train_cfg.max_iters=1', cwd=tmp_path)
+    (tmp_path / 'work_dirs/my_config/iter_1.pth').rename(tmp_path / 'my_trained_checkpoint.pth')
 
     short = ['train_cfg.max_iters=2', 'default_hooks.logger.interval=1', 'optim_wrapper.optimizer.lr=10']
     log = run(programs / 'denoiserep-train', 'mine.py', '--cfg-options', *short, cwd=tmp_path)
     assert 'loss_denoise: ' in log and 'accuracy/top1: ' in log
     trained = tmp_path / 'work_dirs/mine/iter_2.pth'
     run(programs / 'denoiserep-fuse-checkpoint', trained, 'fused.pth', cwd=tmp_path)
+    by_hook = torch.load(trained.with_name('iter_2_fused.pth'), weights_only=True)['state_dict']
 
     init_default_scope('mmpretrain')
     vanilla = MODELS.build(Config.fromfile(package / '.mim/configs/demo/vit_fashion-mnist.py').model)
     fused = torch.load(tmp_path / 'fused.pth', weights_only=True)['state_dict']
     vanilla.load_state_dict(fused, strict=True)
+    assert all(torch.equal(value, by_hook[key]) for key, value in fused.items()), 'tool and hook agree'
     unfused = torch.load(trained, weights_only=False)['state_dict']
     changed = {key for key, value in fused.items() if not torch.equal(value, unfused[key])}
     assert changed and all(re.search(r'\.ffn\.layers\.', key) for key in changed)

@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CLASSES = CocoDataset.METAINFO['classes']
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 COMMANDS = [line for block in re.findall(r'```bash\n(.*?)```', README, re.DOTALL) for line in block.splitlines()]
-COMMANDS = [line for line in COMMANDS if 'bash tools/' not in line]  # those are in test_launchers.py
 SMALL = ['train_dataloader.dataset.pipeline.2.scale=(160,96)', 'load_from=None', 'train_dataloader.num_workers=0']
 SMALL += [f'{split}_dataloader.{key}' for split in ('train', 'val', 'test') for key in ('persistent_workers=False',)]
 SMALL += ['val_dataloader.num_workers=0', 'test_dataloader.num_workers=0']
@@ -44,6 +43,7 @@ def clone(tmp_path):
         annotations = json.loads((tmp_path / f'scenes/annotations/instances_{split}.json').read_text())
         annotations['categories'] = [dict(id=i, name=name) for i, name in enumerate(CLASSES, 1)]
         (coco / f'annotations/instances_{name}.json').write_text(json.dumps(annotations))
+    shutil.copytree(coco / 'train2017', tmp_path / 'my_images')
     return tmp_path
 
 
