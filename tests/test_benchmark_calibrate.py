@@ -87,7 +87,7 @@ def test_memory_is_that_of_each_mode_and_rank(peaks):
 
 
 @pytest.mark.parametrize('factor', [1.2, 1.3])
-def test_the_target_is_judged_from_the_figures(peaks, monkeypatch, factor):
+def test_the_goal_is_judged_from_the_figures(peaks, monkeypatch, factor):
     """For the passes that take a part of the vectors."""
     times = {benchmark.PLAIN: 2.0, PASSES[0]: 2 * factor, PASSES[1]: 2.1, PASSES[2]: 9.0, 'solve': 1.0}
     monkeypatch.setattr(

@@ -102,10 +102,10 @@ def write(work_dir, name, seed, run):
     (folder / measurement.RESULT).write_text(json.dumps(run))
 
 
-def test_targets_are_judged_by_what_was_measured(results):
+def test_goals_are_judged_by_what_was_measured(results):
     read = robustness.read_results(results)
     assert [result.seeds for result in read] == [[0, 1, 2], [0, 1, 2], [0, 1]]
-    judged = {target.text: (target.measured, target.met) for target in robustness_report.targets(read)}
+    judged = {goal.text: (goal.measured, goal.met) for goal in robustness_report.goals(read)}
     assert judged == {
         'noise, ViT: at least +20 top-1': ('+25.10 ± 0.10', True),
         'noise, ResNet: at least +30 top-1': ('+25.00 ± 0.00', False),
@@ -128,7 +128,7 @@ def test_the_page_and_the_picture(results, tmp_path, monkeypatch):
     robustness.main()
     text = page.read_text()
     assert text.startswith('before\n') and text.endswith('after\n') and 'old' not in text
-    assert '5 of 9 targets are met' in text and text.count('**missed**') == 4
+    assert '5 of 9 goals are met' in text and text.count('**missed**') == 4
     assert '| entropy, 0.001 | 7 | 0 | 6 | 1 | +0.00 (ViT, clean) | -10.00 (ViT, noise) |' in text
     assert '**entropy, 0.001** helps nowhere by more than the noise of the seeds.' in text
     assert '**all layers** ' not in text

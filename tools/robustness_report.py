@@ -77,7 +77,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Target:
+class Goal:
     """One thing that the study was to show.
 
     Attributes:
@@ -100,7 +100,13 @@ def report(results: list[Result], note: dict, severities: dict[str, dict[str, fl
         severities: Data set, then corruption.
     """
     corruptions = list(next(iter(severities.values())))
-    parts = ['### Targets', targets_table(results), '### What helps, and what does not', tally(results)]
+    parts = [
+        '### Goals',
+        'Set before anything was measured.',
+        goals_table(results),
+        '### What helps, and what does not',
+        tally(results),
+    ]
     parts += ['### Corruptions', severity_table(results, severities)]
     for result in results:
         parts += [f'### {result.title}', *scores(result, corruptions)]
@@ -115,7 +121,7 @@ def report(results: list[Result], note: dict, severities: dict[str, dict[str, fl
     return '\n\n'.join(parts)
 
 
-def targets(results: list[Result]) -> list[Target]:
+def goals(results: list[Result]) -> list[Goal]:
     """Judges what the study was to show, as far as the experiments were run."""
     by_name = {result.name: result for result in results}
     found = []
@@ -124,21 +130,21 @@ def targets(results: list[Result]) -> list[Target]:
             if result := by_name.get(name):
                 gain = result.gain(corruption, result.picked)
                 text = f'{corruption}, {result.title}: at least +{points} {result.metric}'
-                found.append(Target(text, spread(gain.differences, '+.2f'), gain.mean >= points))
+                found.append(Goal(text, spread(gain.differences, '+.2f'), gain.mean >= points))
     for name in ('mask-rcnn', 'segformer', 'reid'):
         for corruption in ('noise', 'blur'):
             if result := by_name.get(name):
                 shares = recovered(result, corruption)
                 text = f'{corruption}, {result.title}: at least 60 % of the lost {result.metric} recovered'
-                found.append(Target(text, f'{spread(shares, ".0f")} %', statistics.mean(shares) >= 60))
+                found.append(Goal(text, f'{spread(shares, ".0f")} %', statistics.mean(shares) >= 60))
     costs = {result.title: result.gain('clean', result.picked).mean for result in results}
     worst = min(costs, key=lambda title: costs[title])
     text = 'fitted to clean images: every model within 0.5 on them'
-    found.append(Target(text, f'{costs[worst]:+.2f} at worst ({worst})', costs[worst] >= -0.5))
+    found.append(Goal(text, f'{costs[worst]:+.2f} at worst ({worst})', costs[worst] >= -0.5))
     ratios = {result.title: statistics.mean(run['latency'] for run in result.runs) for result in results}
     worst = max(ratios, key=lambda title: abs(ratios[title] - 1))
     text = f'latency, fused over baseline: every model within {LATENCY} of 1.00'
-    found.append(Target(text, f'{ratios[worst]:.3f} at worst ({worst})', abs(ratios[worst] - 1) <= LATENCY))
+    found.append(Goal(text, f'{ratios[worst]:.3f} at worst ({worst})', abs(ratios[worst] - 1) <= LATENCY))
     if result := by_name.get('resnet'):
         leads = {
             corruption: Paired(
@@ -148,7 +154,7 @@ def targets(results: list[Result]) -> list[Target]:
         }
         worst = min(leads, key=lambda corruption: leads[corruption])
         text = f'{result.title}: at least re-estimated BatchNorm in every column'
-        found.append(Target(text, f'{leads[worst]:+.2f} at worst ({worst})', leads[worst] >= 0))
+        found.append(Goal(text, f'{leads[worst]:+.2f} at worst ({worst})', leads[worst] >= 0))
     return found
 
 
@@ -161,14 +167,14 @@ def recovered(result: Result, corruption: str) -> list[float]:
     return [100 * (a - b) / (c - b) if c != b else 0.0 for a, b, c in zip(after, before, clean, strict=True)]
 
 
-def targets_table(results: list[Result]) -> str:
-    """Returns the judged targets, and how many are met."""
-    judged = targets(results)
+def goals_table(results: list[Result]) -> str:
+    """Returns the judged goals, and how many are met."""
+    judged = goals(results)
     rows = [[t.text, t.measured, 'met' if t.met else '**missed**'] for t in judged]
-    met = sum(target.met for target in judged)
+    met = sum(goal.met for goal in judged)
     text = 'The fit is the one that `safe_fit` picks for the target images, taken as representative'
     picks = '; '.join(f'{result.title}: {result.picked}' for result in results)
-    return f'{table(["target", "measured", ""], rows)}\n\n{met} of {len(judged)} targets are met. {text} ({picks}).'
+    return f'{table(["goal", "measured", ""], rows)}\n\n{met} of {len(judged)} goals are met. {text} ({picks}).'
 
 
 def tally(results: list[Result]) -> str:

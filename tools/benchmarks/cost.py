@@ -45,7 +45,7 @@ RANKS = {'default rank': {}, 'full rank': dict(rank=None)}
 
 PLAIN = 'plain'
 
-TARGETS = {
+GOALS = {
     'fused inference': (0.98, 1.02),
     'unfused inference': (0, 1.10),
     'joint step': (0, 1.10),
@@ -78,21 +78,21 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     rows = [compare(name, args.batch or SHAPES[name].batch, args) for name in args.models]
     lines = [
-        '| model | what | plain | denoised | ratio at the default rank (quartiles) | target | at full rank |',
+        '| model | what | plain | denoised | ratio at the default rank (quartiles) | goal | at full rank |',
         '|---|---|---|---|---|---|---|',
     ]
     for row in rows:
-        for what, (low, high) in TARGETS.items():
+        for what, (low, high) in GOALS.items():
             if not (values := row['measured'].get(what)):
                 continue
             form = '{:,.0f} MiB' if what.startswith('memory') else '{:.3f} s'
             plain, default = (form.format(median(values[name])) for name in (PLAIN, 'default rank'))
             ratios = {name: ratio(values[name], values[PLAIN]) for name in values if name != PLAIN}
             verdict = 'met' if low <= ratios['default rank'].median <= high else 'missed'
-            target = f'{verdict} ({f"{low} to " if low else "at most "}{high})'
+            goal = f'{verdict} ({f"{low} to " if low else "at most "}{high})'
             full = ratios.get('full rank', '')
             lines.append(
-                f'| {row["model"]} | {what} | {plain} | {default} | {ratios["default rank"]} | {target} | {full} |'
+                f'| {row["model"]} | {what} | {plain} | {default} | {ratios["default rank"]} | {goal} | {full} |'
             )
     lines += [
         '',

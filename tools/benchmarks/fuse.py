@@ -14,7 +14,7 @@ from typing import Any
 SIZES = (75, 150, 300)
 """Parameters in millions."""
 
-TARGETS = dict(seconds=1.5, memory=2.2)
+GOALS = dict(seconds=1.5, memory=2.2)
 """What fusing may take at most: seconds of a plain load and save, and bytes of the file."""
 
 
@@ -38,16 +38,16 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         rows = [measure(Path(folder), size, args.repeats) for size in args.sizes]
     lines = [
-        '| million parameters | file | load and save | fuse | ratio (quartiles) | target | peak memory of fusing | '
-        'in files | target |',
+        '| million parameters | file | load and save | fuse | ratio (quartiles) | goal | peak memory of fusing | '
+        'in files | goal |',
         '|---|---|---|---|---|---|---|---|---|',
     ]
     for row in rows:
         times = ratio(row['seconds']['fuse'], row['seconds']['load and save'])
         files = row['peak_mib'] / row['file_mib']
         verdicts = [
-            f'{"met" if value <= target else "missed"} (at most {target})'
-            for value, target in zip((times.median, files), TARGETS.values(), strict=True)
+            f'{"met" if value <= goal else "missed"} (at most {goal})'
+            for value, goal in zip((times.median, files), GOALS.values(), strict=True)
         ]
         seconds = ' | '.join(f'{median(row["seconds"][way]):.2f} s' for way in ('load and save', 'fuse'))
         lines.append(
