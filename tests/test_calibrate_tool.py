@@ -350,7 +350,8 @@ def test_moments_come_back_from_their_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'change', [dict(mean=torch.zeros(1, 4)), dict(covariance=None), dict(count=0 / torch.zeros(()))]
+    'change',
+    [dict(mean=torch.zeros(1, 4)), dict(covariance=None), dict(count=0 / torch.zeros(())), dict(count=-5)],
 )
 def test_damaged_files_of_moments_are_refused(change, tmp_path):
     save_moments({'fc': Moments.of(torch.randn(1, 5, 40))}, tmp_path / 'm.pth', {})

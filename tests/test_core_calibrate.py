@@ -519,6 +519,79 @@ def test_norms_that_can_take_no_constant_are_left_alone(clean):
     assert [row.name for row in report.layers if row.note] == ['conv', 'fc']
 
 
+class Mixed(nn.Module):
+    """Norms that stand where none of their kind can help: behind a Linear layer, and before a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 8, bias=False)
+        self.bn = nn.BatchNorm1d(8)
+        self.norm = nn.LayerNorm(8)
+        self.conv = nn.Conv2d(8, 4, 1, bias=False)
+
+    def forward(self, x):
+        return self.conv(self.norm(self.bn(self.fc(x)))[..., None, None])
+
+
+def test_a_norm_of_the_wrong_kind_takes_no_constant():
+    """A BatchNorm has no bias on the input of a Linear layer, a LayerNorm no running mean on a convolution's output."""
+    torch.manual_seed(0)
+    net, clean = Mixed().double().eval(), torch.randn(200, 6, dtype=torch.float64)
+    model = copy.deepcopy(net)
+    apply_denoiserep(model, 'all', example_input=clean[:1])
+    report = calibrate(model, [clean * 2 + 3], 'domain', collect_moments(model, [clean]))
+    assert [row.name for row in report.layers if row.note] == ['fc', 'conv']
+    changed = {n for n, p in fuse_model(model).state_dict().items() if not torch.equal(p, net.state_dict()[n])}
+    assert changed == {'fc.weight', 'conv.weight'}
+
+
+def test_the_source_may_be_on_another_device(net, clean, noisy):
+    """Moments of a file are on the CPU, those of the target where the model is."""
+
+    class Elsewhere(Moments):
+        def to(self, device):
+            assert device == torch.device('cpu')
+            return self.here
+
+    source = collect_moments(denoised(net), clean)
+    away = {}
+    for name, seen in source.items():
+        away[name] = Elsewhere(*seen.mean.shape, device='meta')
+        away[name].here = seen
+    here, there = denoised(net), denoised(net)
+    for model, moments in ((here, source), (there, away)):
+        calibrate(model, [torch.cat(noisy)], 'domain', moments)
+    assert all(torch.equal(a, b) for a, b in zip(here.parameters(), there.parameters(), strict=True))
+    moved = source['fc1'].to('meta')
+    assert moved.mean.is_meta and moved.scatter.is_meta and moved.count == source['fc1'].count
+
+
+def test_the_pass_ends_behind_the_last_layer(net, clean, noisy):
+    """With one batch too: what comes after the last fitted layer is not computed."""
+    source, calls = collect_moments(denoised(net), clean), []
+    model = denoised(net)
+    for name, layer in model.named_children():
+        layer.register_forward_hook(lambda *_, name=name: calls.append(name))
+    calibrate(model, [torch.cat(noisy)], 'domain', source, layers=['conv1'])
+    everything = list(calls)
+    assert everything.count('fc3') == 1, 'the run that shows who feeds whom'
+    assert everything[-1] == 'conv1'
+
+
+@pytest.mark.parametrize('fit', ['diagonal', 'mean'])
+def test_a_rank_says_nothing_of_means_and_variances(net, clean, noisy, fit):
+    source = collect_moments(denoised(net), clean)
+    report = calibrate(denoised(net), [torch.cat(noisy)], 'domain', source, fit=fit, rank=2)
+    assert all(row.rank is None for row in report.layers)
+
+
+def test_a_replaced_forward_stays(net):
+    net.norm.forward = lambda x: x
+    mine = net.norm.forward
+    find_sole_readers(net, {'norm': net.norm, 'fc1': net.fc1}, torch.randn(1, 3, 6, 6, dtype=torch.float64))
+    assert net.norm.forward is mine
+
+
 def test_an_output_that_the_model_returns_is_read_by_the_user_too():
     class Both(nn.Module):
         def __init__(self):

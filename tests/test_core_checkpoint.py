@@ -214,6 +214,18 @@ def test_meta_that_is_no_plain_data_is_dropped(tmp_path, target):
     assert result.notes == ('left out of meta, because it is no plain data: scale, tensor',)
 
 
+def test_meta_whose_keys_are_no_strings_is_dropped(tmp_path, target):
+    """A key can be an object as well as a value, and numbers do not sort among strings."""
+    hub = MessageHub('keys')
+    hub.update_scalar('loss', 1.0)
+    history = hub.state_dict()['log_scalars']['loss']
+    meta = {**META, 1: 'one', history: 'history', 'zero': torch.zeros(1)}
+    state = build_denoised().state_dict()
+    result = fuse_checkpoint(save(tmp_path / 'in.pth', {'meta': meta, 'state_dict': state}), target)
+    assert set(torch.load(target, weights_only=True)['meta']) == {*META, 'denoiserep'}
+    assert result.notes == ('left out of meta, because it is no plain data: keys that are no text, zero',)
+
+
 def test_check_comes_before_writing(source, target):
     """The caller's check sees both state dicts; what it raises keeps the file from being written."""
     seen = []

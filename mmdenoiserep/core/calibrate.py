@@ -14,7 +14,7 @@ from .gather import denoised_layers, fitted_on_output, gather
 from .layers import DenoiseLayer, input_channels
 from .moments import Moments
 from .table import format_table
-from .transport import FITS
+from .transport import FITS, RANKED
 
 MODES = ('schedule', 'domain')
 
@@ -115,7 +115,7 @@ def calibrate(
         source: Moments in the training domain, of :func:`collect_moments`; domain mode needs them.
         layers: Names of the layers to calibrate; None takes all. The others are left as they are.
         fit: Domain mode: ``'full'``, ``'covariance'``, ``'diagonal'`` or ``'mean'``, see :func:`transport`.
-        rank: Domain mode: rank of the maps less the identity; None for full.
+        rank: Domain mode: rank of the maps less the identity; None for full. Means and variances alone have none.
         prior: Images that a prior is worth, so that few images cannot wreck a model: the source in domain mode, equal
             variances of unrelated channels in schedule mode.
         every: See :func:`collect_moments`.
@@ -152,7 +152,7 @@ def calibrate(
             raise ValueError(
                 f'the moments of {name} in source are of {source[name].mean.numel()} channels, not {channels}'
             )
-        if any(p.any() for key, p in layer.denoiser.named_parameters() if key != 'down'):
+        if not layer.denoiser.is_zero():
             raise ValueError(f'the denoiser of {name} is not zero; fuse the model and convert it again')
     batches = list(batches) if iter(batches) is batches else batches  # several passes read them several times
     example = next(iter(batches), None)
@@ -160,6 +160,7 @@ def calibrate(
         raise ValueError('there is no image to calibrate with')
     domain = DomainFit(module, chosen, source, example, fit, rank, prior, every)
     domain.run(batches)
+    rank = rank if fit in RANKED else None
     rows = [
         _row(name, chosen[name], fitted.linear, fitted.constant, fitted.target, rank=rank, note=fitted.note)
         for name, fitted in domain.fitted.items()

@@ -248,8 +248,8 @@ def split_checkpoint(
     meta = checkpoint.get('meta') if 'state_dict' in checkpoint else None
     meta = dict(meta) if isinstance(meta, Mapping) else {}
     state = _clean_keys(checkpoint.get('state_dict', checkpoint), source, notes)
-    kept = {key: value for key, value in meta.items() if _is_plain(value)}
-    if dropped := sorted(set(meta) - set(kept)):
+    kept = {key: value for key, value in meta.items() if type(key) is str and _is_plain(value)}
+    if dropped := sorted({key if type(key) is str else 'keys that are no text' for key in meta if key not in kept}):
         notes.append(f'left out of meta, because it is no plain data: {", ".join(dropped)}')
     return state, kept
 

@@ -56,6 +56,10 @@ class Denoiser(nn.Module):
             self.down = nn.Parameter(noise.to(device=device, dtype=dtype or self.up.dtype))
         self.bias = zeros(channels) if bias else None
 
+    def is_zero(self) -> bool:
+        """Whether the correction is zero, as at the start."""
+        return not any(p.any() for key, p in self.named_parameters() if key != 'down')
+
     def matrix(self) -> Tensor:
         """Returns B, shape (groups, C/g, C/g), differentiable."""
         return correction_matrix(dict(self.named_parameters()))

@@ -1,7 +1,7 @@
 """Fits the layers of a model to the domain of some unlabelled images, one after the other."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .feeding import find_sole_readers
-from .gather import check_finite, count_images, fitted_on_output, gather, sum_processes, without_zero_denoisers
+from .gather import (
+    SeenAll,
+    check_finite,
+    count_images,
+    fitted_on_output,
+    gather,
+    sum_processes,
+    without_zero_denoisers,
+)
 from .layers import DenoiseLayer
 from .moments import Moments
 from .probe import evaluating
@@ -130,12 +138,14 @@ class DomainFit:
         self.fitted: dict[str, FittedLayer] = {}
         norms = {name: norm for name, norm in module.named_modules() if isinstance(norm, nn.LayerNorm | _BatchNorm)}
         self.norms: dict[str, nn.Module] = {}
+        on_output = {name for name, layer in layers.items() if fitted_on_output(layer)}
+        on_input = set(layers) - on_output
         one = example[:1] if isinstance(example, Tensor) else example  # who feeds whom, one image shows
         for giver, reader in find_sole_readers(module, {**layers, **norms}, one).items():
             before, after = norms.get(giver), norms.get(reader)
-            if giver in layers and isinstance(after, _BatchNorm) and after.running_mean is not None:
+            if isinstance(after, _BatchNorm) and after.running_mean is not None and giver in on_output:
                 self.norms[giver] = after
-            elif reader in layers and isinstance(before, nn.LayerNorm) and before.bias is not None:
+            elif isinstance(before, nn.LayerNorm) and before.bias is not None and reader in on_input:
                 self.norms[reader] = before
 
     def run(self, batches: Iterable[Any]) -> None:
@@ -153,7 +163,7 @@ class DomainFit:
             self.passes += 1
 
     def _in_turn(self, batch: Any) -> None:
-        """Fits each layer when the batch reaches it."""
+        """Fits each layer when the batch reaches it, and ends behind the last one."""
         self.passes = 1
         self.images = sum_processes(count_images(batch))
         sample = Sample(self.every)
@@ -163,16 +173,22 @@ class DomainFit:
             moments.merge_processes()
             return moments
 
+        def end_behind_the_last() -> None:
+            if len(self.fitted) == len(self.layers):
+                raise SeenAll
+
         def on_input(name: str, layer: DenoiseLayer, args: tuple) -> tuple | None:
             if name in self.fitted:  # a shared layer was corrected in its first place
                 return None
             shift = self._correct(name, measure(layer, args[0]))
+            end_behind_the_last()
             return None if shift is None else (args[0] + shift.flatten().to(args[0]), *args[1:])
 
         def on_output(name: str, layer: DenoiseLayer, args: tuple, output: Tensor) -> Tensor | None:
             if name in self.fitted:
                 return None
             self._correct(name, measure(layer, output))
+            end_behind_the_last()
             fitted = self.fitted[name]  # without a bias, the norm behind it has taken the constant
             constant = fitted.constant if layer.bias is not None else torch.zeros_like(fitted.constant)
             return apply_map(layer, output, fitted.linear, constant)
@@ -184,7 +200,7 @@ class DomainFit:
             for name, layer in self.layers.items()
         ]
         try:
-            with evaluating(self.module), without_zero_denoisers(self.module):
+            with evaluating(self.module), without_zero_denoisers(self.module), suppress(SeenAll):
                 self.module(batch)
         finally:
             for handle in handles:
@@ -198,7 +214,8 @@ class DomainFit:
         weight, norm = layer.weight.double(), self.norms.get(name)
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
         prior = self.prior / (self.prior + self.images)
-        linear, constant = transport(self.source[name], target, self.fit, self.rank, prior)
+        source = self.source[name].to(target.mean.device)  # a file's moments are on the CPU
+        linear, constant = transport(source, target, self.fit, self.rank, prior)
         note, shift = '', None
         if bias is None and norm is None:
             note = 'no bias or norm takes the shift of the mean, so it is left out'

@@ -26,6 +26,7 @@ def find_sole_readers(module: nn.Module, layers: Mapping[str, nn.Module], exampl
         Name of the first layer: name of its reader.
     """
     watch = _OutputWatch()
+    replaced = {layer: layer.__dict__['forward'] for layer in layers.values() if 'forward' in layer.__dict__}
     try:
         for name, layer in layers.items():
             layer.forward = partial(watch.run, name, layer.forward)
@@ -35,6 +36,8 @@ def find_sole_readers(module: nn.Module, layers: Mapping[str, nn.Module], exampl
     finally:
         for layer in layers.values():
             layer.__dict__.pop('forward', None)
+        for layer, forward in replaced.items():
+            layer.forward = forward
     pairs = {}
     for name, readers in watch.readers.items():
         (reader, *others) = readers

@@ -74,7 +74,7 @@ def gather(
                 moments[name] = Moments.of(vectors)
             calls += 1
             if calls == calls_of_first:
-                raise _SeenAll
+                raise SeenAll
 
         if fitted_on_output(layer) and not inputs:
             return layer.register_forward_hook(lambda layer, args, output: add(output))
@@ -86,7 +86,7 @@ def gather(
             for batch in batches:
                 images += count_images(batch)
                 calls = 0
-                with suppress(_SeenAll):
+                with suppress(SeenAll):
                     module(batch)
                 calls_of_first = calls_of_first or calls
     finally:
@@ -108,17 +108,12 @@ def check_finite(name: str, moments: Moments) -> None:
 @contextmanager
 def without_zero_denoisers(module: nn.Module) -> Iterator[None]:
     """Leaves denoisers that are zero out of the forward while it lasts: they cost as much as any other."""
-    idle = [
-        layer
-        for layer in module.modules()
-        if isinstance(layer, DenoiseLayer)
-        and not any(p.any() for key, p in layer.denoiser.named_parameters() if key != 'down')
-    ]
+    idle = [m for m in module.modules() if isinstance(m, DenoiseLayer) and m.denoiser.is_zero()]
     with forwarding(idle, lambda layer, x: layer.forward_plain(x, layer.weight, layer.bias)):
         yield
 
 
-class _SeenAll(Exception):
+class SeenAll(Exception):
     """Ends a forward whose rest nobody needs."""
 
 

@@ -45,6 +45,12 @@ class Moments:
         """E[x x^T], float64, (groups, size, size)."""
         return self.covariance + self.mean[:, :, None] * self.mean[:, None, :]
 
+    def to(self, device: torch.device | str) -> 'Moments':
+        """Returns these moments on a device."""
+        moments = Moments(0, 0, device)
+        moments.count, moments.mean, moments.scatter = self.count, self.mean.to(device), self.scatter.to(device)
+        return moments
+
     @classmethod
     def of(cls, x: Tensor) -> 'Moments':
         """Returns the moments of some vectors, (groups, size, n)."""
@@ -95,13 +101,15 @@ class Moments:
         """Returns the moments that a :meth:`state_dict` describes.
 
         Raises:
-            ValueError: The shapes do not belong together, or a value is not finite.
+            ValueError: The shapes do not belong together, a value is not finite, or the number is negative.
         """
         mean, scatter = state['mean'], state['scatter']
         if mean.dim() != 2 or scatter.shape != (*mean.shape, mean.shape[1]):
             raise ValueError(f'moments of shapes {tuple(mean.shape)} and {tuple(scatter.shape)} do not belong together')
         if not (torch.isfinite(mean).all() and torch.isfinite(scatter).all()):
             raise ValueError('moments hold NaN or Inf')
+        if state['count'] < 0:
+            raise ValueError(f'moments of {int(state["count"])} vectors')
         moments = cls(mean.shape[0], mean.shape[1], mean.device)
         moments.count = int(state['count'])
         moments.mean += mean

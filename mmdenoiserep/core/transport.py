@@ -8,7 +8,9 @@ from .moments import Moments
 RIDGE = 0.01
 """Share of the mean source variance that is added to every variance on both sides."""
 
-FITS = ('full', 'covariance', 'diagonal', 'mean')
+RANKED = ('full', 'covariance')
+FITS = (*RANKED, 'diagonal', 'mean')
+"""What may be carried; a rank says something of the first ones only."""
 
 
 def transport(
@@ -30,7 +32,7 @@ def transport(
         source: Moments in the training domain.
         target: Moments in the deployment domain, of the same shape.
         fit: ``'full'``, ``'covariance'``, ``'diagonal'`` or ``'mean'``.
-        rank: Rank of ``A - I`` in each group; None for full.
+        rank: Rank of ``A - I`` in each group, where the fit is in :data:`RANKED`; None for full.
         prior: Weight of the source in the target's moments, 0 to 1; ``n_0 / (n_0 + n)`` for a prior worth n_0 images.
 
     Returns:
