@@ -30,6 +30,7 @@ import mmdenoiserep.tasks.reid  # noqa: E402, F401  (registers the head)
 import print_targets  # noqa: E402
 import test as evaluate  # noqa: E402
 import train  # noqa: E402
+from launch import launch  # noqa: E402
 
 LIMIT = 60
 """Seconds after which a tool hangs; on these inputs it takes milliseconds."""
@@ -61,7 +62,7 @@ def run(tool, *args):
     shown = io.TextIOWrapper(io.BytesIO(), 'utf-8')  # as strict about characters as a terminal
     try:
         with time_limit(), redirect_stdout(shown), redirect_stderr(io.StringIO()):
-            tool.main()
+            launch(tool.main)
     except SystemExit as stopped:
         code = stopped.code
         assert isinstance(code, str) and code.startswith(f'{tool.__name__}: ') and code.isprintable(), code

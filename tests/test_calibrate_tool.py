@@ -28,6 +28,7 @@ import fuse_checkpoint  # noqa: E402
 import images  # noqa: E402
 import make_reid  # noqa: E402
 import make_scenes  # noqa: E402
+from launch import launch  # noqa: E402
 
 CONFIGS = [
     'vit_fashion-mnist',
@@ -44,7 +45,7 @@ def call(module, *args):
     """Runs a tool in this process."""
     given, sys.argv = sys.argv, [f'{module.__name__}.py', *map(str, args)]
     try:
-        module.main()
+        launch(module.main)
     finally:
         sys.argv = given
 

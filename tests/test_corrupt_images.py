@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'tools'))
 
 import corrupt_images  # noqa: E402
+from launch import launch  # noqa: E402
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def images(tmp_path):
 
 def run(monkeypatch, *args):
     monkeypatch.setattr(sys, 'argv', ['corrupt_images.py', *map(str, args)])
-    corrupt_images.main()
+    launch(corrupt_images.main)
 
 
 def sentence(monkeypatch, *args):

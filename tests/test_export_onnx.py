@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / 'tools'))
 import deployment  # noqa: E402
 import export_onnx  # noqa: E402
 from benchmarks import deployment as benchmark  # noqa: E402
+from launch import launch  # noqa: E402
 
 SIDES = {'segformer_mit_scenes': 64, 'mask-rcnn_swin_scenes': 64}
 
@@ -30,7 +31,7 @@ def call(*args):
     """Runs the tool in this process."""
     given, sys.argv = sys.argv, ['export_onnx.py', *map(str, args)]
     try:
-        export_onnx.main()
+        launch(export_onnx.main)
     finally:
         sys.argv = given
 

@@ -25,7 +25,7 @@ import fuse_checkpoint as fuse_tool  # noqa: E402
 import make_reid  # noqa: E402
 import make_scenes  # noqa: E402
 import prepare_fashion_mnist  # noqa: E402
-from common import written_whole  # noqa: E402
+from outputs import written_whole  # noqa: E402
 
 KILLS = 50
 """Writers of each kind that are killed."""

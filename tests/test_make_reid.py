@@ -18,6 +18,7 @@ TOOL = ROOT / 'tools/make_reid.py'
 sys.path.append(str(ROOT / 'tools'))
 
 import make_reid  # noqa: E402
+from launch import launch  # noqa: E402
 
 IMAGES = 't10k-images-idx3-ubyte.gz'
 LABELS = 't10k-labels-idx1-ubyte.gz'
@@ -101,7 +102,7 @@ def test_the_default_counts(tmp_path, monkeypatch):
         lambda folder, images, *_: plans.append(images) or folder.mkdir(parents=True, exist_ok=True),
     )
     monkeypatch.setattr(sys, 'argv', ['make_reid.py', str(tmp_path / 'out')])
-    make_reid.main()
+    launch(make_reid.main)
     assert [len(images) for images in plans] == [4000, 800, 1600 + 4 * make_reid.DISTRACTORS]
     assert [len({image[0] for image in images}) for images in plans] == [500, 200, 201]
 
@@ -179,8 +180,8 @@ def file_in_place_of_folder(folder):
     [
         (missing_source, f'{IMAGES} is missing'),
         (too_few_articles, 'has 724 articles, 725 are needed'),
-        (folder_not_empty, 'not empty, --overwrite replaces it'),
-        (folder_of_something_else, 'not of this data set, --overwrite would delete them'),
+        (folder_not_empty, 'is not empty; name another folder, or pass --overwrite'),
+        (folder_of_something_else, 'holds thesis.txt, which --overwrite would delete'),
         (file_in_place_of_folder, 'not a folder'),
         (lambda folder: ['--ids', 0], 'at least one identity each'),
         (lambda folder: ['--test-ids', 0], 'at least one identity each'),
@@ -208,7 +209,7 @@ def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(make_reid, 'write_image', fail)
     monkeypatch.setattr(sys, 'argv', ['make_reid.py', str(tmp_path / 'reid')])
     with pytest.raises(SystemExit, match='make_reid: .*No space left'):
-        make_reid.main()
+        launch(make_reid.main)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,7 +1,6 @@
 """Tests of tools/make_scenes.py."""
 
 import gzip
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -14,15 +13,16 @@ import pytest
 from pycocotools import mask as coco_mask
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / 'tools'))
+
+import make_scenes  # noqa: E402
+from launch import launch  # noqa: E402
+
 TOOL = ROOT / 'tools' / 'make_scenes.py'
 SOURCE = ROOT / 'demo' / 'fashion-mnist'
 IMAGES = 't10k-images-idx3-ubyte.gz'
 LABELS = 't10k-labels-idx1-ubyte.gz'
 COUNTS = {'training': 6, 'validation': 3}
-
-spec = importlib.util.spec_from_file_location('make_scenes', TOOL)
-make_scenes = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make_scenes)
 
 
 def run_tool(*arguments):
@@ -151,7 +151,7 @@ def test_scenes_use_only_their_split(tmp_path, monkeypatch):
 
     monkeypatch.setattr(make_scenes, 'write_split', note)
     monkeypatch.setattr(sys, 'argv', ['make_scenes.py', str(tmp_path / 'scenes')])
-    make_scenes.main()
+    launch(make_scenes.main)
     assert len(seen['training']) > len(seen['validation']) > 1000
     assert not seen['training'] & seen['validation']
 
@@ -255,7 +255,7 @@ def file_in_place_of_folder(folder):
         (fewer_labels_than_images, 'do not belong together'),
         (too_few_articles, 'too few articles'),
         (folder_not_empty, 'not empty'),
-        (folder_of_something_else, 'not scenes'),
+        (folder_of_something_else, 'holds thesis.txt, which --overwrite would delete'),
         (file_in_place_of_folder, 'not a folder'),
         (lambda folder: ['--size', 63], 'too small'),
         (lambda folder: ['--train', 0], 'at least one scene'),
@@ -279,7 +279,7 @@ def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(make_scenes, 'write_image', fail)
     monkeypatch.setattr(sys, 'argv', ['make_scenes.py', str(tmp_path / 'scenes')])
     with pytest.raises(SystemExit, match='make_scenes: .*No space left'):
-        make_scenes.main()
+        launch(make_scenes.main)
     assert not list(tmp_path.iterdir())
 
 

@@ -24,8 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / 'tools'))
 
 import common  # noqa: E402
+import outputs  # noqa: E402
 import draw_matches  # noqa: E402
 import extract_features  # noqa: E402
+from launch import launch  # noqa: E402
 
 MEAN, STD = [90.0, 100.0, 110.0], [50.0, 60.0, 70.0]
 CONFIG = f"""
@@ -75,7 +77,7 @@ def main(tool, *args):
     """Runs a tool in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', [f'tools/{tool.__name__}.py', *map(str, args)])
-        tool.main()
+        launch(tool.main)
 
 
 def sentence(tool, *args):
@@ -275,11 +277,11 @@ def test_bad_arguments_of_the_picture():
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     target = tmp_path / 'a.txt'
-    with common.written_whole(target) as file:
+    with outputs.written_whole(target) as file:
         file.write(b'first')
         assert not target.exists()
     for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, 'No space left'), SystemExit)):
-        with pytest.raises(raised), common.written_whole(target) as file:
+        with pytest.raises(raised), outputs.written_whole(target) as file:
             file.write(b'second')
             raise error
     assert target.read_text() == 'first' and list(tmp_path.iterdir()) == [target]
@@ -407,7 +409,7 @@ def test_bad_input_of_the_features(images, tmp_path_factory):
         ('no_head.py', 'no_head.pth', images, 'no.npz', 'the model of no_head.py predicts no pred_feature'),
     ):
         assert text in sentence(extract_features, config, checkpoint, folder, output, '--device', 'cpu')
-    assert 'cannot be loaded on nowhere' in sentence(
+    assert '--device nowhere cannot be used' in sentence(
         extract_features, 'config.py', 'config.pth', images, 'no.npz', '--device', 'nowhere'
     )
     assert not Path('evil').exists() and not Path('no.npz').exists() and Path('there.npz').read_text() == 'mine'

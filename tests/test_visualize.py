@@ -25,6 +25,7 @@ import corrupt_images  # noqa: E402
 import images  # noqa: E402
 import visualization  # noqa: E402
 import visualize  # noqa: E402
+from launch import launch  # noqa: E402
 
 VIT = 'vit_fashion-mnist'
 ALWAYS = {'signal_to_noise.png', 'spectra.png', 'embedding.png', 'features_1.png', 'features_2.png', 'predictions.png'}
@@ -67,7 +68,7 @@ def call(module, *args):
     """Runs a tool in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', [f'{module.__name__}.py', *map(str, args)])
-        module.main()
+        launch(module.main)
 
 
 def sentence(*args):
@@ -262,9 +263,17 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path):
     (pictures / 'broken.png').write_bytes(b'no picture')
     assert 'broken.png cannot be read' in sentence(*good, '--images', pictures)
     assert 'pass --overwrite' in sentence(config, weights, weights, '--out', pictures)
-    (pictures / 'thesis.txt').touch()
-    assert 'would delete' in sentence(config, weights, weights, '--out', pictures, '--overwrite')
-    assert sorted(path.name for path in tmp_path.rglob('*')) == ['a.png', 'broken.png', 'pictures', 'thesis.txt']
+    assert 'a.png, which --overwrite would delete' in sentence(*good[:3], '--out', pictures, '--overwrite')
+    broken = tmp_path / 'nan.pth'
+    state = torch.load(weights, weights_only=True)['state_dict']
+    torch.save(dict(meta={}, state_dict={key: value * torch.nan for key, value in state.items()}), broken)
+    assert f'the features of {broken} hold NaN or Inf' in sentence(config, weights, broken, '--out', out)
+    assert '--device gpu cannot be used' in sentence(*good, '--device', 'gpu')
+    options = ['--cfg-options', 'model.backbone.type=VisionTransformr']
+    assert 'does not work (KeyError: VisionTransformr is not in' in sentence(*good, *options)
+    assert 'too long' in sentence(*good[:3], '--out', tmp_path / ('x' * 300))
+    left = ['a.png', 'broken.png', 'nan.pth', 'pictures']
+    assert sorted(path.name for path in tmp_path.rglob('*')) == left
 
 
 def test_arguments_that_make_no_sense(capsys):

@@ -60,7 +60,7 @@ def run_all(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def main() -> None:
     """Runs one benchmark, or all."""
     args = parse_args()
-    from common import check_output, written_whole
+    from outputs import check_output, written_whole
 
     for path, suffix in ((args.json, '.json'), (args.markdown, '.md')):
         if path:

@@ -8,10 +8,13 @@ domain    fits the model to images of the place where it will run; OUT is a vani
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from launch import launch
+from launch import launch, stop
+
+FIT = ('source', 'representative', 'layers', 'fit', 'rank', 'memory')
+IGNORED = {'schedule': FIT, 'moments': (*FIT, 'prior', 'verify', 'plot'), 'domain': ()}
+"""Options that mean nothing in a mode."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,17 +49,21 @@ def parse_args() -> argparse.Namespace:
         '--fit', choices=['mean', 'diagonal', 'covariance', 'full'], help='choose yourself: which moments are carried'
     )
     fit.add_argument('--rank', type=int, help='choose yourself: rank of a full fit, less the identity; 0 for full')
-    fit.add_argument('--prior', type=float, metavar='N', help='images that the training domain is worth')
+    fit.add_argument(
+        '--prior',
+        type=float,
+        metavar='N',
+        help='images that a prior is worth: the training domain, or in schedule mode equal variances',
+    )
     fit.add_argument(
         '--every', type=int, metavar='N', help='take one in N tokens or pixels (default: 16, less if they are few)'
     )
     fit.add_argument(
         '--memory',
         type=float,
-        default=4,
         metavar='GIB',
         help='what the features of all images may take; where it is enough, all layers are fitted in one pass, '
-        'otherwise each in one of its own (default: %(default)s)',
+        'otherwise each in one of its own (default: 4)',
     )
     parser.add_argument(
         '--verify',
@@ -79,8 +86,18 @@ def parse_args() -> argparse.Namespace:
     for name, least in dict(num_images=1, batch_size=1, every=1, rank=0, prior=0, memory=0).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f'--{name.replace("_", "-")} must be {least} or more')
-    if (args.mode == 'domain') != bool(args.source):
-        parser.error('--mode domain needs --source FILE, and only that mode takes it')
+    if args.mode == 'domain' and not args.source:
+        parser.error('--mode domain needs --source FILE')
+    ignored = IGNORED[args.mode]
+    if wrong := [name for name in ignored if getattr(args, name) not in (None, False)]:
+        parser.error(f'--mode {args.mode} does not take --{wrong[0]}')
+    if not args.output.name:
+        parser.error(f'{args.output} is no file name')
+    args.plot = args.plot or args.output.with_suffix('.png')
+    if args.mode != 'moments' and args.plot.absolute() == args.output.absolute():
+        parser.error(f'{args.output} would be the checkpoint and the picture of the spectra; name it OUT.pth')
+    if args.source and Path(args.source).absolute() == args.output.absolute():
+        parser.error(f'{args.output} is the source; name another file to write')
     return args
 
 
@@ -92,11 +109,10 @@ def main() -> None:
 
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone and VMamba)
     from calibration import Calibration
-    from common import check_output, config_at_fault, load_config, start_gloo, stop
-    from mmdenoiserep.core import CheckpointError
+    from common import load_config, start_gloo
     from mmdenoiserep.core.checkpoint import check_target
+    from outputs import check_output
 
-    args.plot = args.plot or args.output.with_suffix('.png')
     try:
         if not args.dry_run:
             check_target(Path(args.checkpoint), args.output, args.overwrite)
@@ -106,17 +122,10 @@ def main() -> None:
         if not start_gloo(args.launcher) and args.launcher != 'none':
             init_dist(args.launcher)
         MMLogger.get_current_instance().setLevel('ERROR')  # the table of the conversion is not news here
-        with config_at_fault(args.config):
-            calibration = Calibration(args, cfg)
-        getattr(calibration, args.mode)()
-    except CheckpointError as error:
-        stop(str(error))
+        getattr(Calibration(args, cfg), args.mode)()
     except ValueError as error:
         stop(f'{args.checkpoint} cannot be calibrated: {error}')
 
 
 if __name__ == '__main__':
-    try:
-        launch(main)
-    except KeyboardInterrupt:
-        sys.exit('calibrate: interrupted; nothing was written')
+    launch(main)

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from mmengine.config import Config
 from mmengine.dist import get_rank, get_world_size
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import verify
 from calibration_report import LARGE, draw_spectra, verify_maps, warnings_of
-from common import set_default_scope, stop, type_name, without_denoising, written_whole
+from common import config_at_fault, type_name
 from images import Batches, open_images, spread
+from launch import stop
 from mmdenoiserep.core import (
     CalibrationReport,
     CheckpointError,
@@ -36,7 +36,11 @@ from mmdenoiserep.core import (
 from mmdenoiserep.core.checkpoint import STAMP, split_checkpoint, write_atomically
 from mmdenoiserep.core.fuse import DENOISER_KEY
 from mmdenoiserep.core.gather import denoised_layers
+from opening import build, has_denoisers, load_strictly, load_vanilla, to_device
+from outputs import written_whole
 
+MEMORY = 4.0
+"""GiB that the features may take, unless something else is asked for."""
 SPLITS = {'schedule': 'train', 'moments': 'train', 'domain': 'test'}
 """The data set of the config that each mode reads if nothing else is asked for."""
 
@@ -55,39 +59,41 @@ class Calibration:
     def __init__(self, args: argparse.Namespace, cfg: Config) -> None:
         self.args = args
         self.cfg = cfg
-        if not cfg.get('model', {}).get('backbone'):
-            stop(f'{args.config} has no model.backbone')
-        set_default_scope(cfg)
-        if 'data_preprocessor' in cfg:  # as mmengine's runner does
-            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-        state, self.meta = split_checkpoint(read_checkpoint(args.checkpoint, args.allow_pickle), args.checkpoint, [])
-        has_denoisers = any(map(DENOISER_KEY.fullmatch, state))
         if args.mode == 'schedule':
-            if type_name(cfg.model.backbone) != 'DenoiseRepBackbone':
-                stop(f'{args.config} has no DenoiseRepBackbone, which --mode schedule needs; README.md has the recipe')
-            if STAMP in self.meta:
-                stop(f'{args.checkpoint} is fused already; take the vanilla checkpoint that its training began with')
-            self.model = MODELS.build(cfg.model).eval()
-            if not has_denoisers:
-                state |= {key: value for key, value in self.model.state_dict().items() if DENOISER_KEY.fullmatch(key)}
-            verify.load_strictly(self.model, state, args.checkpoint, 'denoised')
+            self.model, self.meta = self._load_denoised()
         else:
-            self.model = MODELS.build(without_denoising(cfg.model)).eval()
-            state = fuse_state_dict(state) if has_denoisers else state
-            verify.load_strictly(self.model, state, args.checkpoint, 'vanilla')
+            self.model, self.meta = load_vanilla(cfg, args.config, args.checkpoint, args.allow_pickle)
         self.weights = fingerprint(self.backbone.state_dict())
-        self.model.to(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        to_device(self.model, args.device)
         self.images = self._open_images()
         self.total = min(args.num_images, len(self.images.dataset.dataset))
-        self.example = next(iter(self.images))[:1]
-        if args.mode != 'schedule':
-            apply_denoiserep(self.backbone, 'all', example_input=self.example)
+        with config_at_fault(args.config):
+            self.example = next(iter(self.images))[:1]
+            if args.mode != 'schedule':
+                apply_denoiserep(self.backbone, 'all', example_input=self.example)
         self.layers = list(denoised_layers(self.backbone))
 
     @property
     def backbone(self) -> nn.Module:
         """The part that is calibrated."""
         return self.model.backbone
+
+    def _load_denoised(self) -> tuple[nn.Module, dict]:
+        """Returns the denoised model with its weights, with denoisers of zero where the file has none; its meta."""
+        args = self.args
+        state, meta = split_checkpoint(read_checkpoint(args.checkpoint, args.allow_pickle), args.checkpoint, [])
+        model = build(self.cfg, args.config, denoised=True)
+        if type_name(self.cfg.model.backbone) != 'DenoiseRepBackbone':
+            stop(
+                f'{args.config} has no DenoiseRepBackbone, which --mode schedule needs; '
+                'wrap the backbone as docs/own-model.md shows'
+            )
+        if STAMP in meta:
+            stop(f'{args.checkpoint} is fused already; take the vanilla checkpoint that its training began with')
+        if not has_denoisers(state):
+            state |= {key: value for key, value in model.state_dict().items() if DENOISER_KEY.fullmatch(key)}
+        load_strictly(model, state, args.checkpoint, 'denoised')
+        return model, meta
 
     def _open_images(self) -> Batches:
         args = self.args
@@ -103,7 +109,7 @@ class Calibration:
         """Sets the denoisers to the optimum of their loss and writes the denoised checkpoint."""
         every = self.args.every or choose_every(measure_flows(self.backbone, self.layers, self.example), self.total)
         with counted(self.images, 1) as batches:
-            report = calibrate(self.backbone, batches, 'schedule', every=every)
+            report = calibrate(self.backbone, batches, 'schedule', prior=self.args.prior or 0.0, every=every)
         state = self.model.cpu().state_dict()
         if self.args.verify:
             pair = verify.build_both(self.cfg, self.args.config)
@@ -140,7 +146,7 @@ class Calibration:
         every = args.every or choose_every(flows, self.total)
         before = deepcopy(self.backbone) if args.verify else None
         passes = len(options['layers'])
-        if fits_memory(flows, len(self.images.dataset), args.memory):
+        if fits_memory(flows, len(self.images.dataset), MEMORY if args.memory is None else args.memory):
             with counted(self.images, 1) as batches:
                 whole = list(batches)
             if len({batch.shape[1:] for batch in whole}) == 1:
@@ -171,8 +177,9 @@ class Calibration:
         print(f'an image and noise, maps as layers of their own against maps in the weights:\n{result}')
         if not result.ok:
             raise CheckpointError(f'{self.args.checkpoint}: the maps do not fold into the weights; nothing was written')
-        fresh = MODELS.build(without_denoising(self.cfg.model))
-        verify.load_strictly(fresh, self.model.state_dict(), str(self.args.output), 'vanilla')
+        load_strictly(
+            build(self.cfg, self.args.config, denoised=False), self.model.state_dict(), str(self.args.output), 'vanilla'
+        )
         print('the config without denoising takes exactly these weights')
 
     def _finish(

@@ -1,31 +1,20 @@
-"""What the tools share: reading a config, checking a checkpoint against its model, writing a file all or nothing."""
+"""What the tools share: reading a config, changing it, and running with it."""
 
 import argparse
-import re
-import shutil
-import sys
-import tempfile
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import init_default_scope
 
-from launch import describe_missing
-
-
-def stop(sentence: str) -> NoReturn:
-    """Ends the program with a sentence on one line behind the name of the running tool."""
-    from mmdenoiserep.core.checkpoint import printable
-
-    one_line = re.sub(r'\s*[\r\n]\s*', ' ', sentence.strip())
-    sys.exit(printable(f'{Path(sys.argv[0]).stem}: {one_line}'))
+from launch import describe_missing, stop
 
 
 @contextmanager
@@ -67,7 +56,11 @@ def load_config(args: argparse.Namespace) -> Config:
         stop(f'the config {args.config} cannot be read ({type(error).__name__}: {error})')
     drop_scope(cfg._cfg_dict, 'mmdenoiserep')
     if getattr(args, 'cfg_options', None):
-        cfg.merge_from_dict(parse_options(args.cfg_options))
+        options = parse_options(args.cfg_options)
+        try:
+            cfg.merge_from_dict(options)
+        except Exception as error:  # a key may lead through anything
+            stop(f'--cfg-options do not fit {args.config} ({type(error).__name__}: {error})')
     if hasattr(args, 'launcher'):
         cfg.launcher = args.launcher
         cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
@@ -95,30 +88,33 @@ def parse_options(options: list[str]) -> dict:
 
 
 def start(runner, run: Callable[[], object], config: str, checkpoint: str | None) -> None:
-    """Trains or tests with a runner; up to the first iteration, a failure ends the program with a sentence.
+    """Trains or tests with a runner; before the first iteration, a failure ends the program with a sentence.
 
     Args:
         runner: The runner.
         run: Its ``train`` or ``test``.
-        config: Path of its config, to blame for what fails before the weights are loaded.
+        config: Path of its config, to blame for what fails except for the weights.
         checkpoint: Path of these; None for the last checkpoint of the run.
     """
-    load, loaded = runner.load_or_resume, False
+    load, call_hook, begun = runner.load_or_resume, runner.call_hook, False
 
     def load_or_stop() -> None:
-        nonlocal loaded
         try:
             load()
         except Exception as error:  # files fail in many ways
             what = checkpoint or 'the last checkpoint of this run'
             stop(f'{what} cannot be loaded ({type(error).__name__}: {error})')
-        loaded = True
 
-    runner.load_or_resume = load_or_stop
+    def note_the_first(name: str, **arguments: Any) -> None:
+        nonlocal begun
+        begun = begun or name in ('before_train_iter', 'before_test_iter')
+        call_hook(name, **arguments)
+
+    runner.load_or_resume, runner.call_hook = load_or_stop, note_the_first
     try:
         run()
     except Exception as error:
-        if loaded:
+        if begun:
             raise  # code of the model or of the data: its author wants the traceback
         stop_for_config(config, error)
 
@@ -139,6 +135,8 @@ def start_gloo(launcher: str) -> bool:
     """Joins the processes of torchrun where there is no GPU, which mmengine can't; returns whether it did."""
     import torch
 
+    if launcher == 'pytorch' and 'RANK' not in os.environ:
+        stop('--launcher pytorch is for processes that torchrun has started, such as by tools/dist_train.sh')
     if launcher != 'pytorch' or torch.cuda.is_available():
         return False
     torch.distributed.init_process_group('gloo')
@@ -154,18 +152,18 @@ def use_cpus(cfg: Config) -> None:
 
 def use_amp(cfg: Config) -> None:
     """Switches the optimizer wrapper to automatic mixed precision."""
-    wrapper = cfg.optim_wrapper
-    if type_name(wrapper) not in ('', 'OptimWrapper', 'AmpOptimWrapper'):
-        sys.exit(f'train: --amp works with OptimWrapper, the config has {wrapper.type}')
+    wrapper = cfg.get('optim_wrapper')
+    if not wrapper or type_name(wrapper) not in ('', 'OptimWrapper', 'AmpOptimWrapper'):
+        stop(f'--amp works with OptimWrapper, the config has {type_name(wrapper) if wrapper else "no optim_wrapper"}')
     wrapper.type = 'AmpOptimWrapper'
     wrapper.setdefault('loss_scale', 'dynamic')
 
 
 def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
     """Makes the visualization hook of the config draw every prediction (each library names its options its own way)."""
-    hook = cfg.get('default_hooks', {}).get('visualization')
+    hook = (cfg.get('default_hooks') or {}).get('visualization')
     if hook is None:
-        sys.exit(f'test: {args.config} has no default_hooks.visualization, which --show and --show-dir need')
+        stop(f'{args.config} has no default_hooks.visualization, which --show and --show-dir need')
     kind = type_name(hook)  # mmpretrain's is VisualizationHook, mmseg's SegVisualizationHook
     hook.update(
         {'enable' if kind == 'VisualizationHook' else 'draw': True},
@@ -182,7 +180,7 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
 def use_tta(cfg: Config) -> None:
     """Wraps the model and the test pipeline with the test-time augmentation that the config defines."""
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
-        sys.exit('test: --tta needs tta_model and tta_pipeline in the config')
+        stop('--tta needs tta_model and tta_pipeline in the config')
     test_dataset(cfg).pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(cfg.tta_model, module=cfg.model)
 
@@ -201,14 +199,11 @@ def refuse_other_weights(model, path: str) -> None:
     """Ends the program when a denoised checkpoint meets a vanilla model: its denoisers would be dropped silently."""
     if '://' in path:
         return
-    from mmdenoiserep.core import CheckpointError, DenoiseLayer, read_checkpoint
+    from mmdenoiserep.core import DenoiseLayer, read_checkpoint
     from mmdenoiserep.core.checkpoint import STAMP, split_checkpoint
     from mmdenoiserep.core.fuse import DENOISER_KEY
 
-    try:
-        state, meta = split_checkpoint(read_checkpoint(path), Path(path), [])
-    except CheckpointError as error:
-        stop(str(error))
+    state, meta = split_checkpoint(read_checkpoint(path), Path(path), [])
     denoised_file = any(map(DENOISER_KEY.search, state))
     denoised_model = any(isinstance(module, DenoiseLayer) for module in model.modules())
     if denoised_file and not denoised_model:
@@ -228,46 +223,3 @@ def without_denoising(model: ConfigDict) -> ConfigDict:
             return inner if model.get('pretrained') is None else ConfigDict(inner, pretrained=model['pretrained'])
         return ConfigDict({key: without_denoising(value) for key, value in dict.items(model)})  # lazy stays lazy
     return type(model)(map(without_denoising, model)) if isinstance(model, list | tuple) else model
-
-
-def check_output(target: Path, suffix: str, overwrite: bool) -> None:
-    """Ends the program if a file must not or can't be written, before anything is computed."""
-    if target.suffix != suffix:
-        stop(f'{target} must end with {suffix}')
-    try:
-        if target.exists() and not overwrite:
-            stop(f'{target} exists; name another file, or pass --overwrite')
-        if target.is_dir():
-            stop(f'{target} is a folder; name a file')
-        if not target.parent.is_dir():
-            stop(f'the folder {target.parent} does not exist; create it first')
-    except OSError as error:  # a name that is too long, a folder that is closed
-        stop(f'{target} cannot be written: {error.strerror}')
-
-
-@contextmanager
-def written_whole(target: Path) -> Iterator[BinaryIO]:
-    """Gives a file that becomes the target at the end, or is removed; a full disk ends the program with a sentence."""
-    from mmdenoiserep.core.files import whole_file
-
-    try:
-        with whole_file(target) as file:
-            yield file
-    except OSError as error:
-        stop(f'{target} cannot be written: {error.strerror or error}')
-
-
-@contextmanager
-def folder_written_whole(target: Path) -> Iterator[Path]:
-    """Gives an empty folder beside the target, which replaces the target at the end, or is removed."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as scratch:
-            new = Path(scratch, 'new')
-            new.mkdir()
-            yield new
-            if target.exists():
-                shutil.move(target, Path(scratch, 'old'))
-            shutil.move(new, target)
-    except OSError as error:
-        stop(f'{target} cannot be written: {error.strerror or error}')

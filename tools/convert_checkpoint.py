@@ -5,10 +5,9 @@ vmamba:    a VMamba trained on ImageNet, with its classifier.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from launch import launch
+from launch import launch, stop
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,21 +28,20 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Converts one file."""
     args = parse_args()
-    from mmdenoiserep.core import CheckpointError, read_checkpoint
-    from mmdenoiserep.core.checkpoint import check_target, printable, write_atomically
+    from mmdenoiserep.core import read_checkpoint
+    from mmdenoiserep.core.checkpoint import check_target, write_atomically
 
     if args.format == 'vmamba':
         from mmdenoiserep.tasks.vmamba import convert_vmamba as convert
     else:
         from mmdenoiserep.tasks.reid.transreid import convert_transreid as convert
+    check_target(args.input, args.output, args.overwrite)
+    released = read_checkpoint(args.input, args.allow_pickle)
     try:
-        check_target(args.input, args.output, args.overwrite)
-        state = convert(read_checkpoint(args.input, args.allow_pickle))
-        write_atomically(dict(meta={}, state_dict=state), args.output)
-    except CheckpointError as error:
-        sys.exit(f'convert_checkpoint: {error}')
+        state = convert(released)
     except ValueError as error:
-        sys.exit(f'convert_checkpoint: {args.input} cannot be converted: {printable(str(error))}')
+        stop(f'{args.input} cannot be converted: {error}')
+    write_atomically(dict(meta={}, state_dict=state), args.output)
     print(f'{args.output}: {len(state)} tensors')
 
 

@@ -6,9 +6,10 @@ is written at its best quality.
 
 import argparse
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from launch import launch, stop
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,40 +78,31 @@ def main() -> None:
     import torch
     from tqdm import tqdm
 
-    from common import stop
-    from images import find_images
+    from images import find_images, holds_images
+    from outputs import check_folder, folder_written_whole
 
-    if os.path.exists(args.output) and not args.overwrite:
-        stop(f'{args.output} exists; name another folder, or pass --overwrite')
+    check_folder(args.output, holds_images, args.overwrite)
     if args.output.resolve() in (args.images.resolve(), *args.images.resolve().parents):
         stop(f'{args.output} holds the images themselves; name another folder')
     paths = find_images(args.images)
     severity = SEVERITIES[args.corruption] if args.severity is None else args.severity
     full_colour = cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
     best = [cv2.IMWRITE_JPEG_QUALITY, 100, *full_colour]
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=f'.{args.output.name[:32]}.') as scratch:
-            new = Path(scratch, 'new')
-            for i, path in enumerate(tqdm(paths, unit='image')):
-                image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-                if image is None:
-                    stop(f'{path} cannot be read; remove it, or mend it')
-                batch = torch.from_numpy(image).permute(2, 0, 1)[None]
-                try:
-                    spoiled = corrupt(batch, args.corruption, severity, args.seed + i)
-                except ValueError as error:  # albumentations checks its arguments
-                    stop(f'--severity {severity:g} does not work for {args.corruption}: {" ".join(str(error).split())}')
-                target = new / path.relative_to(args.images)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(cv2.imencode(target.suffix, spoiled[0].permute(1, 2, 0).numpy(), best)[1].tobytes())
-            if args.output.exists():
-                args.output.rename(Path(scratch, 'old'))
-            new.rename(args.output)
-    except OSError as error:
-        stop(f'{args.output} cannot be written: {error.strerror or error}')
+    with folder_written_whole(args.output) as new:
+        for i, path in enumerate(tqdm(paths, unit='image')):
+            image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+            if image is None:
+                stop(f'{path} cannot be read; remove it, or mend it')
+            batch = torch.from_numpy(image).permute(2, 0, 1)[None]
+            try:
+                spoiled = corrupt(batch, args.corruption, severity, args.seed + i)
+            except ValueError as error:  # albumentations checks its arguments
+                stop(f'--severity {severity:g} does not work for {args.corruption}: {" ".join(str(error).split())}')
+            target = new / path.relative_to(args.images)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(cv2.imencode(target.suffix, spoiled[0].permute(1, 2, 0).numpy(), best)[1].tobytes())
     print(f'{args.output}: {len(paths):,} images, {args.corruption} {severity:g}')
 
 
 if __name__ == '__main__':
-    main()
+    launch(main)

@@ -10,14 +10,13 @@ from typing import Any
 import onnxruntime
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from common import set_default_scope, stop, without_denoising
+from common import without_denoising
 from mmdenoiserep.core import CheckpointError, read_checkpoint
 from mmdenoiserep.core.checkpoint import split_checkpoint
-from mmdenoiserep.core.fuse import DENOISER_KEY
-from verify import load_strictly
+from mmdenoiserep.core.probe import image_channels
+from opening import has_denoisers, load_vanilla
 
 TOLERANCE = 1e-4
 """Largest difference of onnxruntime and torch in float32, over the largest output."""
@@ -29,20 +28,12 @@ def load_fused(cfg: Config, config: str, checkpoint: str) -> nn.Module:
     Raises:
         CheckpointError: The file can't be read, has denoisers, or does not fit.
     """
-    if not cfg.get('model', {}).get('backbone'):
-        stop(f'{config} has no model.backbone')
-    set_default_scope(cfg)
-    if 'data_preprocessor' in cfg:  # as mmengine's runner does
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    state, _ = split_checkpoint(read_checkpoint(checkpoint), Path(checkpoint), [])
-    if any(map(DENOISER_KEY.fullmatch, state)):
+    if has_denoisers(split_checkpoint(read_checkpoint(checkpoint), Path(checkpoint), [])[0]):
         raise CheckpointError(
             f'{checkpoint} has denoisers; fold them into the weights first: '
             f'tools/fuse_checkpoint.py {checkpoint} FUSED.pth'
         )
-    model = MODELS.build(without_denoising(cfg.model)).eval()
-    load_strictly(model, state, checkpoint, 'vanilla')
-    return model
+    return load_vanilla(cfg, config, checkpoint)[0]
 
 
 class Deployed(nn.Module):
@@ -75,10 +66,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def image_shape(cfg: Config, model: nn.Module, size: Sequence[int] | None) -> tuple[int, int, int]:
     """Returns (C, H, W) of an image of a height and width, or of those that the backbone is made for."""
-    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     size = size or without_denoising(cfg.model.backbone).get('img_size', 224)
     height, width = (size, size) if isinstance(size, int) else size
-    return stem.in_channels, height, width
+    return image_channels(model), height, width
 
 
 def random_images(batch: int, shape: Sequence[int]) -> Tensor:

@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from launch import launch
+from launch import launch, stop
 
 GREY, GREEN, RED = '0.45', '#2a9d3a', '#d1242f'
 WIDTH = 1.0
@@ -37,8 +37,6 @@ def parse_args() -> argparse.Namespace:
 
 def read_matches(path: Path) -> list[dict[str, Any]]:
     """Returns the queries of a file of ReIDMetric; ends the program if it is none."""
-    from common import stop
-
     try:
         entries = json.loads(path.read_text())
     except OSError as error:
@@ -62,7 +60,8 @@ def read_matches(path: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Chooses queries, reads their images and writes the picture."""
     args = parse_args()
-    from common import check_output, config_at_fault, load_config, written_whole
+    from common import config_at_fault, load_config
+    from outputs import check_output, written_whole
 
     check_output(args.output, '.png', args.overwrite)
     entries = read_matches(args.matches)
@@ -91,7 +90,7 @@ def read_images(cfg: Any, wanted: list[dict[str, Any]], path: Path) -> dict[int,
     """
     from mmengine.registry import DATASETS
 
-    from common import set_default_scope, stop, test_dataset, type_name
+    from common import set_default_scope, test_dataset, type_name
 
     inner = test_dataset(cfg)
     inner.pipeline = [step for step in inner.get('pipeline', []) if type_name(step) == 'LoadImageFromFile']

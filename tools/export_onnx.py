@@ -7,11 +7,10 @@ torch gives.
 
 import argparse
 import re
-import sys
 import tempfile
 from pathlib import Path
 
-from launch import launch
+from launch import launch, stop
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,7 +45,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Exports one model."""
     args = parse_args()
-    from common import check_output, load_config, stop, written_whole
+    from common import load_config
+    from outputs import check_output, written_whole
 
     check_output(args.output, '.onnx', args.overwrite)
     import torch
@@ -62,13 +62,9 @@ def main() -> None:
         random_images,
         run_onnx,
     )
-    from mmdenoiserep.core import CheckpointError
 
     cfg = load_config(args)
-    try:
-        model = Deployed(load_fused(cfg, args.config, args.checkpoint))
-    except CheckpointError as error:
-        stop(str(error))
+    model = Deployed(load_fused(cfg, args.config, args.checkpoint))
     shape = image_shape(cfg, model, args.size)
     with tempfile.TemporaryDirectory() as folder:  # exporters want a path
         temporary = Path(folder, 'model.onnx')
@@ -91,7 +87,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    try:
-        launch(main)
-    except KeyboardInterrupt:
-        sys.exit('export_onnx: interrupted; nothing was written')
+    launch(main)

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from launch import launch
+from launch import launch, stop
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,8 +35,9 @@ def main() -> None:
     from mmengine.dataset import pseudo_collate
     from tqdm import tqdm
 
-    from common import check_output, config_at_fault, load_config, set_default_scope, stop, written_whole
+    from common import config_at_fault, load_config, set_default_scope
     from images import Folder, find_images
+    from outputs import check_output, written_whole
 
     check_output(args.output, '.npz', args.overwrite)
     paths = find_images(args.images)
@@ -73,8 +74,9 @@ def build_model(cfg: Any, checkpoint: str, device: str | None) -> tuple[Any, lis
     from mmengine.registry import MODELS
     from mmengine.runner import load_checkpoint
 
-    from common import refuse_other_weights, stop
+    from common import refuse_other_weights
     from mmdenoiserep.engine.resume import allow_training_checkpoints
+    from opening import to_device
 
     if 'data_preprocessor' in cfg:  # as mmengine's runner does
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
@@ -86,17 +88,15 @@ def build_model(cfg: Any, checkpoint: str, device: str | None) -> tuple[Any, lis
     allow_training_checkpoints()
     try:
         load_checkpoint(model, checkpoint, map_location='cpu', logger='silent')
-        model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    except Exception as error:  # files and devices fail in many ways
-        stop(f'{checkpoint} cannot be loaded on {device or "the device"} ({type(error).__name__}: {error})')
+    except Exception as error:  # files fail in many ways
+        stop(f'{checkpoint} cannot be loaded ({type(error).__name__}: {error})')
+    to_device(model, device)
     return model, [name for name, parameter in model.named_parameters() if parameter.isnan().all()]
 
 
 def predict(model: Any, batch: dict[str, Any], config: str) -> Any:
     """Returns the features (B, C) of a batch, a float32 array."""
     import torch
-
-    from common import stop
 
     with torch.no_grad():
         samples = model.test_step(batch)

@@ -1,7 +1,6 @@
 """Folds the denoisers of a checkpoint into its weights: the output loads into the config without denoising."""
 
 import argparse
-import sys
 
 from launch import launch
 
@@ -29,7 +28,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Fuses one file."""
     args = parse_args()
-    from mmdenoiserep.core import CheckpointError, fuse_checkpoint
+    from mmdenoiserep.core import fuse_checkpoint
 
     check = None
     if args.verify:
@@ -41,18 +40,12 @@ def main() -> None:
         def check(denoised, fused):
             compare(*models, denoised, fused, args.input)
 
-    try:
-        result = fuse_checkpoint(
-            args.input, args.output, overwrite=args.overwrite, allow_pickle=args.allow_pickle, check=check
-        )
-    except CheckpointError as error:
-        sys.exit(f'fuse_checkpoint: {error}')
+    result = fuse_checkpoint(
+        args.input, args.output, overwrite=args.overwrite, allow_pickle=args.allow_pickle, check=check
+    )
     print(result)
     print(f'{args.output} loads into the config without denoising, on machines without this package too')
 
 
 if __name__ == '__main__':
-    try:
-        launch(main)
-    except KeyboardInterrupt:
-        sys.exit('fuse_checkpoint: interrupted; nothing was written')
+    launch(main)

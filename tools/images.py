@@ -14,7 +14,9 @@ from mmengine.registry import DATASETS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from common import stop, test_dataset, type_name
+from common import test_dataset, type_name
+from launch import stop
+from mmdenoiserep.core.probe import image_channels
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 
@@ -29,6 +31,12 @@ def find_images(folder: Path) -> list[Path]:
     if others := [path for path in paths if not path.is_file()]:  # a pipe would be waited for
         stop(f'{others[0]} is not a file; remove it, or rename it')
     return paths
+
+
+def holds_images(path: Path) -> bool:
+    """Whether a path is an image, or a folder that holds nothing else."""
+    files = [file for file in path.rglob('*') if not file.is_dir()] if path.is_dir() else [path]
+    return all(file.suffix.lower() in SUFFIXES for file in files)
 
 
 def build_pipeline(cfg: Config, color_type: str = 'color') -> Compose:
@@ -93,9 +101,7 @@ def open_images(cfg: Config, backbone: nn.Module, folder: Path | None, split: st
     """Returns the images of a folder, grey ones for a backbone that takes one channel, or those of a data set."""
     if not folder:
         return Unlabelled(cfg, split)
-    stem = next((m for m in backbone.modules() if isinstance(m, nn.Conv2d)), None)
-    grey = stem is not None and stem.in_channels == 1
-    return Folder(cfg, find_images(folder), 'grayscale' if grey else 'color')
+    return Folder(cfg, find_images(folder), 'grayscale' if image_channels(backbone) == 1 else 'color')
 
 
 class Batches:

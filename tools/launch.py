@@ -1,22 +1,42 @@
-"""Runs a tool; where a module that it needs is missing, one sentence says what to install."""
+"""Runs a tool; what keeps it from its work ends it with one sentence behind its name."""
 
+import re
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
-PACKAGES = {'mmseg': 'mmsegmentation', 'cv2': 'opencv-python', 'pkg_resources': '"setuptools<81"'}
+PACKAGES = {'mmseg': 'mmsegmentation', 'cv2': 'opencv-python', 'sklearn': 'scikit-learn'}
+PACKAGES['pkg_resources'] = '"setuptools<81"'
 """What brings a module, where it has another name."""
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Runs ``main``."""
+    """Runs ``main``; a missing module, a file that is refused and an interrupt end the program with a sentence."""
     try:
         main()
+    except KeyboardInterrupt:
+        stop('interrupted; no half-written file is left')
     except ModuleNotFoundError as error:
         if not (sentence := describe_missing(error)):
             raise
-        sys.exit(f'{Path(sys.argv[0]).stem}: this tool needs {sentence}')
+        stop(f'this tool needs {sentence}')
+    except Exception as error:
+        core = sys.modules.get('mmdenoiserep.core')
+        if not core or not isinstance(error, core.CheckpointError | core.FusionError):
+            raise
+        stop(str(error))
+
+
+def stop(sentence: str) -> NoReturn:
+    """Ends the program with a sentence on one line behind the name of the running tool."""
+    one_line = re.sub(r'\s*[\r\n]\s*', ' ', f'{Path(sys.argv[0]).stem}: {sentence.strip()}')
+    if not one_line.isprintable():
+        from mmdenoiserep.core.checkpoint import printable
+
+        one_line = printable(one_line)
+    sys.exit(one_line)
 
 
 def describe_missing(error: BaseException | None) -> str | None:

@@ -11,12 +11,12 @@ little. Cameras and images depend on the seed, the size and the articles, not on
 """
 
 import argparse
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from launch import launch, stop
 from make_scenes import SOURCE, cut_out, make_background, read_articles, write_image
+from outputs import check_folder, folder_written_whole
 
 FOLDERS = ('bounding_box_train', 'query', 'bounding_box_test')
 DISTRACTORS = 25
@@ -173,13 +173,6 @@ def check_arguments(args):
         return f'--size {args.size} is too small, images are {MIN_HEIGHT} pixels high or more.'
     if args.seed < 0:
         return '--seed must not be negative.'
-    if args.out.exists() and not args.out.is_dir():
-        return f'{args.out} is not a folder.'
-    found = {path.name for path in args.out.iterdir()} if args.out.exists() else set()
-    if found and not args.overwrite:
-        return f'{args.out} exists and is not empty, --overwrite replaces it.'
-    if found - set(FOLDERS):
-        return f'{args.out} holds files that are not of this data set, --overwrite would delete them.'
     return ''
 
 
@@ -208,6 +201,7 @@ def main():
 
     import numpy as np
 
+    check_folder(args.out, lambda path: path.name in FOLDERS, args.overwrite)
     try:
         if problem := check_arguments(args):
             raise ValueError(problem)
@@ -216,17 +210,13 @@ def main():
         if len(articles) < needed:
             raise ValueError(f'{args.source} has {len(articles)} articles, {needed} are needed.')
         plan = plan_images(np.random.default_rng([args.seed, 0]).permutation(len(articles)), args)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f'.{args.out.name[:32]}.') as scratch:
-            new = Path(scratch) / 'new'
-            for folder, images in plan.items():
-                write_folder(new / folder, images, articles, args.size, args.seed)
-            if args.out.exists():
-                args.out.rename(Path(scratch) / 'old')
-            new.rename(args.out)
     except (ValueError, OSError) as error:
-        sys.exit(f'make_reid: {error}')
+        stop(str(error))
+
+    with folder_written_whole(args.out) as new:
+        for folder, images in plan.items():
+            write_folder(new / folder, images, articles, args.size, args.seed)
 
 
 if __name__ == '__main__':
-    main()
+    launch(main)

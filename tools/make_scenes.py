@@ -14,11 +14,12 @@ import argparse
 import gzip
 import json
 import math
-import sys
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
+
+from launch import launch, stop
+from outputs import check_folder, folder_written_whole
 
 CLASSES = (
     'T-shirt/top',
@@ -256,13 +257,6 @@ def check_arguments(args):
         return f'--size {args.size} is too small, articles take up to {SIDES[1]} pixels.'
     if args.seed < 0:
         return '--seed must not be negative.'
-    if args.out.exists() and not args.out.is_dir():
-        return f'{args.out} is not a folder.'
-    found = {path.name for path in args.out.iterdir()} if args.out.exists() else set()
-    if found and not args.overwrite:
-        return f'{args.out} exists and is not empty, --overwrite replaces it.'
-    if found - {'images', 'annotations'}:
-        return f'{args.out} holds files that are not scenes, --overwrite would delete them.'
     return ''
 
 
@@ -279,6 +273,7 @@ def main():
     args = parser.parse_args()
     args.out = args.out.resolve()
 
+    check_folder(args.out, lambda path: path.name in ('images', 'annotations'), args.overwrite)
     try:
         if problem := check_arguments(args):
             raise ValueError(problem)
@@ -287,20 +282,12 @@ def main():
         if min(len(part) for part in parts) < MAX_ARTICLES:
             raise ValueError(f'{args.source} has too few articles, each split needs {MAX_ARTICLES} or more.')
     except (ValueError, OSError) as error:
-        sys.exit(f'make_scenes: {error}')
+        stop(str(error))
 
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f'.{args.out.name[:32]}.') as scratch:
-            new = Path(scratch) / 'new'
-            for split, count, part in zip(SPLITS, (args.train, args.val), parts, strict=True):
-                write_split(new, split, count, images[part], labels[part], args.size, args.seed)
-            if args.out.exists():
-                args.out.rename(Path(scratch) / 'old')
-            new.rename(args.out)
-    except OSError as error:
-        sys.exit(f'make_scenes: {error}')
+    with folder_written_whole(args.out) as new:
+        for split, count, part in zip(SPLITS, (args.train, args.val), parts, strict=True):
+            write_split(new, split, count, images[part], labels[part], args.size, args.seed)
 
 
 if __name__ == '__main__':
-    main()
+    launch(main)

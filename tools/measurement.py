@@ -22,11 +22,13 @@ from torch.optim.swa_utils import update_bn
 
 import study
 from benchmarks.measure import alternate
-from common import load_config, set_default_scope, stop, written_whole
+from common import load_config, set_default_scope
 from corrupt_images import corrupt
+from launch import stop
 from mmdenoiserep.core import apply_denoiserep, calibrate, collect_moments, fuse_model, safe_fit
 from mmdenoiserep.core.safety import FEW, MANY
 from mmdenoiserep.engine.resume import allow_training_checkpoints
+from outputs import written_whole
 from robustness_report import ALL_LAYERS, AS_TRAINED, BATCH_NORM, EARLY_HALF, FIRST_LAYER
 from steps import last_checkpoint
 

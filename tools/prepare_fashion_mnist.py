@@ -6,11 +6,11 @@ for testing.
 """
 
 import argparse
-import sys
-import tempfile
 from pathlib import Path
 
+from launch import launch, stop
 from make_scenes import CLASSES, SOURCE, read_idx
+from outputs import check_folder, folder_written_whole
 
 DEBIAN = Path('/usr/share/datasets/fashion-mnist')
 TRAINING = 8000
@@ -93,25 +93,15 @@ def main():
     args = parser.parse_args()
 
     names = {f'{split}-{part}-ubyte' for split in ('train', 't10k') for part in ('images-idx3', 'labels-idx1')}
+    check_folder(args.out, lambda path: path.name in names, args.overwrite)
     try:
-        found = {path.name for path in args.out.iterdir()} if args.out.exists() else set()
-        if found and not args.overwrite:
-            raise ValueError(f'{args.out} exists and is not empty, --overwrite replaces it.')
-        if found - names:
-            raise ValueError(f'{args.out} holds files that are not Fashion-MNIST, --overwrite would delete them.')
         splits = read_source(args.source)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f'.{args.out.name[:32]}.') as scratch:
-            new = Path(scratch) / 'new'
-            new.mkdir()
-            for split, (images, labels) in splits.items():
-                write_idx(new / f'{split}-images-idx3-ubyte', images)
-                write_idx(new / f'{split}-labels-idx1-ubyte', labels)
-            if args.out.exists():
-                args.out.rename(Path(scratch) / 'old')
-            new.rename(args.out)
     except (ValueError, OSError) as error:
-        sys.exit(f'prepare_fashion_mnist: {error}')
+        stop(str(error))
+    with folder_written_whole(args.out) as new:
+        for split, (images, labels) in splits.items():
+            write_idx(new / f'{split}-images-idx3-ubyte', images)
+            write_idx(new / f'{split}-labels-idx1-ubyte', labels)
 
     print(f'{args.out}, from {args.source}:')
     for split, (images, labels) in splits.items():
@@ -120,4 +110,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    launch(main)

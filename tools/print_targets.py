@@ -2,7 +2,7 @@
 
 import argparse
 
-from launch import launch
+from launch import launch, stop
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,7 +28,7 @@ def main() -> None:
     from mmengine.registry import MODELS
 
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone for configs that do not import it)
-    from common import config_at_fault, load_config, set_default_scope, stop, without_denoising
+    from common import config_at_fault, load_config, set_default_scope, without_denoising
     from mmdenoiserep.engine.backbone import find_guards
 
     cfg = load_config(args)

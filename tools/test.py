@@ -2,9 +2,8 @@
 
 import argparse
 import os
-import sys
 
-from launch import launch
+from launch import launch, stop
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,7 +38,7 @@ def main() -> None:
     args = parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if '://' not in args.checkpoint and not os.path.isfile(args.checkpoint):
-        sys.exit(f'test: the checkpoint {args.checkpoint} does not exist')
+        stop(f'the checkpoint {args.checkpoint} does not exist')
 
     from common import config_at_fault, draw_predictions, load_config, refuse_other_weights, start, use_cpus, use_tta
     from mmdenoiserep.engine.resume import allow_training_checkpoints

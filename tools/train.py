@@ -2,9 +2,8 @@
 
 import argparse
 import os
-import sys
 
-from launch import launch
+from launch import launch, stop
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,14 +45,14 @@ def main() -> None:
     if args.amp:
         use_amp(cfg)
     if args.auto_scale_lr:
-        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-            sys.exit(f'train: {args.config} has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs')
+        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+            stop(f'{args.config} has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs')
         cfg.auto_scale_lr.enable = True
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
         if cfg.load_from and not os.path.isfile(cfg.load_from):
-            sys.exit(f'train: {cfg.load_from} to resume from does not exist')
+            stop(f'{cfg.load_from} to resume from does not exist')
 
     from mmengine.registry import RUNNERS
     from mmengine.runner import Runner

@@ -12,23 +12,22 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
-from mmengine.registry import DATASETS, MODELS, VISUALIZERS
+from mmengine.registry import DATASETS, VISUALIZERS
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import verify
 from calibration import choose_every, measure_flows
-from common import set_default_scope, stop, test_dataset, without_denoising
+from common import config_at_fault, test_dataset
 from corrupt_images import corrupt
 from images import Batches, open_images, spread
-from mmdenoiserep.core import Moments, evaluating, fuse_state_dict, read_checkpoint
-from mmdenoiserep.core.checkpoint import split_checkpoint
-from mmdenoiserep.core.fuse import DENOISER_KEY
-from mmdenoiserep.core.gather import Sample
+from launch import stop
+from mmdenoiserep.core import Moments, evaluating
 from mmdenoiserep.core.probe import tensors_in
+from mmdenoiserep.core.sample import Sample
 from mmdenoiserep.core.targets import near_names
+from opening import load_vanilla, to_device
 
 VARIANTS = tuple((model, images) for model in ('before', 'after') for images in ('clean', 'corrupted'))
 """Which model runs on which images."""
@@ -158,20 +157,16 @@ class Visualization:
     """
 
     def __init__(self, args: argparse.Namespace, cfg: Config) -> None:
-        if not cfg.get('model', {}).get('backbone'):
-            stop(f'{args.config} has no model.backbone')
         self.args = args
         self.severity = f'{args.corrupt} {args.severity:.3g}'
         try:
             corrupt(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), args.corrupt, args.severity, args.seed)
         except ValueError as error:  # albumentations checks its arguments
             stop(f'--severity {args.severity:g} does not work for {args.corrupt}: {" ".join(str(error).split())}')
-        set_default_scope(cfg)
-        if 'data_preprocessor' in cfg:  # as mmengine's runner does
-            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
         self.models, metas = {}, {}
         for which in ('before', 'after'):
-            self.models[which], metas[which] = self._load(cfg, getattr(args, which))
+            model, metas[which] = load_vanilla(cfg, args.config, getattr(args, which))
+            self.models[which] = to_device(model, args.device)
         dataset = open_images(cfg, self.models['before'].backbone, args.images, 'test')
         self.images = {
             'clean': Spoiled(dataset, 'clean'),
@@ -181,21 +176,14 @@ class Visualization:
             stop('one image is not enough; take two or more')
         labels = [] if args.images else [dataset.dataset.get_data_info(i).get('gt_label') for i in self._chosen]
         self.labels = None if None in labels else labels or None
-        self.visualizer = self._build_visualizer(cfg, metas['before'].get('dataset_meta'))
+        with config_at_fault(args.config):
+            self.visualizer = self._build_visualizer(cfg, metas['before'].get('dataset_meta'))
         example = next(iter(self._batches('clean', self._chosen[:1])))
         names = list(run(self.models['before'].backbone, example)[0])
         if wrong := set(args.spectra or ()) - set(names):
             stop(f'the backbone has no layer {min(wrong)}{near_names(min(wrong), names)}')
         self.spectra = args.spectra or pick(names, MOST_SPECTRA)
         self.every = choose_every(measure_flows(self.models['before'].backbone, names, example), len(self._chosen))
-
-    def _load(self, cfg: Config, path: str) -> tuple[nn.Module, dict[str, Any]]:
-        state, meta = split_checkpoint(read_checkpoint(path), path, [])
-        if any(map(DENOISER_KEY.fullmatch, state)):
-            state = fuse_state_dict(state)
-        model = MODELS.build(without_denoising(cfg.model)).eval()
-        verify.load_strictly(model, state, path, 'vanilla')
-        return model.to(self.args.device or ('cuda' if torch.cuda.is_available() else 'cpu')), meta
 
     def _build_visualizer(self, cfg: Config, dataset_meta: Mapping[str, Any] | None) -> Any:
         if not cfg.get('visualizer'):
@@ -226,6 +214,8 @@ class Visualization:
                 for which, images in VARIANTS:
                     backbone = self.models[which].backbone
                     features[which, images], embedding = run(backbone, batches[images], self.every)
+                    if not embedding.isfinite().all():
+                        stop(f'the features of {getattr(self.args, which)} hold NaN or Inf; look at its weights')
                     embeddings[which, images].append(embedding.float().cpu())
                 for key, (signal, noisy) in RATIOS.items():
                     for name, vectors in features[signal].items():

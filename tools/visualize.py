@@ -12,9 +12,14 @@ rest of the model is as it was.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 from corrupt_images import SEVERITIES
+from launch import launch, stop
+
+FIGURE = re.compile(r'(signal_to_noise|spectra|embedding|attention|predictions|features_\d+)\.png')
+"""Names of what is written, which ``--overwrite`` may replace."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,21 +64,18 @@ def main() -> None:
     from mmengine.logging import MMLogger
 
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone and VMamba)
-    from common import folder_written_whole, load_config, stop
-    from mmdenoiserep.core import CheckpointError
+    from common import load_config
+    from outputs import check_folder, folder_written_whole
     from visualization import Visualization
     from visualization_report import table, write_figures
 
-    if args.out.exists() and not (args.overwrite and args.out.is_dir()):
-        stop(f'{args.out} exists; name another folder, or pass --overwrite')
-    if args.out.exists() and any(path.suffix != '.png' for path in args.out.iterdir()):
-        stop(f'{args.out} holds more than pictures, which --overwrite would delete; name another folder')
+    check_folder(args.out, lambda path: FIGURE.fullmatch(path.name), args.overwrite)
     cfg = load_config(args)
     MMLogger.get_current_instance().setLevel('ERROR')
     try:
         visualization = Visualization(args, cfg)
-    except CheckpointError as error:
-        stop(str(error))
+    except ValueError as error:
+        stop(f'{args.config} cannot be looked at: {error}')
     curves = visualization.measure()
     views = visualization.look()
     with folder_written_whole(args.out) as folder:
@@ -85,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    launch(main)

@@ -137,3 +137,8 @@ def tensors_in(*values: Any) -> Iterator[Tensor]:
 
 def _holds_tensor(value: Any) -> bool:
     return next(tensors_in(value), None) is not None
+
+
+def image_channels(module: nn.Module) -> int:
+    """Returns how many channels the images of a model have: those of its first convolution, or three."""
+    return next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), 3)

@@ -10,6 +10,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from ..core import DEFAULT_RANK, ConversionReport, NoiseSchedule, apply_denoiserep
+from ..core.probe import image_channels
 from ..core.targets import Targets
 
 
@@ -53,9 +54,8 @@ def DenoiseRepBackbone(
     arguments = {name: p.default for name, p in inspect.signature(type(module)).parameters.items()} | config
     size = image_size or arguments.get('img_size') or 224
     height, width = (size, size) if isinstance(size, int) else size
-    stem = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-    grey = stem is not None and stem.in_channels == 1
-    shape = (1, arguments.get('in_channels') or (1 if grey else 3), height, width)
+    channels = arguments.get('in_channels') or (1 if image_channels(module) == 1 else 3)
+    shape = (1, channels, height, width)
     report = apply_denoiserep(
         module,
         targets,
