@@ -3,10 +3,12 @@
 import copy
 import io
 import json
+import os
 import pickle
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -14,22 +16,26 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import onnx
 import torch
 from mmengine.registry import MODELS, init_default_scope
 
 from helpers import randomise
-from mmdenoiserep.core import load_moments, read_checkpoint
+from mmdenoiserep.core import load_moments
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tools'))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / 'tools'))
 
 import calibrate  # noqa: E402
 import draw_matches  # noqa: E402
+import export_onnx  # noqa: E402
 import extract_features  # noqa: E402
 import fuse_checkpoint  # noqa: E402
 import mmdenoiserep.tasks.reid  # noqa: E402, F401  (registers the head)
 import print_targets  # noqa: E402
 import test as evaluate  # noqa: E402
 import train  # noqa: E402
+import visualize  # noqa: E402
 from launch import launch  # noqa: E402
 
 LIMIT = 60
@@ -66,9 +72,18 @@ def run(tool, *args):
     except SystemExit as stopped:
         code = stopped.code
         assert isinstance(code, str) and code.startswith(f'{tool.__name__}: ') and code.isprintable(), code
+        assert not is_slip(stopped.__context__), code
         return code
     finally:
         sys.argv = given
+
+
+def is_slip(error):
+    """Whether an error that a sentence blames on the input is a slip of the pen in code of this project."""
+    if not isinstance(error, NameError | UnboundLocalError | AssertionError | ImportError):
+        return False
+    where = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return any(where.is_relative_to(ROOT / folder) for folder in ('mmdenoiserep', 'tools'))
 
 
 def contents(folder):
@@ -109,8 +124,25 @@ def commands(small, out, config=None, checkpoint=None):
         extract=Command(extract_features, [*reid, small / 'images', out / 'out.npz'], out / 'out.npz', np.load),
         draw=Command(draw_matches, [both[0], small / 'matches.json', out / 'out.png'], out / 'out.png', read_image),
         test=Command(evaluate, [*both, *log, '--out', out / 'out.pkl'], out / 'out.pkl', read_pickle),
+        visualize=Command(
+            visualize,
+            [*both, small / 'config.pth', '--out', out / 'figures', '--show', 1, '--num-images', 2],
+            out / 'figures',
+            os.listdir,
+        ),
+        export=Command(
+            export_onnx,
+            [both[0], checkpoint or small / 'fused.pth', out / 'out.onnx'],
+            out / 'out.onnx',
+            onnx.load,
+        ),
         train=Command(train, [both[0], *log, *(['--resume', checkpoint] if checkpoint else [])]),
     )
+
+
+def read_checkpoint(path):
+    """Reads a checkpoint as torch does on a machine without this package."""
+    return torch.load(path, weights_only=True)['state_dict']
 
 
 def read_image(path):
@@ -200,6 +232,7 @@ def make_small(folder):
         torch.manual_seed(0)
         model = randomise(MODELS.build(dict(config['model'], data_preprocessor=config['data_preprocessor'])))
         torch.save(dict(meta=dict(epoch=3), state_dict=model.state_dict()), folder / f'{name}.pth')
+    assert not run(fuse_checkpoint, folder / 'config.pth', folder / 'fused.pth')
     assert not run(calibrate, folder / 'config.py', folder / 'config.pth', folder / 'moments.pth', '--mode', 'moments')
     image = dict(sample_idx=0, img_path=str(folder / 'images/cat/0.png'), pid=1, camid=0)
     found = dict(image, distance=0.1, correct=True)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from hardening_helpers import Command, commands, contents, make_small, run
-from mmdenoiserep.core import Moments, fuse_checkpoint, load_moments, read_checkpoint, save_moments
+from hardening_helpers import Command, commands, contents, make_small, read_checkpoint, run
+from mmdenoiserep.core import Moments, fuse_checkpoint, load_moments, save_moments
 from mmdenoiserep.core.checkpoint import write_atomically
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tools'))
@@ -195,7 +195,7 @@ def all_commands(small, out):
     )
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture
 def disk(tmp_path_factory):
     """A disk of 64 KiB without any space left."""
     folder = tmp_path_factory.mktemp('disk')
@@ -224,7 +224,7 @@ def test_full_and_read_only_disks(state, small, disk):
 def test_a_picture_that_does_not_fit_keeps_the_checkpoint_from_being_written(small, disk, tmp_path):
     command = commands(small, tmp_path)['schedule']
     code = run(command.tool, *command.args, '--plot', disk / 'plot.png')
-    assert 'plot.png cannot be written' in code
+    assert 'plot.png cannot be written: No space left' in code
     assert not list(tmp_path.iterdir())
 
 

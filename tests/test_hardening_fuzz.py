@@ -18,10 +18,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hardening_helpers import Command, as_config, commands, make_small, small_config, survive, time_limit
+from hardening_helpers import (
+    Command,
+    as_config,
+    commands,
+    make_small,
+    read_checkpoint,
+    small_config,
+    survive,
+    time_limit,
+)
 from helpers import randomise
 from mmdenoiserep import apply_denoiserep
-from mmdenoiserep.core import CheckpointError, Moments, load_moments, read_checkpoint, save_moments
+from mmdenoiserep.core import CheckpointError, Moments, load_moments, save_moments
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tools'))
 
@@ -33,7 +42,7 @@ import make_scenes  # noqa: E402
 import prepare_fashion_mnist  # noqa: E402
 
 COUNTS = dict(fuse=800, transreid=150, vmamba=150, moments=300, source=60, images=60, matches=100, articles=100)
-"""Malformed inputs of each test; :data:`CONFIGS` and :data:`CHECKPOINTS` have those of the others."""
+"""Malformed inputs of each test; :data:`CONFIGS`, :data:`OPTIONS` and :data:`CHECKPOINTS` have the others."""
 
 
 def fuzz(count, check, **strategies):
@@ -52,7 +61,8 @@ def fuzz(count, check, **strategies):
 
 
 def test_there_are_two_thousand_inputs():
-    assert sum(map(sum, (d.values() for d in (COUNTS, CONFIGS, CHECKPOINTS)))) >= 2000
+    """Each test makes sure of its own number."""
+    assert sum(map(sum, (d.values() for d in (COUNTS, CONFIGS, OPTIONS, CHECKPOINTS)))) >= 2000
 
 
 # Malformed checkpoints
@@ -310,7 +320,9 @@ def test_fuse_checkpoint(work):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.Flatten(), torch.nn.Linear(2, 2))
     apply_denoiserep(model, [dict(pattern='0'), dict(pattern='2', rank=1)], example_input=torch.zeros(1, 1, 1, 1))
-    content = dict(meta=dict(epoch=3, classes=['a']), state_dict=dict(randomise(model).state_dict()), optimizer={})
+    content = dict(
+        meta={'epoch': 3, 'classes': ['a'], 7: 'seven'}, state_dict=dict(randomise(model).state_dict()), optimizer={}
+    )
     fuzz_files('fuse', fuse_checkpoint, [], content, work)
 
 
@@ -395,7 +407,11 @@ def as_json(content):
 
 
 CONFIGS = dict(print_targets=100, verify=40, moments=40, schedule=10, domain=10, extract=30, draw=40, test=20, train=20)
-CHECKPOINTS = dict(verify=20, moments=60, schedule=10, domain=20, extract=40, test=15, train=12)
+CONFIGS |= dict(visualize=10, export=20)
+OPTIONS = dict(print_targets=40, moments=15, extract=15, draw=15, test=15, train=15, visualize=10, export=10)
+CHECKPOINTS = dict(
+    verify=20, moments=60, schedule=10, domain=20, extract=40, test=15, train=12, visualize=15, export=15
+)
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -412,6 +428,27 @@ def test_configs(name, work, small):
     fuzz(CONFIGS[name], check, text=spoiled_data(small_config(small, reid=name == 'extract'), as_config))
 
 
+@st.composite
+def spoiled_options(draw, config):
+    """Words for ``--cfg-options`` whose keys lead through lists, numbers and nothing, with values of any kind."""
+    ways = ['.'.join(map(str, way)) for way in places(config)]
+    ends = st.sampled_from(['', '', '.x', '.0', '.99.type', '.-1', '..', '.type'])
+    values = ['1', 'None', '', '[1,', '(1,2)', '"', "{'a': 1}", 'x.y', 'NoSuchThing', '-1', '1e999', 'é\x1b']
+    words = st.builds('{}{}={}'.format, st.sampled_from(ways) | st.text(max_size=5), ends, st.sampled_from(values))
+    return draw(st.lists(words, min_size=1, max_size=2))
+
+
+@pytest.mark.parametrize('name', OPTIONS)
+def test_options(name, work, small):
+    folder, _ = work
+    command = without_picture(commands(small, folder)[name])
+
+    def check(words):
+        survive(folder, command._replace(args=[*command.args, '--cfg-options', *words]))
+
+    fuzz(OPTIONS[name], check, words=spoiled_options(small_config(small, reid=name == 'extract')))
+
+
 @pytest.mark.parametrize('name', CHECKPOINTS)
 def test_checkpoints(name, work, small):
     folder, marker = work
@@ -423,7 +460,8 @@ def test_checkpoints(name, work, small):
         survive(folder, command)
         assert not marker.exists(), 'code of the file ran'
 
-    content = torch.load(small / ('reid.pth' if name == 'extract' else 'config.pth'))
+    file = dict(extract='reid.pth', export='fused.pth').get(name, 'config.pth')
+    content = torch.load(small / file)
     fuzz(CHECKPOINTS[name], check, file=spoiled_files(content, marker))
 
 

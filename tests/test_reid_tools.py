@@ -23,10 +23,9 @@ from mmdenoiserep import fuse_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / 'tools'))
 
-import common  # noqa: E402
-import outputs  # noqa: E402
 import draw_matches  # noqa: E402
 import extract_features  # noqa: E402
+import outputs  # noqa: E402
 from launch import launch  # noqa: E402
 
 MEAN, STD = [90.0, 100.0, 110.0], [50.0, 60.0, 70.0]

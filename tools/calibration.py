@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import verify
 from calibration_report import LARGE, draw_spectra, verify_maps, warnings_of
-from common import config_at_fault, type_name
+from common import type_name
 from images import Batches, open_images, spread
 from launch import stop
 from mmdenoiserep.core import (
@@ -67,10 +67,9 @@ class Calibration:
         to_device(self.model, args.device)
         self.images = self._open_images()
         self.total = min(args.num_images, len(self.images.dataset.dataset))
-        with config_at_fault(args.config):
-            self.example = next(iter(self.images))[:1]
-            if args.mode != 'schedule':
-                apply_denoiserep(self.backbone, 'all', example_input=self.example)
+        self.example = next(iter(self.images))[:1]
+        if args.mode != 'schedule':
+            apply_denoiserep(self.backbone, 'all', example_input=self.example)
         self.layers = list(denoised_layers(self.backbone))
 
     @property

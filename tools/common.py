@@ -84,7 +84,10 @@ def parse_options(options: list[str]) -> dict:
         stop(f'--cfg-options takes KEY=VALUE, got {wrong[0]!r}')
     parser = argparse.ArgumentParser()
     parser.add_argument('--options', nargs='+', action=DictAction)
-    return parser.parse_args(['--options', *options]).options
+    try:
+        return parser.parse_args(['--options', *options]).options
+    except Exception as error:  # unbalanced brackets and the like
+        stop(f'--cfg-options cannot be read ({type(error).__name__}: {error})')
 
 
 def start(runner, run: Callable[[], object], config: str, checkpoint: str | None) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from calibration import choose_every, measure_flows
-from common import config_at_fault, test_dataset
+from common import test_dataset
 from corrupt_images import corrupt
 from images import Batches, open_images, spread
 from launch import stop
@@ -176,8 +176,7 @@ class Visualization:
             stop('one image is not enough; take two or more')
         labels = [] if args.images else [dataset.dataset.get_data_info(i).get('gt_label') for i in self._chosen]
         self.labels = None if None in labels else labels or None
-        with config_at_fault(args.config):
-            self.visualizer = self._build_visualizer(cfg, metas['before'].get('dataset_meta'))
+        self.visualizer = self._build_visualizer(cfg, metas['before'].get('dataset_meta'))
         example = next(iter(self._batches('clean', self._chosen[:1])))
         names = list(run(self.models['before'].backbone, example)[0])
         if wrong := set(args.spectra or ()) - set(names):

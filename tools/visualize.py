@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 
 from corrupt_images import SEVERITIES
-from launch import launch, stop
+from launch import launch
 
 FIGURE = re.compile(r'(signal_to_noise|spectra|embedding|attention|predictions|features_\d+)\.png')
 """Names of what is written, which ``--overwrite`` may replace."""
@@ -64,7 +64,7 @@ def main() -> None:
     from mmengine.logging import MMLogger
 
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone and VMamba)
-    from common import load_config
+    from common import config_at_fault, load_config
     from outputs import check_folder, folder_written_whole
     from visualization import Visualization
     from visualization_report import table, write_figures
@@ -72,10 +72,8 @@ def main() -> None:
     check_folder(args.out, lambda path: FIGURE.fullmatch(path.name), args.overwrite)
     cfg = load_config(args)
     MMLogger.get_current_instance().setLevel('ERROR')
-    try:
+    with config_at_fault(args.config):
         visualization = Visualization(args, cfg)
-    except ValueError as error:
-        stop(f'{args.config} cannot be looked at: {error}')
     curves = visualization.measure()
     views = visualization.look()
     with folder_written_whole(args.out) as folder:
