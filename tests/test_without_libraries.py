@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -46,7 +48,7 @@ def run(tmp_path_factory):
 
     def make(libraries):
         folder = tmp_path_factory.mktemp('site')
-        hidden = set(libraries) | {PACKAGES[library] for library in libraries}
+        hidden = set(libraries) | {PACKAGES.get(library, library) for library in libraries}
         for source in (Path(path) for path in sys.path if path.endswith('site-packages')):
             for entry in source.iterdir():
                 is_hidden = entry.name.partition('-')[0] in hidden
@@ -124,6 +126,8 @@ def test_without_mmengine_a_checkpoint_can_be_fused(run, tmp_path):
         ('extract_features', ['config.py', 'in.pth', '.', 'out.npz']),
         ('draw_matches', ['config.py', 'in.pth', 'out.png']),
         ('convert_checkpoint', ['vmamba', 'in.pth', 'out.pth']),
+        ('corrupt_images', ['.', 'out', 'noise']),
+        ('visualize', ['config.py', 'in.pth', 'in.pth', '--out', 'out']),
     ],
 )
 def test_without_mmengine_the_tools_say_so(tool, args, run, tmp_path):
@@ -131,6 +135,24 @@ def test_without_mmengine_the_tools_say_so(tool, args, run, tmp_path):
     line = sentence(run(PACKAGES, tool, *args, cwd=tmp_path))
     assert line.startswith(f'{tool}: this tool needs mmengine, which is not installed; ')
     assert line.endswith(': pip install mmengine')
+
+
+@pytest.mark.parametrize(
+    ('library', 'package', 'tool', 'args'),
+    [
+        ('sklearn', 'scikit-learn', 'visualize', ['config.py', 'in.pth', 'in.pth', '--out', 'out']),
+        ('albumentations', 'albumentations', 'corrupt_images', ['.', 'out', 'noise']),
+        ('onnxruntime', 'onnxruntime', 'export_onnx', ['config.py', 'in.pth', 'out.onnx']),
+        ('tqdm', 'tqdm', 'calibrate', ['config.py', 'in.pth', 'out.pth', '--mode', 'moments']),
+    ],
+)
+def test_what_only_some_tools_need(library, package, tool, args, run, tmp_path):
+    """It is named, and nothing is left."""
+    cv2.imwrite(str(tmp_path / 'a.png'), np.zeros((8, 8, 3), np.uint8))
+    line = sentence(run([library], tool, *args, cwd=tmp_path))
+    assert line.startswith(f'{tool}: this tool needs {library}, which is not installed; ')
+    assert line.endswith(f': pip install {package}')
+    assert [path.name for path in tmp_path.iterdir()] == ['a.png']
 
 
 def read(run, library, *configs, cwd):

@@ -53,6 +53,16 @@ def corrupt(images: 'Tensor', corruption: str, severity: float, seed: int) -> 'T
     return corrupted.permute(0, 3, 1, 2).flip(1).contiguous()
 
 
+def check_corruption(corruption: str, severity: float) -> None:
+    """Ends the program if a corruption does not take a severity."""
+    import torch
+
+    try:
+        corrupt(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), corruption, severity, seed=0)
+    except ValueError as error:  # albumentations checks its arguments
+        stop(f'--severity {severity:g} does not work for {corruption}: {" ".join(str(error).split())}')
+
+
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,6 +96,7 @@ def main() -> None:
         stop(f'{args.output} holds the images themselves; name another folder')
     paths = find_images(args.images)
     severity = SEVERITIES[args.corruption] if args.severity is None else args.severity
+    check_corruption(args.corruption, severity)
     full_colour = cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
     best = [cv2.IMWRITE_JPEG_QUALITY, 100, *full_colour]
     with folder_written_whole(args.output) as new:
@@ -94,10 +105,7 @@ def main() -> None:
             if image is None:
                 stop(f'{path} cannot be read; remove it, or mend it')
             batch = torch.from_numpy(image).permute(2, 0, 1)[None]
-            try:
-                spoiled = corrupt(batch, args.corruption, severity, args.seed + i)
-            except ValueError as error:  # albumentations checks its arguments
-                stop(f'--severity {severity:g} does not work for {args.corruption}: {" ".join(str(error).split())}')
+            spoiled = corrupt(batch, args.corruption, severity, args.seed + i)
             target = new / path.relative_to(args.images)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(cv2.imencode(target.suffix, spoiled[0].permute(1, 2, 0).numpy(), best)[1].tobytes())

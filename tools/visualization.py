@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from calibration import choose_every, measure_flows
 from common import test_dataset
-from corrupt_images import corrupt
+from corrupt_images import check_corruption, corrupt
 from images import Batches, open_images, spread
 from launch import stop
 from mmdenoiserep.core import Moments, evaluating
@@ -159,10 +159,7 @@ class Visualization:
     def __init__(self, args: argparse.Namespace, cfg: Config) -> None:
         self.args = args
         self.severity = f'{args.corrupt} {args.severity:.3g}'
-        try:
-            corrupt(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), args.corrupt, args.severity, args.seed)
-        except ValueError as error:  # albumentations checks its arguments
-            stop(f'--severity {args.severity:g} does not work for {args.corrupt}: {" ".join(str(error).split())}')
+        check_corruption(args.corrupt, args.severity)
         self.models, metas = {}, {}
         for which in ('before', 'after'):
             model, metas[which] = load_vanilla(cfg, args.config, getattr(args, which))
