@@ -327,11 +327,24 @@ def test_files_that_do_not_belong_together(tmp_path):
 
 @pytest.mark.parametrize(
     'args',
-    [['--mode', 'domain'], ['--mode', 'moments', '--source', 'x'], ['--mode', 'moments', '--num-images', '0'], []],
+    [
+        ['c.pth', '--mode', 'domain'],
+        ['c.pth', '--mode', 'domain', '--source', './c.pth'],
+        ['c.pth', '--mode', 'moments', '--source', 'x'],
+        ['c.pth', '--mode', 'moments', '--verify'],
+        ['c.pth', '--mode', 'moments', '--num-images', '0'],
+        ['c.pth', '--mode', 'schedule', '--representative'],
+        ['c.pth', '--mode', 'schedule', '--memory', '1'],
+        ['c.png', '--mode', 'schedule'],
+        ['c.pth', '--mode', 'schedule', '--plot', 'c.pth'],
+        ['.', '--mode', 'schedule'],
+        ['c.pth'],
+    ],
 )
 def test_arguments_that_make_no_sense(args, capsys):
+    """Among them options that the mode would ignore, and two files under one name."""
     with pytest.raises(SystemExit) as stopped:
-        call(calibrate, 'a.py', 'b.pth', 'c.pth', *args)
+        call(calibrate, 'a.py', 'b.pth', *args)
     assert stopped.value.code == 2 and 'usage' in capsys.readouterr().err
 
 

@@ -14,13 +14,13 @@ import torch
 from mmdenoiserep import core, engine
 
 ROOT = Path(__file__).resolve().parents[1]
+COMMAND = re.compile(r'^(?:    )?(?:\.venv/bin/)?((?:python tools/|make |nox\b).*)$', re.MULTILINE)
 COMMANDS = [
     (page.name, line)
-    for page in sorted((ROOT / 'docs').glob('*.md'))
-    for block in re.findall(r'```bash\n(.*?)```', page.read_text(encoding='utf-8'), re.DOTALL)
-    for line in block.splitlines()
-    if 'bash tools/' not in line  # those are in test_launchers.py
+    for page in (*sorted((ROOT / 'docs').glob('*.md')), ROOT / 'configs/README.md', ROOT / 'CONTRIBUTING.md')
+    for line in COMMAND.findall(page.read_text(encoding='utf-8'))
 ]
+"""Those in blocks, fenced or indented; the launch scripts' are in test_launchers.py."""
 
 
 @pytest.mark.parametrize('page,line', COMMANDS)
@@ -28,7 +28,8 @@ def test_a_command_is_understood(page, line, monkeypatch):
     """A target of the Makefile, or a tool that takes these options, with a config of this repository."""
     program, *rest = shlex.split(line, comments=True)
     if program == 'nox':
-        assert (ROOT / 'noxfile.py').is_file()
+        sessions = re.findall(r'^def (\w+)\(session', (ROOT / 'noxfile.py').read_text(), re.MULTILINE)
+        assert not rest or (rest[0] == '-s' and re.match(r'\w+', rest[1])[0] in sessions)
         return
     target, *args = rest
     if program == 'make':
@@ -42,7 +43,7 @@ def test_a_command_is_understood(page, line, monkeypatch):
         assert not args
         return
     read = tool.parse_args()
-    assert not hasattr(read, 'config') or read.config == 'my_config.py' or (ROOT / read.config).is_file()
+    assert not hasattr(read, 'config') or read.config in ('my_config.py', 'CONFIG') or (ROOT / read.config).is_file()
 
 
 def test_the_recipe_in_plain_pytorch():

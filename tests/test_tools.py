@@ -259,6 +259,28 @@ def test_a_wrong_setting_ends_in_one_sentence(override, expected, scenes, user_c
     assert expected in sentence('print_targets', config, '--cfg-options', override, cwd=scenes)
 
 
+@pytest.mark.parametrize(
+    ('args', 'expected'),
+    [
+        (['--launcher', 'pytorch'], 'that torchrun has started'),
+        (['--amp', '--cfg-options', 'optim_wrapper=None'], 'the config has no optim_wrapper'),
+        (['--auto-scale-lr', '--cfg-options', 'auto_scale_lr=None'], 'has no auto_scale_lr.base_batch_size'),
+        (['--cfg-options', 'log_level.x=1'], '--cfg-options do not fit'),
+        (['--cfg-options', 'work_dir=[1,'], '--cfg-options cannot be read'),
+        (['--cfg-options', 'train_dataloader.dataset.pipeline.99.type=X'], '--cfg-options do not fit'),
+        ([], 'DenoiseLossHook found no denoised layer in the model'),
+    ],
+)
+def test_a_training_that_cannot_begin_ends_in_one_sentence(args, expected, scenes, user_configs, tmp_path):
+    """Also where a hook finds out only when all is built and loaded."""
+    base = user_configs['mmpretrain'][0]
+    imports = "custom_imports = dict(imports=['mmdenoiserep'], allow_failed_imports=False)"
+    hooks = "custom_hooks = [dict(type='DenoiseLossHook')]"
+    (tmp_path / 'mine.py').write_text(f'_base_ = {str(base)!r}\n{imports}\n{hooks}\n')
+    args = args or ['--cfg-options', 'load_from=None']
+    assert expected in sentence('train', tmp_path / 'mine.py', '--work-dir', tmp_path, *args, cwd=scenes)
+
+
 def test_unreadable_configs(scenes, trained, tmp_path):
     """A missing or broken config is named, and --verify refuses a config without denoising."""
     (tmp_path / 'broken.py').write_text('model = dict(')
