@@ -36,6 +36,7 @@ from mmdenoiserep.core import (
 from mmdenoiserep.core.checkpoint import STAMP, split_checkpoint, write_atomically
 from mmdenoiserep.core.fuse import DENOISER_KEY
 from mmdenoiserep.core.gather import denoised_layers
+from mmdenoiserep.core.safety import early_half
 from opening import build, has_denoisers, load_strictly, load_vanilla, to_device
 from outputs import written_whole
 
@@ -136,8 +137,8 @@ class Calibration:
             )
         options = safe_fit(self.layers, self.total, args.representative)
         if args.layers:
-            count = dict(first=1, early=(len(self.layers) + 1) // 2, all=len(self.layers))[args.layers]
-            options['layers'] = tuple(self.layers[:count])
+            parts = dict(first=self.layers[:1], early=early_half(self.layers), all=self.layers)
+            options['layers'] = tuple(parts[args.layers])
         options |= {key: getattr(args, key) for key in ('fit', 'prior') if getattr(args, key) is not None}
         if args.rank is not None:
             options['rank'] = args.rank or None

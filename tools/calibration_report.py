@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdenoiserep.core import CalibrationReport, Moments, Verification, explicit_maps, verify_fusion
-from mmdenoiserep.core.safety import FEW, MANY
+from mmdenoiserep.core.safety import FEW, MANY, early_half
 
 LARGE = 0.5
 """How far a layer's features may move without a warning, as a share of their variance.
@@ -28,7 +28,7 @@ def warnings_of(report: CalibrationReport, layers: Sequence[str]) -> list[str]:
         return []
     sentences = []
     count = len(report.layers)
-    least = MANY if count > (len(layers) + 1) // 2 else FEW
+    least = MANY if count > len(early_half(layers)) else FEW
     if count > 1 and report.images < least:
         sentences.append(
             f'{report.images} images are few for {count} layers (from {least} on); gather more, or leave the choice '

@@ -9,11 +9,11 @@ A finished step is not run again.
 import argparse
 import json
 import os
-import sys
 import warnings
 from pathlib import Path
 
 import study
+from launch import stop
 from robustness_report import Result, draw, report
 from steps import last_checkpoint, run
 from study_report import write_page
@@ -75,7 +75,7 @@ def main() -> None:
         study.run_all(args, run_seed, NOTE, (*study.PACKAGES, 'albumentations'))
     note, results = args.work_dir / NOTE, read_results(args.work_dir)
     if not note.exists() or not results:
-        sys.exit(f'robustness: {args.work_dir} holds no finished measurement; start it without --report')
+        stop(f'{args.work_dir} holds no finished measurement; start it without --report')
     from measurement import SEVERITIES
 
     text = report(results, json.loads(note.read_text()), SEVERITIES)

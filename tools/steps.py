@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from launch import stop
+
 
 def run(title: str, *command: str, log: Path | None = None) -> float:
     """Prints and runs one command of the project; its failure ends the program.
@@ -27,7 +29,7 @@ def run(title: str, *command: str, log: Path | None = None) -> float:
         code = subprocess.run([sys.executable, *command], env=environment, **output).returncode
     if code:
         where = f', see {log}' if log else ''
-        sys.exit(f'{Path(sys.argv[0]).stem}: this step failed with exit code {code}{where}: {title}')
+        stop(f'this step failed with exit code {code}{where}: {title}')
     seconds = time.perf_counter() - started
     print(f'=== done in {seconds:.0f} s: {title}', flush=True)
     return seconds

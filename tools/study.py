@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
+from launch import stop
 from steps import last_checkpoint, last_metric, run, scalars
 from study_report import STAGES, Result, report, write_page
 
@@ -111,9 +112,7 @@ def step(folder: Path, name: str, *command: str) -> None:
     done = folder / f'{name}.json'
     if done.exists():
         if json.loads(done.read_text())['command'] != list(command):
-            sys.exit(
-                f'{Path(sys.argv[0]).stem}: {done} is from another command; remove {folder}, or take another --work-dir'
-            )
+            stop(f'{done} is from another command; remove {folder}, or take another --work-dir')
         return
     shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -253,11 +252,11 @@ def main() -> None:
         run_all(args, run_seed, NOTE)
     note = args.work_dir / NOTE
     if not note.exists():
-        sys.exit(f'study: {args.work_dir} holds no study; start it without --report')
+        stop(f'{args.work_dir} holds no study; start it without --report')
     note = json.loads(note.read_text())
     results = read_results(args.work_dir, note['images'])
     if not results:
-        sys.exit(f'study: no run in {args.work_dir} is finished; the same command without --report goes on')
+        stop(f'no run in {args.work_dir} is finished; the same command without --report goes on')
     text = report(results, note)
     write_page(args.out, text)
     print(f'\n{text}\n\nWritten to {args.out}')

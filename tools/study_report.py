@@ -2,9 +2,10 @@
 
 import math
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from launch import stop
 
 STAGES = 'baseline', 'control', 'denoised', 'fused', 'label-free-fused'
 """What is measured of an experiment, in the order of the runs."""
@@ -162,5 +163,5 @@ def write_page(path: Path, text: str) -> None:
     page = path.read_text(encoding='utf-8') if path.exists() else ''
     begin, end = (page.find(marker) for marker in MARKERS)
     if not 0 <= begin < end:
-        sys.exit(f'study: {path} needs the lines {MARKERS[0]} and {MARKERS[1]}, between which the results go')
+        stop(f'{path} needs the lines {MARKERS[0]} and {MARKERS[1]}, between which the results go')
     path.write_text(f'{page[: begin + len(MARKERS[0])]}\n\n{text}\n\n{page[end:]}', encoding='utf-8')

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch import stop
+
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 PAGE = Path(__file__).resolve().parents[1] / 'docs' / 'backbones.md'
 RANK = 4
@@ -109,7 +111,7 @@ def main() -> None:
     classes = [(library, name) for library in args.library for name in backbone_classes(library)]
     if args.only:
         if unknown := set(args.only) - {name for _, name in classes}:
-            sys.exit(f'survey_backbones: {", ".join(args.library)} registers no backbone {min(unknown)}')
+            stop(f'{", ".join(args.library)} registers no backbone {min(unknown)}')
         classes = [(library, name) for library, name in classes if name in args.only]
     multiprocessing.set_forkserver_preload([f'{library}.models' for library in args.library])
     rows = []

@@ -13,6 +13,11 @@ RANK = 64
 """Rank of the maps, less the identity, from :data:`MANY` on."""
 
 
+def early_half(layers: Sequence[str]) -> tuple[str, ...]:
+    """Returns the first half of the layers, with the middle one of an odd number."""
+    return tuple(layers[: (len(layers) + 1) // 2])
+
+
 def safe_fit(layers: Sequence[str], images: int, representative: bool = False) -> dict[str, Any]:
     """Returns the options of a domain fit that were found to risk least; docs/domain.md has what they cost.
 
@@ -38,5 +43,5 @@ def safe_fit(layers: Sequence[str], images: int, representative: bool = False) -
     if not representative or images < FEW:
         return dict(layers=tuple(layers[:1]), fit='covariance', rank=None, prior=float(PRIOR))
     if images < MANY:
-        return dict(layers=tuple(layers[: (len(layers) + 1) // 2]), fit='full', rank=None, prior=float(PRIOR))
+        return dict(layers=early_half(layers), fit='full', rank=None, prior=float(PRIOR))
     return dict(layers=tuple(layers), fit='full', rank=RANK, prior=0.0)
