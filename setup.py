@@ -52,8 +52,8 @@ setup(
     entry_points={'console_scripts': [f'denoiserep-{name} = denoiserep_commands:main' for name in COMMANDS]},
     install_requires=['torch>=2.6'],
     extras_require={
-        'mm': ['mmengine>=0.10.5', 'mmcv>=2.0.1', 'tqdm'],
-        'reid': ['mmengine>=0.10.5', 'mmcv>=2.0.1', 'mmpretrain>=1.2.0', 'h5py', 'scipy', 'tqdm'],
+        'mm': ['mmengine>=0.10.5', 'mmcv>=2.0.1,<2.2', 'tqdm'],
+        'reid': ['mmengine>=0.10.5', 'mmcv>=2.0.1,<2.2', 'mmpretrain>=1.2.0', 'h5py', 'scipy', 'tqdm'],
         'visualize': ['albumentations>=2', 'scikit-learn', 'tensorboard'],
         'export': ['onnx', 'onnxruntime', 'onnxscript'],
     },

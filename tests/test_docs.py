@@ -1,6 +1,5 @@
 """The pages: what they tell to type exists, the API page is complete, and the site is built, with the notebook run."""
 
-import copy
 import importlib
 import re
 import shlex
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from mmdenoiserep import core, engine
+from mmdenoiserep.core import DenoiseLayer
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = re.compile(r'^(?:    )?(?:\.venv/bin/)?((?:python tools/|make |nox\b).*)$', re.MULTILINE)
@@ -49,16 +49,19 @@ def test_a_command_is_understood(page, line, monkeypatch):
 def test_the_recipe_in_plain_pytorch():
     """As the page has it, for a small model; what it compares holds, and the fit has changed something."""
     page = (ROOT / 'docs/own-model.md').read_text(encoding='utf-8')
-    recipe = re.search(r'```python\n(from mmdenoiserep\.core .*?)```', page, re.DOTALL)[1]
+    fit, train = re.findall(r'```python\n((?:import copy|from mmdenoiserep\.core).*?)```', page, re.DOTALL)
     torch.manual_seed(0)
     layers = torch.nn.Linear(6, 12), torch.nn.GELU(), torch.nn.Linear(12, 8), torch.nn.GELU(), torch.nn.Linear(8, 4)
     clean = torch.randn(2000, 6) @ torch.randn(6, 6)
     new = clean[:1000] + 2 * torch.randn(1000, 6) + 1
     model = torch.nn.Sequential(*layers)
-    names = dict(copy=copy, torch=torch, model=model, images=new[:8], clean_batches=clean.split(500), new_images=new)
-    exec(recipe, names)
+    names = dict(model=model, clean_batches=clean.split(500), new_images=new)
+    exec(fit, names)
     with torch.no_grad():
         assert not torch.allclose(names['fused'](new), model(new), rtol=0.1, atol=0.1)
+    exec(train, names | dict(loader=[(clean, 0)] * 3, label_loss=lambda output, _: output.square().mean()))
+    denoisers = [layer.denoiser for layer in model.modules() if isinstance(layer, DenoiseLayer)]
+    assert len(denoisers) == 3 and not any(denoiser.is_zero() for denoiser in denoisers)
 
 
 def test_the_api_page_has_every_public_name():

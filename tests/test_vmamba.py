@@ -22,6 +22,7 @@ from torch import nn
 from engine_helpers import message
 from helpers import randomise, relative
 from mmdenoiserep.core import DenoiseLinear, apply_denoiserep, fuse_model, verify_fusion
+from mmdenoiserep.engine.resume import allow_training_checkpoints
 from mmdenoiserep.tasks import selective_scan, vmamba
 from mmdenoiserep.tasks.vmamba import DropPath, VMamba
 
@@ -486,6 +487,11 @@ def test_a_released_classifier_is_converted_with_its_head(classifier_file, tmp_p
     monkeypatch.setitem(sys.modules, 'yacs.config', yacs)
     settings = yacs.CfgNode(MODEL=yacs.CfgNode(TYPE='vssm'))
     torch.save(dict(torch.load(path, weights_only=True), config=settings), path)
+    allow_training_checkpoints()
+    init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    direct = MODELS.build(dict(type='VMamba', arch=FOUR_STAGES, init_cfg=init_cfg))
+    direct.init_weights()
+    assert_holds(direct, state, outnorm3='classifier.norm')
     result = convert(path, tmp_path / 'converted.pth')
     assert result.returncode == 0, result.stderr
     head = dict(type='LinearClsHead', num_classes=1000, in_channels=128)

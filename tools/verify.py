@@ -29,7 +29,13 @@ def compare(denoised: nn.Module, vanilla: nn.Module, state: dict, fused: dict, p
     for name, backbone, guard in find_guards(denoised):
         dtype = next(backbone.parameters()).dtype
         images = torch.randn((2, *guard.image_shape[1:]), generator=torch.Generator().manual_seed(0)).to(dtype)
-        result = verify_fusion(backbone, vanilla.get_submodule(name), images)
+        try:
+            result = verify_fusion(backbone, vanilla.get_submodule(name), images)
+        except Exception as error:  # a backbone may fail in any way on images that are too small for it
+            shape = tuple(images.shape[1:])
+            raise CheckpointError(
+                f'{name} does not run on images of {shape} ({error}); set image_size of DenoiseRepBackbone'
+            ) from None
         print(f'{name} on two random images {tuple(images.shape)}, unfused against fused:\n{result}')
         if not result.ok:
             raise CheckpointError(f'{path}: fused and unfused {name} differ beyond the tolerance; nothing was written')

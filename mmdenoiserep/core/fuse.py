@@ -165,5 +165,7 @@ def _is_finite(values: Tensor) -> bool:
 def _drop_own_hooks(module: nn.Module) -> None:
     package = __name__.partition('.')[0]
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [key for key, hook in hooks.items() if getattr(hook, '__module__', '').startswith(f'{package}.')]:
+        for key in [
+            key for key, hook in hooks.items() if str(getattr(hook, '__module__', '')).startswith(f'{package}.')
+        ]:
             del hooks[key]

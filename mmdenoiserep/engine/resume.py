@@ -1,5 +1,7 @@
 """Lets mmengine read its own training checkpoints under torch 2.6 and newer, still without running foreign code."""
 
+from collections import OrderedDict
+
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
@@ -18,7 +20,7 @@ def history_statistic(owner: type, name: str):
 
 
 def allow_training_checkpoints() -> None:
-    """Extends what ``torch.load(weights_only=True)`` accepts by what mmengine's message hub holds.
+    """Extends what ``torch.load(weights_only=True)`` accepts by what mmengine's files and some released ones hold.
 
     Since torch 2.6, ``--resume`` of mmengine 0.10.7 fails at ``HistoryBuffer`` otherwise. Nothing on the list can run
     code of the file, so it may stay in force for files from others too.
@@ -34,5 +36,6 @@ def allow_training_checkpoints() -> None:
             *arrays,
             *((function, f'numpy.core.multiarray.{function.__name__}') for function in arrays),  # as numpy 1 names them
             *dtypes,
+            (OrderedDict, 'yacs.config.CfgNode'),  # the settings in others' checkpoints, such as VMamba's: a dict
         ]
     )
