@@ -55,7 +55,7 @@ def test_the_exponent_of_a_power_law():
 def test_the_cost_of_a_small_model(small):
     text, figures = run(cost, '--models', 'small', '--repeats', 2)
     (row,) = figures['rows']
-    assert row['batch'] == 2 and set(row['measured']) == set(cost.TARGETS)
+    assert row['batch'] == 2 and set(row['measured']) == set(cost.GOALS)
     assert row['extra']['default rank'] < row['extra']['full rank'] < row['parameters']
     assert set(row['measured']['fused inference']) == {'plain', 'default rank'}
     for what, values in row['measured'].items():

@@ -238,6 +238,8 @@ def test_schedule_mode_writes_a_denoised_checkpoint_that_fuses(tmp_path, capsys)
     assert all(torch.equal(state[key], value) for key, value in vanilla.items())
     call(fuse_checkpoint, output, tmp_path / 'fused.pth', '--verify', config)
     assert state_of(tmp_path / 'fused.pth').keys() == vanilla.keys()
+    call(calibrate, config, checkpoint(name), tmp_path / 'prior.pth', '--mode', 'schedule', '--prior', 1000)
+    assert any(not torch.equal(state[key], value) for key, value in state_of(tmp_path / 'prior.pth').items())
     assert 'fused already' in sentence(config, tmp_path / 'fused.pth', tmp_path / 'no.pth', '--mode', 'schedule')
 
 
@@ -329,12 +331,14 @@ def test_files_that_do_not_belong_together(tmp_path):
     'args',
     [
         ['c.pth', '--mode', 'domain'],
-        ['c.pth', '--mode', 'domain', '--source', './c.pth'],
+        ['c.pth', '--mode', 'domain', '--source', 'x/../c.pth'],
         ['c.pth', '--mode', 'moments', '--source', 'x'],
         ['c.pth', '--mode', 'moments', '--verify'],
         ['c.pth', '--mode', 'moments', '--num-images', '0'],
         ['c.pth', '--mode', 'schedule', '--representative'],
-        ['c.pth', '--mode', 'schedule', '--memory', '1'],
+        ['c.pth', '--mode', 'schedule', '--memory', '0'],
+        ['c.pth', '--mode', 'schedule', '--rank', '0'],
+        ['c.pth', '--mode', 'domain', '--source', 'x', '--fit', 'mean', '--rank', '4'],
         ['c.png', '--mode', 'schedule'],
         ['c.pth', '--mode', 'schedule', '--plot', 'c.pth'],
         ['.', '--mode', 'schedule'],

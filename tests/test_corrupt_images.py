@@ -60,6 +60,11 @@ def test_an_output_is_replaced_only_when_asked_for(images, tmp_path, monkeypatch
     run(monkeypatch, images, out, 'contrast', '--overwrite')
     assert read(out)['a.png'].std() < 0.6 * blurred['a.png'].std()
     assert sorted(path.name for path in tmp_path.iterdir()) == ['images', 'out'], 'nothing is left behind'
+    for name in ('mine.png', 'deep/mine.jpg', 'thesis.txt'):
+        (out / name).touch()
+        assert 'which --overwrite would delete' in sentence(monkeypatch, images, out, 'blur', '--overwrite')
+        (out / name).unlink()
+    assert len(read(out)) == 2
 
 
 def test_bad_input_leaves_nothing(images, tmp_path, monkeypatch):

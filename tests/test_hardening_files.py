@@ -25,7 +25,7 @@ import fuse_checkpoint as fuse_tool  # noqa: E402
 import make_reid  # noqa: E402
 import make_scenes  # noqa: E402
 import prepare_fashion_mnist  # noqa: E402
-from outputs import written_whole  # noqa: E402
+from outputs import folder_written_whole, written_whole  # noqa: E402
 
 KILLS = 50
 """Writers of each kind that are killed."""
@@ -163,6 +163,25 @@ def test_kill_9_leaves_the_old_or_the_new_file(name, folder):
         write(target, number)
         assert read(target) == number
     assert left_over(folder, target) == parts
+
+
+@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), KeyboardInterrupt()])
+def test_a_folder_that_cannot_be_replaced_stays(error, tmp_path, monkeypatch):
+    """What goes wrong between the two renames, an interrupt too, brings the old folder back."""
+    target = tmp_path / 'out'
+    target.mkdir()
+    (target / 'old.txt').touch()
+    rename = Path.rename
+
+    def fail(path, to):
+        if path.name == 'new':
+            raise error
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, 'rename', fail)
+    with pytest.raises((SystemExit, KeyboardInterrupt)), folder_written_whole(target) as new:
+        (new / 'new.txt').touch()
+    assert [path.name for path in tmp_path.rglob('*')] == ['out', 'old.txt']
 
 
 @pytest.mark.parametrize('name', WRITERS)

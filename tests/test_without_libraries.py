@@ -142,6 +142,7 @@ def test_without_mmengine_the_tools_say_so(tool, args, run, tmp_path):
     [
         ('sklearn', 'scikit-learn', 'visualize', ['config.py', 'in.pth', 'in.pth', '--out', 'out']),
         ('albumentations', 'albumentations', 'corrupt_images', ['.', 'out', 'noise']),
+        ('albumentations', 'albumentations', 'visualize', ['c.py', 'in.pth', 'in.pth', '--out', 'out']),
         ('onnxruntime', 'onnxruntime', 'export_onnx', ['config.py', 'in.pth', 'out.onnx']),
         ('tqdm', 'tqdm', 'calibrate', ['config.py', 'in.pth', 'out.pth', '--mode', 'moments']),
     ],
@@ -149,10 +150,11 @@ def test_without_mmengine_the_tools_say_so(tool, args, run, tmp_path):
 def test_what_only_some_tools_need(library, package, tool, args, run, tmp_path):
     """It is named, and nothing is left."""
     cv2.imwrite(str(tmp_path / 'a.png'), np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / 'c.py').write_text('model = dict(backbone=dict())')
     line = sentence(run([library], tool, *args, cwd=tmp_path))
     assert line.startswith(f'{tool}: this tool needs {library}, which is not installed; ')
     assert line.endswith(f': pip install {package}')
-    assert [path.name for path in tmp_path.iterdir()] == ['a.png']
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != '__pycache__') == ['a.png', 'c.py']
 
 
 def read(run, library, *configs, cwd):

@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     )
     images.add_argument('--num-images', type=int, default=4000, metavar='N', help='at most (default: %(default)s)')
     images.add_argument('--batch-size', type=int, default=32, metavar='N', help='at a time (default: %(default)s)')
-    fit = parser.add_argument_group('what a domain fit may change')
+    fit = parser.add_argument_group('what is computed')
     fit.add_argument(
         '--representative',
         action='store_true',
@@ -89,14 +89,16 @@ def parse_args() -> argparse.Namespace:
     if args.mode == 'domain' and not args.source:
         parser.error('--mode domain needs --source FILE')
     ignored = IGNORED[args.mode]
-    if wrong := [name for name in ignored if getattr(args, name) not in (None, False)]:
+    if wrong := [name for name in ignored if getattr(args, name) is not None and getattr(args, name) is not False]:
         parser.error(f'--mode {args.mode} does not take --{wrong[0]}')
+    if args.rank and args.fit in ('mean', 'diagonal'):
+        parser.error(f'--fit {args.fit} has no rank')
     if not args.output.name:
         parser.error(f'{args.output} is no file name')
     args.plot = args.plot or args.output.with_suffix('.png')
-    if args.mode != 'moments' and args.plot.absolute() == args.output.absolute():
+    if args.mode != 'moments' and args.plot.resolve() == args.output.resolve():
         parser.error(f'{args.output} would be the checkpoint and the picture of the spectra; name it OUT.pth')
-    if args.source and Path(args.source).absolute() == args.output.absolute():
+    if args.source and Path(args.source).resolve() == args.output.resolve():
         parser.error(f'{args.output} is the source; name another file to write')
     return args
 

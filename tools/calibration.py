@@ -29,15 +29,14 @@ from mmdenoiserep.core import (
     fuse_model,
     fuse_state_dict,
     load_moments,
-    read_checkpoint,
     safe_fit,
     save_moments,
 )
-from mmdenoiserep.core.checkpoint import STAMP, split_checkpoint, write_atomically
-from mmdenoiserep.core.fuse import DENOISER_KEY
+from mmdenoiserep.core.checkpoint import STAMP, write_atomically
 from mmdenoiserep.core.gather import denoised_layers
 from mmdenoiserep.core.safety import early_half
-from opening import build, has_denoisers, load_strictly, load_vanilla, to_device
+from mmdenoiserep.core.transport import RANKED
+from opening import build, load, load_strictly, to_device
 from outputs import written_whole
 
 MEMORY = 4.0
@@ -60,10 +59,15 @@ class Calibration:
     def __init__(self, args: argparse.Namespace, cfg: Config) -> None:
         self.args = args
         self.cfg = cfg
-        if args.mode == 'schedule':
-            self.model, self.meta = self._load_denoised()
-        else:
-            self.model, self.meta = load_vanilla(cfg, args.config, args.checkpoint, args.allow_pickle)
+        if args.mode == 'schedule' and type_name(cfg.get('model', {}).get('backbone') or {}) != 'DenoiseRepBackbone':
+            stop(
+                f'{args.config} has no DenoiseRepBackbone, which --mode schedule needs; '
+                'wrap the backbone as docs/own-model.md shows'
+            )
+        how = dict(denoisers='keep' if args.mode == 'schedule' else 'fold', allow_pickle=args.allow_pickle)
+        self.model, self.meta = load(cfg, args.config, args.checkpoint, **how)
+        if args.mode == 'schedule' and STAMP in self.meta:
+            stop(f'{args.checkpoint} is fused already; take the vanilla checkpoint that its training began with')
         self.weights = fingerprint(self.backbone.state_dict())
         to_device(self.model, args.device)
         self.images = self._open_images()
@@ -77,23 +81,6 @@ class Calibration:
     def backbone(self) -> nn.Module:
         """The part that is calibrated."""
         return self.model.backbone
-
-    def _load_denoised(self) -> tuple[nn.Module, dict]:
-        """Returns the denoised model with its weights, with denoisers of zero where the file has none; its meta."""
-        args = self.args
-        state, meta = split_checkpoint(read_checkpoint(args.checkpoint, args.allow_pickle), args.checkpoint, [])
-        model = build(self.cfg, args.config, denoised=True)
-        if type_name(self.cfg.model.backbone) != 'DenoiseRepBackbone':
-            stop(
-                f'{args.config} has no DenoiseRepBackbone, which --mode schedule needs; '
-                'wrap the backbone as docs/own-model.md shows'
-            )
-        if STAMP in meta:
-            stop(f'{args.checkpoint} is fused already; take the vanilla checkpoint that its training began with')
-        if not has_denoisers(state):
-            state |= {key: value for key, value in model.state_dict().items() if DENOISER_KEY.fullmatch(key)}
-        load_strictly(model, state, args.checkpoint, 'denoised')
-        return model, meta
 
     def _open_images(self) -> Batches:
         args = self.args
@@ -142,6 +129,8 @@ class Calibration:
         options |= {key: getattr(args, key) for key in ('fit', 'prior') if getattr(args, key) is not None}
         if args.rank is not None:
             options['rank'] = args.rank or None
+        if options['fit'] not in RANKED:
+            options['rank'] = None
         flows = measure_flows(self.backbone, options['layers'], self.example)
         every = args.every or choose_every(flows, self.total)
         before = deepcopy(self.backbone) if args.verify else None

@@ -27,6 +27,8 @@ def config_at_fault(path: str) -> Iterator[None]:
     except (CheckpointError, FusionError):
         raise
     except Exception as error:  # what a config names may fail in any way
+        if describe_missing(error):
+            raise  # launch() says what to install
         stop_for_config(path, error)
 
 
@@ -138,8 +140,9 @@ def start_gloo(launcher: str) -> bool:
     """Joins the processes of torchrun where there is no GPU, which mmengine can't; returns whether it did."""
     import torch
 
-    if launcher == 'pytorch' and 'RANK' not in os.environ:
-        stop('--launcher pytorch is for processes that torchrun has started, such as by tools/dist_train.sh')
+    started_by = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_LOCAL_RANK')
+    if started_by.get(launcher, 'PATH') not in os.environ:
+        stop(f'--launcher {launcher} needs {started_by[launcher]} in the environment; start it by the launcher')
     if launcher != 'pytorch' or torch.cuda.is_available():
         return False
     torch.distributed.init_process_group('gloo')

@@ -63,6 +63,11 @@ def check_corruption(corruption: str, severity: float) -> None:
         stop(f'--severity {severity:g} does not work for {corruption}: {" ".join(str(error).split())}')
 
 
+def files_in(path: Path) -> list[Path]:
+    """Returns the files in a folder, or of a path that is a file, itself."""
+    return [file for file in path.rglob('*') if not file.is_dir()] if path.is_dir() else [path]
+
+
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,13 +93,14 @@ def main() -> None:
     import torch
     from tqdm import tqdm
 
-    from images import find_images, holds_images
+    from images import find_images
     from outputs import check_folder, folder_written_whole
 
-    check_folder(args.output, holds_images, args.overwrite)
     if args.output.resolve() in (args.images.resolve(), *args.images.resolve().parents):
         stop(f'{args.output} holds the images themselves; name another folder')
     paths = find_images(args.images)
+    copies = {args.output / path.relative_to(args.images) for path in paths}
+    check_folder(args.output, lambda path: copies.issuperset(files_in(path)), args.overwrite)
     severity = SEVERITIES[args.corruption] if args.severity is None else args.severity
     check_corruption(args.corruption, severity)
     full_colour = cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444

@@ -12,6 +12,7 @@ import warnings
 from itertools import count
 from pathlib import Path
 
+from launch import launch
 from steps import last_checkpoint, last_metric, run, scalars
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    launch(main)

@@ -13,10 +13,8 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from common import without_denoising
-from mmdenoiserep.core import CheckpointError, read_checkpoint
-from mmdenoiserep.core.checkpoint import split_checkpoint
 from mmdenoiserep.core.probe import image_channels
-from opening import has_denoisers, load_vanilla
+from opening import load
 
 TOLERANCE = 1e-4
 """Largest difference of onnxruntime and torch in float32, over the largest output."""
@@ -28,12 +26,7 @@ def load_fused(cfg: Config, config: str, checkpoint: str) -> nn.Module:
     Raises:
         CheckpointError: The file can't be read, has denoisers, or does not fit.
     """
-    if has_denoisers(split_checkpoint(read_checkpoint(checkpoint), Path(checkpoint), [])[0]):
-        raise CheckpointError(
-            f'{checkpoint} has denoisers; fold them into the weights first: '
-            f'tools/fuse_checkpoint.py {checkpoint} FUSED.pth'
-        )
-    return load_vanilla(cfg, config, checkpoint)[0]
+    return load(cfg, config, checkpoint, denoisers='refuse')[0]
 
 
 class Deployed(nn.Module):

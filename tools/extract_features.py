@@ -47,7 +47,7 @@ def main() -> None:
     with config_at_fault(args.config):
         set_default_scope(cfg)
         dataset = Folder(cfg, paths)
-        model, missing = build_model(cfg, args.checkpoint, args.device)
+        model, missing = build_model(cfg, args.config, args.checkpoint, args.device)
     features = []
     for start in tqdm(range(0, len(paths), args.batch_size), unit='batch'):
         batch = paths[start : start + args.batch_size]
@@ -65,22 +65,19 @@ def main() -> None:
     print(f'{args.output}: {len(paths):,} images, {features[0].shape[1]} channels')
 
 
-def build_model(cfg: Any, checkpoint: str, device: str | None) -> tuple[Any, list[str]]:
+def build_model(cfg: Any, config: str, checkpoint: str, device: str | None) -> tuple[Any, list[str]]:
     """Returns the model with the weights, in eval mode, and the parameters that the checkpoint lacks.
 
     These are NaN, so that the features are, too, if they depend on one. A classifier that is not used may be missing.
     """
     import torch
-    from mmengine.registry import MODELS
     from mmengine.runner import load_checkpoint
 
     from common import refuse_other_weights
     from mmdenoiserep.engine.resume import allow_training_checkpoints
-    from opening import to_device
+    from opening import build, to_device
 
-    if 'data_preprocessor' in cfg:  # as mmengine's runner does
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    model = MODELS.build(cfg.model).eval()
+    model = build(cfg, config, denoised=True)
     refuse_other_weights(model, checkpoint)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -33,12 +33,6 @@ def find_images(folder: Path) -> list[Path]:
     return paths
 
 
-def holds_images(path: Path) -> bool:
-    """Whether a path is an image, or a folder that holds nothing else."""
-    files = [file for file in path.rglob('*') if not file.is_dir()] if path.is_dir() else [path]
-    return all(file.suffix.lower() in SUFFIXES for file in files)
-
-
 def build_pipeline(cfg: Config, color_type: str = 'color') -> Compose:
     """Returns the test pipeline for paths of images: without annotations, with a step that loads where there is none.
 

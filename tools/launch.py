@@ -7,8 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-PACKAGES = {'mmseg': 'mmsegmentation', 'cv2': 'opencv-python', 'sklearn': 'scikit-learn'}
-PACKAGES['pkg_resources'] = '"setuptools<81"'
+PACKAGES = {
+    'mmseg': 'mmsegmentation',
+    'cv2': 'opencv-python',
+    'sklearn': 'scikit-learn',
+    'pkg_resources': '"setuptools<81"',
+}
 """What brings a module, where it has another name."""
 
 
@@ -17,7 +21,7 @@ def launch(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        stop('interrupted; no half-written file is left')
+        stop('interrupted')
     except ModuleNotFoundError as error:
         if not (sentence := describe_missing(error)):
             raise

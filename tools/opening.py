@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -25,31 +24,48 @@ def build(cfg: Config, config: str, denoised: bool) -> nn.Module:
         denoised: Whether to keep what DenoiseRepBackbone adds.
     """
     with config_at_fault(config):
-        if not cfg.get('model', {}).get('backbone'):
-            stop(f'{config} has no model.backbone')
+        if not cfg.get('model'):
+            stop(f'{config} has no model')
         set_default_scope(cfg)
-        model = cfg.model
         if 'data_preprocessor' in cfg:
-            model.setdefault('data_preprocessor', cfg.data_preprocessor)
-        return MODELS.build(model if denoised else without_denoising(model)).eval()
+            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+        return MODELS.build(cfg.model if denoised else without_denoising(cfg.model)).eval()
 
 
-def load_vanilla(cfg: Config, config: str, checkpoint: str, allow_pickle: bool = False) -> tuple[nn.Module, dict]:
-    """Returns the vanilla model of a config with the weights of a checkpoint, whose denoisers are folded in; its meta.
+def load(
+    cfg: Config, config: str, checkpoint: str, *, denoisers: str, allow_pickle: bool = False
+) -> tuple[nn.Module, dict]:
+    """Returns a model with one ``backbone`` and the weights of a checkpoint, and the checkpoint's meta.
+
+    Args:
+        cfg: The config.
+        config: Its path.
+        checkpoint: Path of the checkpoint.
+        denoisers: ``'fold'`` gives the vanilla model, into whose weights those of the file are folded; ``'refuse'`` the
+            same, of a file that has none; ``'keep'`` the denoised one, with denoisers of zero where the file has none.
+        allow_pickle: See :func:`mmdenoiserep.core.read_checkpoint`.
 
     Raises:
-        CheckpointError: The file can't be read, or does not fit.
+        CheckpointError: The file can't be read, has denoisers that are refused, or does not fit.
         FusionError: Its denoisers can't be folded in.
     """
     state, meta = split_checkpoint(read_checkpoint(checkpoint, allow_pickle), Path(checkpoint), [])
-    model = build(cfg, config, denoised=False)
-    load_strictly(model, fuse_state_dict(state) if has_denoisers(state) else state, checkpoint, 'vanilla')
+    has_some = any(map(DENOISER_KEY.fullmatch, state))
+    if has_some and denoisers == 'refuse':
+        raise CheckpointError(
+            f'{checkpoint} has denoisers; fold them into the weights first: '
+            f'tools/fuse_checkpoint.py {checkpoint} FUSED.pth'
+        )
+    model = build(cfg, config, denoisers == 'keep')
+    if not hasattr(model, 'backbone'):
+        stop(f'{config} has no model.backbone')
+    if denoisers == 'keep':
+        start = model.state_dict()
+        state = state if has_some else state | {key: start[key] for key in start if DENOISER_KEY.fullmatch(key)}
+    elif has_some:
+        state = fuse_state_dict(state)
+    load_strictly(model, state, checkpoint, 'denoised' if denoisers == 'keep' else 'vanilla')
     return model, meta
-
-
-def has_denoisers(state: Mapping[str, Any]) -> bool:
-    """Whether a state dict has those."""
-    return any(map(DENOISER_KEY.fullmatch, state))
 
 
 def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], path: str, kind: str) -> None:
@@ -78,6 +94,6 @@ def to_device(model: nn.Module, device: str | None) -> nn.Module:
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         return model.to(device)
-    except (AssertionError, RuntimeError) as error:
+    except Exception as error:  # a device of another kind may lack a module, or a driver
         reason = str(error).split('\n')[0]
         stop(f'--device {device} cannot be used ({reason})')

@@ -70,8 +70,8 @@ def folder_written_whole(target: Path) -> Iterator[Path]:
                 target.rename(old)
             try:
                 new.rename(target)
-            except OSError:
-                if old.exists():
+            except BaseException:
+                if old.exists() and not target.exists():
                     old.rename(target)
                 raise
     except OSError as error:

@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 
 import study
-from launch import stop
+from launch import launch, stop
 from robustness_report import Result, draw, report
 from steps import last_checkpoint, run
 from study_report import write_page
@@ -85,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    launch(main)

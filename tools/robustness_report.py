@@ -170,7 +170,7 @@ def recovered(result: Result, corruption: str) -> list[float]:
 def goals_table(results: list[Result]) -> str:
     """Returns the judged goals, and how many are met."""
     judged = goals(results)
-    rows = [[t.text, t.measured, 'met' if t.met else '**missed**'] for t in judged]
+    rows = [[goal.text, goal.measured, 'met' if goal.met else '**missed**'] for goal in judged]
     met = sum(goal.met for goal in judged)
     text = 'The fit is the one that `safe_fit` picks for the target images, taken as representative'
     picks = '; '.join(f'{result.title}: {result.picked}' for result in results)

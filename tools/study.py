@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
-from launch import stop
+from launch import launch, stop
 from steps import last_checkpoint, last_metric, run, scalars
 from study_report import STAGES, Result, report, write_page
 
@@ -263,4 +263,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    launch(main)

@@ -25,7 +25,7 @@ class Result:
         metrics: Name, then stage: values in percent, one a seed.
         steps: Name: the step to which the metric is rounded in the log, in percent.
         losses: First and last logged ``loss_denoise / weight`` of the joint training, one pair a seed.
-        label_free_losses: The same of the training without labels.
+        label_free_losses: The same of ``loss_denoise`` of the training without labels, which has no weight.
     """
 
     title: str
@@ -121,7 +121,7 @@ def report(results: list[Result], note: dict) -> str:
             + [course(result.losses), course(result.label_free_losses), f'{max(map(abs, sum(unfused, []))):.2f}']
         )
     columns = ['model', 'metric, %', 'baseline', 'control', 'denoised, fused', 'control - baseline', 'fused - control']
-    about = ['model', 'data', 'training images', 'iterations', 'seeds', '`loss_denoise / weight`', 'label-free']
+    about = ['model', 'data', 'training images', 'iterations', 'seeds', '`loss_denoise / weight`']
     alone = ['model', 'metric, %', 'baseline', 'label-free, fused', 'label-free - baseline', '95 % interval of it']
     versions = ', '.join(f'{name} {number}' for name, number in note['versions'].items())
     return '\n\n'.join(
@@ -130,7 +130,7 @@ def report(results: list[Result], note: dict) -> str:
             conclusion(effects, 'control'),
             table([*alone, 'denoising'], label_free),
             conclusion(label_free_effects, 'baseline'),
-            table([*about, 'fused - unfused'], training),
+            table([*about, 'label-free `loss_denoise`', 'fused - unfused'], training),
             f'{note["cores"]} CPU cores, {note["jobs"]} processes at a time, one thread each: '
             f'{note["cpu_seconds"] / 60:.0f} minutes of CPU time in {note["seconds"] / 60:.0f} minutes, by '
             f'`{note["command"]}`. {versions}.',

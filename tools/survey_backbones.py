@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch import stop
+from launch import launch, stop
 
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 PAGE = Path(__file__).resolve().parents[1] / 'docs' / 'backbones.md'
@@ -452,4 +452,4 @@ mmpretrain's sparse classes need the mask that SparK's pretraining sets; here it
 
 
 if __name__ == '__main__':
-    main()
+    launch(main)

@@ -27,7 +27,7 @@ from mmdenoiserep.core import Moments, evaluating
 from mmdenoiserep.core.probe import tensors_in
 from mmdenoiserep.core.sample import Sample
 from mmdenoiserep.core.targets import near_names
-from opening import load_vanilla, to_device
+from opening import load, to_device
 
 VARIANTS = tuple((model, images) for model in ('before', 'after') for images in ('clean', 'corrupted'))
 """Which model runs on which images."""
@@ -162,7 +162,7 @@ class Visualization:
         check_corruption(args.corrupt, args.severity)
         self.models, metas = {}, {}
         for which in ('before', 'after'):
-            model, metas[which] = load_vanilla(cfg, args.config, getattr(args, which))
+            model, metas[which] = load(cfg, args.config, getattr(args, which), denoisers='fold')
             self.models[which] = to_device(model, args.device)
         dataset = open_images(cfg, self.models['before'].backbone, args.images, 'test')
         self.images = {

@@ -26,7 +26,7 @@ class CalibratedLayer:
     Attributes:
         name: Name of the layer.
         timestep: t.
-        rank: Rank of the map less the identity; None for full.
+        rank: Rank of the map less the identity; None where it is not low.
         moved: ``E|x' - x|^2 / E|x - mu|^2``: how far the features move, as a share of their variance.
         linear: A of the map ``x' = A x + c``, float64, (groups, size, size): on the layer's input, in domain mode on
             the output of a convolution.
@@ -71,7 +71,7 @@ class CalibrationReport:
 
     def __str__(self) -> str:
         header = ['layer', 'step', 'rank', 'variance moved', '']
-        rows = [[r.name, str(r.timestep), str(r.rank or 'full'), f'{r.moved:.2e}', r.note] for r in self.layers]
+        rows = [[r.name, str(r.timestep), str(r.rank or '-'), f'{r.moved:.2e}', r.note] for r in self.layers]
         if self.mode == 'schedule':
             losses = [(layer.start, layer.loss, layer.optimum) for layer in self.layers]
             rows.append(['mean', '', '', '', ''])

@@ -140,5 +140,9 @@ def _holds_tensor(value: Any) -> bool:
 
 
 def image_channels(module: nn.Module) -> int:
-    """Returns how many channels the images of a model have: those of its first convolution, or three."""
-    return next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), 3)
+    """Returns how many channels the images of a model have: those of its first convolution, or three.
+
+    More than four are not believed: the convolution that is registered first need not be the one that runs first.
+    """
+    channels = next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), 3)
+    return channels if channels <= 4 else 3

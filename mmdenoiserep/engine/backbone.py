@@ -39,8 +39,8 @@ def DenoiseRepBackbone(
         bias: Likewise.
         schedule: Arguments of :class:`mmdenoiserep.NoiseSchedule`; None takes the official ones.
         image_size: Side or (height, width) of the dummy image for the dry run, in pixels; None takes ``img_size`` of
-            the backbone, or 224. It has the ``in_channels`` of the backbone, else one channel where the first
-            convolution takes one, else three.
+            the backbone, or 224. It has the ``in_channels`` of the backbone, else those that its first
+            convolution takes (up to four), else three.
         pretrained: Handed to the inner backbone (mmseg's segmentors set it from their own ``pretrained``).
 
     Raises:
@@ -54,8 +54,7 @@ def DenoiseRepBackbone(
     arguments = {name: p.default for name, p in inspect.signature(type(module)).parameters.items()} | config
     size = image_size or arguments.get('img_size') or 224
     height, width = (size, size) if isinstance(size, int) else size
-    channels = arguments.get('in_channels') or (1 if image_channels(module) == 1 else 3)
-    shape = (1, channels, height, width)
+    shape = (1, arguments.get('in_channels') or image_channels(module), height, width)
     report = apply_denoiserep(
         module,
         targets,
