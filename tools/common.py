@@ -137,11 +137,14 @@ def type_name(config: ConfigDict) -> str:
 
 
 def start_gloo(launcher: str) -> bool:
-    """Joins the processes of torchrun where there is no GPU, which mmengine can't; returns whether it did."""
+    """Joins the processes of torchrun where there is no GPU, which mmengine can't; returns whether it did.
+
+    Where the processes were not started by the launcher, the program ends with a sentence.
+    """
     import torch
 
     started_by = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_LOCAL_RANK')
-    if started_by.get(launcher, 'PATH') not in os.environ:
+    if launcher in started_by and started_by[launcher] not in os.environ:
         stop(f'--launcher {launcher} needs {started_by[launcher]} in the environment; start it by the launcher')
     if launcher != 'pytorch' or torch.cuda.is_available():
         return False

@@ -99,11 +99,11 @@ def report(results: list[Result], note: dict) -> str:
     accuracy, label_free, training, effects, label_free_effects = [], [], [], {}, {}
     for result in results:
         for metric, values in result.metrics.items():
-            alone = Paired(values['label-free-fused'], values['baseline'], result.steps[metric])
-            label_free_effects[f'{metric} of {result.title}'] = alone
+            free = Paired(values['label-free-fused'], values['baseline'], result.steps[metric])
+            label_free_effects[f'{metric} of {result.title}'] = free
             label_free.append(
                 [result.title, metric, spread(values['baseline']), spread(values['label-free-fused'])]
-                + [spread(alone.differences, '+.2f'), alone.interval, alone.verdict]
+                + [spread(free.differences, '+.2f'), free.interval, free.verdict]
             )
             extra = Paired(values['control'], values['baseline'])
             effect = Paired(values['fused'], values['control'], result.steps[metric])
@@ -118,17 +118,21 @@ def report(results: list[Result], note: dict) -> str:
         training.append(
             [result.title, result.data, f'{result.images:,}']
             + [f'{result.iterations[0]} + {result.iterations[1]}', ', '.join(map(str, result.seeds))]
-            + [course(result.losses), course(result.label_free_losses), f'{max(map(abs, sum(unfused, []))):.2f}']
+            + [
+                first_to_last(result.losses),
+                first_to_last(result.label_free_losses),
+                f'{max(map(abs, sum(unfused, []))):.2f}',
+            ]
         )
     columns = ['model', 'metric, %', 'baseline', 'control', 'denoised, fused', 'control - baseline', 'fused - control']
     about = ['model', 'data', 'training images', 'iterations', 'seeds', '`loss_denoise / weight`']
-    alone = ['model', 'metric, %', 'baseline', 'label-free, fused', 'label-free - baseline', '95 % interval of it']
+    header = ['model', 'metric, %', 'baseline', 'label-free, fused', 'label-free - baseline', '95 % interval of it']
     versions = ', '.join(f'{name} {number}' for name, number in note['versions'].items())
     return '\n\n'.join(
         [
             table([*columns, '95 % interval of it', 'denoising'], accuracy),
             conclusion(effects, 'control'),
-            table([*alone, 'denoising'], label_free),
+            table([*header, 'denoising'], label_free),
             conclusion(label_free_effects, 'baseline'),
             table([*about, 'label-free `loss_denoise`', 'fused - unfused'], training),
             f'{note["cores"]} CPU cores, {note["jobs"]} processes at a time, one thread each: '
@@ -138,7 +142,7 @@ def report(results: list[Result], note: dict) -> str:
     )
 
 
-def course(losses: list[tuple[float, float]]) -> str:
+def first_to_last(losses: list[tuple[float, float]]) -> str:
     """Formats the means of the first and of the last losses."""
     return ' to '.join(f'{statistics.mean(values):.3f}' for values in zip(*losses, strict=True))
 
