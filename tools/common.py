@@ -20,11 +20,11 @@ from launch import describe_missing, stop
 @contextmanager
 def config_at_fault(path: str) -> Iterator[None]:
     """Ends the program with a sentence that blames a config for whatever goes wrong while it is turned into objects."""
-    from mmdenoiserep.core import CheckpointError, FusionError
+    from mmdenoiserep.core import InputError
 
     try:
         yield
-    except (CheckpointError, FusionError):
+    except InputError:
         raise
     except Exception as error:  # what a config names may fail in any way
         if describe_missing(error):

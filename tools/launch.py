@@ -28,7 +28,7 @@ def launch(main: Callable[[], None]) -> None:
         stop(f'this tool needs {sentence}')
     except Exception as error:
         core = sys.modules.get('mmdenoiserep.core')
-        if not core or not isinstance(error, core.CheckpointError | core.FusionError):
+        if not core or not isinstance(error, core.InputError):
             raise
         stop(str(error))
 
@@ -37,7 +37,7 @@ def stop(sentence: str) -> NoReturn:
     """Ends the program with a sentence on one line behind the name of the running tool."""
     one_line = re.sub(r'\s*[\r\n]\s*', ' ', f'{Path(sys.argv[0]).stem}: {sentence.strip()}')
     if not one_line.isprintable():
-        from mmdenoiserep.core.checkpoint import printable
+        from mmdenoiserep.core.errors import printable
 
         one_line = printable(one_line)
     sys.exit(one_line)

@@ -6,6 +6,7 @@ from .closed_form import closed_form
 from .convert import ConversionReport, apply_denoiserep
 from .denoiser import DEFAULT_RANK, Denoiser
 from .domain import explicit_maps
+from .errors import InputError
 from .fuse import FusionError, fuse_model, fuse_state_dict
 from .gather import collect_moments
 from .layers import DenoiseConv2d, DenoiseLayer, DenoiseLinear
@@ -29,6 +30,7 @@ __all__ = [
     'DenoiseLinear',
     'Denoiser',
     'FusionError',
+    'InputError',
     'Moments',
     'NoiseSchedule',
     'ReverseStep',

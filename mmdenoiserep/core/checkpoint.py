@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import InputError, printable
 from .files import whole_file
 from .fuse import FusionError, fuse_state_dict
 
@@ -23,16 +24,8 @@ STAMP = 'denoiserep'
 """Key in the ``meta`` of a fused file."""
 
 
-def printable(text: str) -> str:
-    """Returns a text with its control characters escaped: a terminal would obey those in the names of a file."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode() for c in text)
-
-
-class CheckpointError(Exception):
-    """A file that can't be read, fused or written; the message is one sentence that names it and says what to do."""
-
-    def __str__(self) -> str:
-        return printable(super().__str__())
+class CheckpointError(InputError):
+    """A file that can't be read, fused or written."""
 
 
 class Inert:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .convert import fuse_before_deploy
 from .denoiser import fold
+from .errors import InputError
 from .layers import DenoiseLayer, restore_layer
 
 DENOISER_KEY = re.compile(r'(?P<layer>(?:.*\.)?)denoiser\.(?P<name>weight|scale|up|down|bias)')
@@ -23,8 +24,8 @@ PART = 2**19
 """Elements of a weight that are folded at a time: 4 MiB in float64, which the cache may hold."""
 
 
-class FusionError(ValueError):
-    """A state dict that can't be fused; the message is one sentence that names the key or the layer."""
+class FusionError(InputError, ValueError):
+    """A state dict that can't be fused; the message names the key or the layer."""
 
 
 def fuse_state_dict(state: Mapping[str, Tensor], changes: dict[str, float] | None = None) -> 'OrderedDict[str, Tensor]':

@@ -1,0 +1,1 @@
+"""What the tools do, importable: ordinary arguments, ordinary exceptions."""
