@@ -10,6 +10,7 @@ from .errors import InputError
 from .fuse import FusionError, fuse_model, fuse_state_dict
 from .gather import collect_moments
 from .layers import DenoiseConv2d, DenoiseLayer, DenoiseLinear
+from .losses import DenoiseLosses, denoise_losses
 from .moments import Moments
 from .moments_file import fingerprint, load_moments, save_moments
 from .probe import evaluating
@@ -28,6 +29,7 @@ __all__ = [
     'DenoiseConv2d',
     'DenoiseLayer',
     'DenoiseLinear',
+    'DenoiseLosses',
     'Denoiser',
     'FusionError',
     'InputError',
@@ -39,6 +41,7 @@ __all__ = [
     'calibrate',
     'closed_form',
     'collect_moments',
+    'denoise_losses',
     'evaluating',
     'explicit_maps',
     'fingerprint',

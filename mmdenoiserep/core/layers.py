@@ -1,6 +1,6 @@
 """Embedding layers with a denoiser on their input: ``y = W x' + b`` with ``x' = x - (B x + b~)``."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .denoiser import Denoiser, fold
-from .loss import denoise_loss
+from .loss import curvature, denoise_loss, limit_curvature
 from .sample import Sample
 from .schedule import NoiseSchedule, ReverseStep
 
@@ -72,23 +72,30 @@ class DenoiseLayer(nn.Module):
         low_rank = self._project(self._project(x, parameters['down'], None), parameters['up'], bias)
         return x - (self._scale(x, parameters['scale']) + low_rank)
 
-    def denoise_loss(self, x: Tensor) -> Tensor:
+    def denoise_loss(self, x: Tensor, limit: float = 1.0) -> Tensor:
         """Returns the expected error of the noise prediction on an input, see :func:`~.loss.denoise_loss`.
 
         Args:
             x: An input of the layer, of any shape that the layer accepts. It is detached.
+            limit: The gradient is scaled down where the curvature is larger, see :func:`~.loss.limit_curvature`;
+                ``math.inf`` gives the derivative itself.
 
         Returns:
             A scalar, float32 or, for float64 parameters, float64; autocast is off.
         """
-        return self.denoise_loss_of(Sample()(self, x))
+        return self.denoise_loss_of([(Sample()(self, x), 1.0)], limit)
 
-    def denoise_loss_of(self, vectors: Tensor) -> Tensor:
-        """Does the same for vectors that :class:`~.sample.Sample` took of an input, shape (groups, C/g, n)."""
-        with torch.autocast(vectors.device.type, enabled=False):
+    def denoise_loss_of(self, parts: Sequence[tuple[Tensor, float]], limit: float = 1.0) -> Tensor:
+        """Does the same for parts of inputs: vectors of :class:`~.sample.Sample`, (groups, C/g, n), and their share."""
+        with torch.autocast(self.weight.device.type, enabled=False):
             parameters = {name: p.to(_accurate(p.dtype)) for name, p in self.denoiser.named_parameters()}
             dtype = next(iter(parameters.values())).dtype
-            return denoise_loss(parameters, vectors.detach().to(dtype), self.reverse_step)
+            losses, curvatures = [], []
+            for vectors, share in parts:
+                vectors = vectors.detach().to(dtype)
+                losses.append(denoise_loss(parameters, vectors, self.reverse_step) * share)
+                curvatures.append(curvature(parameters, vectors, self.reverse_step) * share)
+            return limit_curvature(torch.stack(losses).sum(), torch.stack(curvatures).sum(), limit)
 
     def _constants(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.denoiser.named_parameters()}
