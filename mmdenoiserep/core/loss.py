@@ -88,10 +88,10 @@ def limit_curvature(loss: Tensor, curvature: Tensor, limit: float) -> Tensor:
 
         ``gradient * 2^-k``,   the smallest ``k >= 0`` with ``2^-k curvature <= limit``
 
-    Gradient descent diverges where the learning rate times the curvature exceeds 2, and the curvature of this loss grows
-    with the square of the features: about 1e10 at the first layer of a model that takes images from 0 to 255. The limit
-    moves no minimum. A power of two rounds nothing, and is the same from one batch to the next unless the curvature
-    crosses one.
+    Gradient descent diverges where the learning rate times the curvature exceeds 2, and the curvature of this loss
+    grows with the square of the features: about 1e10 at the first layer of a model that takes images from 0 to 255. The
+    limit moves no minimum. A power of two rounds nothing, and stays the same from one batch to the next unless the
+    curvature crosses one.
 
     Args:
         loss: A scalar.

@@ -117,8 +117,8 @@ class DenoiseLossHook(Hook):
             guard.satisfied = True
             stack.callback(setattr, guard, 'satisfied', False)
         own = {id(p) for denoiser in denoisers for p in denoiser.parameters()}
-        wrapper = runner.optim_wrapper
-        for wrapper in wrapper.optim_wrappers.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]:
+        several = isinstance(runner.optim_wrapper, OptimWrapperDict)
+        for wrapper in runner.optim_wrapper.optim_wrappers.values() if several else [runner.optim_wrapper]:
             if getattr(wrapper, 'clip_grad_kwargs', None):
                 stack.callback(setattr, wrapper, 'clip_func', wrapper.clip_func)
                 wrapper.clip_func = _SeparateClip(wrapper.clip_func, own)
