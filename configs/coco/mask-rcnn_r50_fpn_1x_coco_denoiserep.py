@@ -18,5 +18,5 @@ model = dict(
         exclude=['conv1', r'layer1\..*'],
     ),
 )
-# The gradient of the denoisers is limited (docs/settings.md), so that under SGD the rate of the other layers suits them.
+# Their gradient is limited (docs/settings.md), so that under SGD the rate of the other layers suits the denoisers.
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.denoiser.': dict(lr_mult=1.0, decay_mult=0.0)}))
