@@ -1,5 +1,6 @@
 """Runs a model once on a dummy image, to see which layers run, in which order, and whose weight is read by others."""
 
+import inspect
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -65,6 +66,20 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+def run(module: nn.Module, example_input: Any) -> Any:
+    """Calls a module with an input, and with None for whatever its forward requires besides.
+
+    The backbones of masked image modelling (SimMIM, MaskFeat, BEiT) require a mask, of which None means no mask.
+    """
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())[1:]
+    except ValueError:  # a forward that is not written in Python has no signature
+        parameters = []
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in optional]
+    return module(example_input, **dict.fromkeys(required))
+
+
 def probe_execution(module: nn.Module, layers: Mapping[str, nn.Module], example_input: Any = None) -> Execution:
     """Runs the module once in eval mode; nothing about it, nor the global random state, is different afterwards.
 
@@ -87,7 +102,7 @@ def probe_execution(module: nn.Module, layers: Mapping[str, nn.Module], example_
             for layer in layers.values():
                 layer.forward = partial(watch.run, layer, layer.forward)
             with equal_draws(), watch, evaluating(module):
-                module(example_input)
+                run(module, example_input)
             execution.attributes = {id(layer): set(layer.__dict__) for layer in layers.values()}
     except Exception as error:  # any model may fail on an input that is not made for it, in any way
         return Execution(failure=f'{type(error).__name__}: {error}'.strip().splitlines()[0])
