@@ -210,10 +210,10 @@ def refuse_other_weights(model, path: str) -> None:
         return
     from mmdenoiserep.core import DenoiseLayer, read_checkpoint
     from mmdenoiserep.core.checkpoint import STAMP, split_checkpoint
-    from mmdenoiserep.core.fuse import DENOISER_KEY
+    from mmdenoiserep.core.fuse import denoiser_keys
 
     state, meta = split_checkpoint(read_checkpoint(path), Path(path), [])
-    denoised_file = any(map(DENOISER_KEY.search, state))
+    denoised_file = bool(denoiser_keys(state))
     denoised_model = any(isinstance(module, DenoiseLayer) for module in model.modules())
     if denoised_file and not denoised_model:
         stop(

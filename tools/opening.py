@@ -12,7 +12,7 @@ from common import config_at_fault, set_default_scope, without_denoising
 from launch import stop
 from mmdenoiserep.core import CheckpointError, fuse_state_dict, read_checkpoint
 from mmdenoiserep.core.checkpoint import split_checkpoint
-from mmdenoiserep.core.fuse import DENOISER_KEY
+from mmdenoiserep.core.fuse import denoiser_keys
 
 
 def build(cfg: Config, config: str, denoised: bool) -> nn.Module:
@@ -50,7 +50,7 @@ def load(
         FusionError: Its denoisers can't be folded in.
     """
     state, meta = split_checkpoint(read_checkpoint(checkpoint, allow_pickle), Path(checkpoint), [])
-    has_some = any(map(DENOISER_KEY.fullmatch, state))
+    has_some = bool(denoiser_keys(state))
     if has_some and denoisers == 'refuse':
         raise CheckpointError(
             f'{checkpoint} has denoisers; fold them into the weights first: '
@@ -61,7 +61,7 @@ def load(
         stop(f'{config} has no model.backbone')
     if denoisers == 'keep':
         start = model.state_dict()
-        state = state if has_some else state | {key: start[key] for key in start if DENOISER_KEY.fullmatch(key)}
+        state = state if has_some else state | {key: start[key] for key in denoiser_keys(start)}
     elif has_some:
         state = fuse_state_dict(state)
     load_strictly(model, state, checkpoint, 'denoised' if denoisers == 'keep' else 'vanilla')
