@@ -63,7 +63,7 @@ class Readers:
         with intercepting(self.layers, self._run), _Watch(self._note):
             returned = module(batch)
         held = list(self._outputs.values())
-        if any(self._readers[name] != {None} for name in held):
+        if any(None not in self._readers[name] for name in held):
             gc.collect()  # a reference cycle holds tensors that nobody can read any more
             held = list(self._outputs.values())
         for name in held:

@@ -3,12 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-ADDS_BIAS_LAST = {
-    'torch.nn.modules.normalization.LayerNorm',
-    'timm.layers.norm.LayerNorm',
-    'mmpretrain.models.multimodal.clip.clip.LayerNorm',
-    'mmpretrain.models.utils.clip_generator_helper.LayerNorm',
-}
+ADDS_BIAS_LAST = {'torch.nn.modules.normalization.LayerNorm', 'timm.layers.norm.LayerNorm'}
 """Classes whose forward is that of ``nn.LayerNorm``: the bias is added last, to the last dimension."""
 
 SUBTRACTS_MEAN_FIRST = {
