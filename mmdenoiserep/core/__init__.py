@@ -10,7 +10,7 @@ from .errors import InputError
 from .fuse import FusionError, fuse_model, fuse_state_dict
 from .gather import collect_moments
 from .layers import DenoiseConv2d, DenoiseLayer, DenoiseLinear
-from .moments import Moments
+from .moments import CalibrationError, Moments
 from .moments_file import fingerprint, load_moments, save_moments
 from .probe import evaluating
 from .safety import safe_fit
@@ -22,6 +22,7 @@ from .verify import Verification, verify_fusion
 __all__ = [
     'DEFAULT_RANK',
     'CalibratedLayer',
+    'CalibrationError',
     'CalibrationReport',
     'CheckpointError',
     'ConversionReport',

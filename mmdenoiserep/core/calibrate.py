@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from .closed_form import closed_form
 from .denoiser import correction_matrix
 from .domain import DomainFit
-from .gather import denoised_layers, fitted_on_output, gather
-from .layers import DenoiseLayer, input_channels
+from .gather import denoised_layers, empty_moments, gather
+from .layers import DenoiseLayer
 from .moments import CalibrationError, Moments
 from .table import format_table
 from .transport import FITS, RANKED
@@ -152,12 +152,13 @@ def calibrate(
     for name, layer in chosen.items():
         if name not in source:
             raise CalibrationError(f'source has no moments of {name}; gather them with the same targets')
-        _, groups = input_channels(layer)  # type: ignore[arg-type]
-        channels = layer.weight.shape[0 if fitted_on_output(layer) else 1]
-        if source[name].mean.shape != (groups, channels // groups):
+        expected, given = empty_moments(layer).mean, source[name].mean
+        if given.shape != expected.shape:
             raise CalibrationError(
-                f'the moments of {name} in source are of {source[name].mean.numel()} channels, not {channels}'
+                f'the moments of {name} in source are of {given.numel()} channels, not {expected.numel()}'
             )
+        if not (given.isfinite().all() and source[name].scatter.isfinite().all()):
+            raise CalibrationError(f'the moments of {name} in source hold NaN or Inf; gather them again')
         if not layer.denoiser.is_zero():
             raise CalibrationError(f'the denoiser of {name} is not zero; fuse the model and convert it again')
     batches = list(batches) if iter(batches) is batches else batches  # several passes read them several times
