@@ -108,7 +108,8 @@ class Calibration:
         every = self.args.every or choose_every(measure_flows(self.backbone, self.layers, self.example), self.total)
         with counted(self.images, 1) as batches:
             moments = collect_moments(self.backbone, batches, every=every)
-        print(f'moments of {len(moments)} layers from {self.total:,} images, one in {every} of their vectors')
+        reached = sum(seen.count > 0 for seen in moments.values())
+        print(f'moments of {reached} layers from {self.total:,} images, one in {every} of their vectors')
         if self.args.dry_run or get_rank():
             return
         save_moments(moments, self.args.output, dict(weights=self.weights, images=self.total, every=every))

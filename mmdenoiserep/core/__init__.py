@@ -11,7 +11,7 @@ from .fuse import FusionError, fuse_model, fuse_state_dict
 from .gather import collect_moments
 from .layers import DenoiseConv2d, DenoiseLayer, DenoiseLinear
 from .losses import DenoiseLosses, denoise_losses
-from .moments import Moments
+from .moments import CalibrationError, Moments
 from .moments_file import fingerprint, load_moments, save_moments
 from .probe import evaluating
 from .safety import safe_fit
@@ -23,6 +23,7 @@ from .verify import Verification, verify_fusion
 __all__ = [
     'DEFAULT_RANK',
     'CalibratedLayer',
+    'CalibrationError',
     'CalibrationReport',
     'CheckpointError',
     'ConversionReport',
