@@ -8,6 +8,7 @@ domain    fits the model to images of the place where it will run; OUT is a vani
 """
 
 import argparse
+import traceback
 from pathlib import Path
 
 from launch import launch, stop
@@ -111,7 +112,7 @@ def main() -> None:
 
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone and VMamba)
     from calibration import Calibration
-    from common import config_at_fault, load_config, start_gloo
+    from common import load_config, start_gloo
     from mmdenoiserep.core.checkpoint import check_target
     from outputs import check_output
 
@@ -124,10 +125,11 @@ def main() -> None:
         if not start_gloo(args.launcher) and args.launcher != 'none':
             init_dist(args.launcher)
         MMLogger.get_current_instance().setLevel('ERROR')  # the table of the conversion is not news here
-        with config_at_fault(args.config):
-            calibration = Calibration(args, cfg)
-        getattr(calibration, args.mode)()
+        getattr(Calibration(args, cfg), args.mode)()
     except ValueError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals['__name__'].startswith('mmdenoiserep.'):
+            raise  # code of the config's data or model: its author wants the traceback
         stop(f'{args.checkpoint} cannot be calibrated: {error}')
 
 
