@@ -90,6 +90,8 @@ class Calibration:
     def _open_images(self) -> Batches:
         args = self.args
         split = args.split or SPLITS[args.mode]
+        if not args.images and not self.cfg.get(f'{split}_dataloader'):
+            stop(f'{args.config} has no {split}_dataloader; name a folder with --images')
         dataset = open_images(self.cfg, split, args.images, self.model)
         loader = None if args.images else self.cfg[f'{split}_dataloader']
         workers = loader.get('num_workers', 0) if isinstance(loader, Mapping) else 0

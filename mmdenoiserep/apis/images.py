@@ -82,8 +82,8 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path
     others = ', '.join(f'{count:,} {kind}' for kind, count in left_out.most_common())
     if not paths:
         raise InputError(f'{folder} has no images ({", ".join(suffixes)})' + (f'; it has {others}' if others else ''))
-    if others:
-        _say(f'{folder}: {len(paths):,} images; left out: {others}')
+    if others and not get_rank():
+        print(printable(f'{folder}: {len(paths):,} images; left out: {others}'), file=sys.stderr)
     return sorted(paths)
 
 
@@ -105,11 +105,6 @@ def _is_hidden(name: str) -> bool:
     return name.startswith('.') or name == '@eaDir'  # thumbnails of network drives
 
 
-def _say(sentence: str) -> None:
-    if not get_rank():
-        print(printable(sentence), file=sys.stderr)
-
-
 @dataclass
 class NoImage:
     """Stands for an image that could not be had; it comes out of a worker process as it is, unlike an exception.
@@ -128,6 +123,10 @@ class _Missing(Exception):
 
     def __init__(self, image: NoImage | None = None) -> None:
         self.image = image
+
+
+class _NotLoaded(_Missing):
+    """Says that no step of a pipeline loads an image."""
 
 
 @dataclass
@@ -169,18 +168,21 @@ class _Pipeline:
         try:
             results = self._run(dict(info), steps)
         except Exception as error:  # a step that wants an image, where none loads one, may fail in any way
-            steps = [self.loader, *steps]
-            results = None if _is_left_out(error) else self._try(dict(info), steps)
-            if results is None:
+            if isinstance(error, _Missing) and (error.image is None or error.image.left_out):
                 raise
+            failure = error
+            steps = [self.loader, *steps]
+            results = None
+        if results is None:
+            try:
+                results = self._run(dict(info), steps)
+            except Exception:
+                if isinstance(failure, _NotLoaded):
+                    raise
+            if results is None:
+                raise failure  # the loader in front is no remedy
         self.steps, self.loader = steps, None
         return results
-
-    def _try(self, info: dict[str, Any], steps: Sequence[Callable]) -> Any:
-        try:
-            return self._run(info, steps)
-        except Exception:  # without the loader in front, it fails as well, which is what counts
-            return None
 
     def _run(self, results: Any, steps: Sequence[Callable]) -> Any:
         name = results.get('img_path', f'image {self.reading.index} of the data set')
@@ -208,8 +210,8 @@ class _Pipeline:
                 loaded = True
                 results = self._change(results)
         if not loaded:
-            raise _Missing(
-                NoImage(f'{name} is loaded by no step of the pipeline; add one that loads, and one that packs')
+            raise _NotLoaded(
+                NoImage(f'{name} is loaded by no step of the pipeline; add one that loads and one that packs')
             )
         return results
 
@@ -433,7 +435,7 @@ class Batches:
             raise InputError(image.sentence)
         if image.sentence not in self.left_out:
             self.left_out[image.sentence] = None
-            _say(image.sentence)
+            print(printable(image.sentence), file=sys.stderr)
 
     def _batch(self, same: list[tuple[int, Any]]) -> Tensor:
         self.order += [number for number, _ in same]
@@ -487,8 +489,8 @@ def datasets_of(cfg: Config, split: str) -> list[Any]:
     """
     loaders = cfg.get(f'{split}_dataloader')
     if not loaders:
-        raise InputError(f'the config has no {split}_dataloader; name a folder with --images')
-    datasets = []
+        raise InputError(f'the config has no {split}_dataloader')
+    datasets: list[Any] = []
     for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
         dataset = loader.get('dataset') if isinstance(loader, Mapping) else getattr(loader, 'dataset', None)
         if dataset is None:
@@ -646,14 +648,14 @@ def _with_pipeline(dataset: Any, steps: list[Callable] | None, reading: _Reading
     held = _held(dataset)
     for name, value in held.items():
         setattr(new, name, _with_pipeline(value, steps, reading))
-    name, own = _pipeline_name(dataset), _own_steps(dataset)
-    if name is None or own is None:
+    pipeline, own = _pipeline_name(dataset), _own_steps(dataset)
+    if pipeline is None or own is None:
         return new
     if held:
         if steps is not None:
-            setattr(new, name, [])
+            setattr(new, pipeline, [])
         return new
-    setattr(new, name, _Pipeline(own if steps is None else steps, reading))
+    setattr(new, pipeline, _Pipeline(own if steps is None else steps, reading))
     if hasattr(new, 'prepare_data'):  # that of mmengine's data sets, which take another image where it returns None
         new.prepare_data = partial(_prepare, new.prepare_data)
     return new
@@ -707,10 +709,6 @@ def _is_of_library(step: Callable) -> bool:
 
 def _loads_annotations(step: Callable) -> bool:
     return any(base.__name__ in ANNOTATIONS and base.__module__.startswith(LIBRARIES) for base in type(step).__mro__)
-
-
-def _is_left_out(error: Exception) -> bool:
-    return isinstance(error, _Missing) and (error.image is None or error.image.left_out)
 
 
 def _is_users(error: Exception) -> bool:
