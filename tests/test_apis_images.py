@@ -32,6 +32,7 @@ from mmdenoiserep.apis.images import (
     spread,
 )
 from mmdenoiserep.core import InputError
+from tiny_datasets import write_fashion_mnist
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / 'tools'))
@@ -342,17 +343,9 @@ def test_test_images_are_those_of_the_wrapped_data_set(root, name):
 
 def test_a_list_of_data_loaders(root):
     """As loops over several test sets have; each part keeps its own pipeline."""
-    loaders = [
-        dict(dataset=custom(root / '0')),
-        dict(dataset=custom(root / '1', [dict(type='LoadNegative'), PIPELINE[1]])),
-    ]
-    (root / '0/in').mkdir(exist_ok=True)  # a class for each folder
-    for part in '01':
-        (root / part / 'in').mkdir(exist_ok=True)
-    cfg = Config(dict(default_scope='mmpretrain', test_dataloader=loaders))
-    for loader in loaders:
-        loader['dataset']['with_label'] = False
-    cfg = Config(dict(default_scope='mmpretrain', test_dataloader=loaders))
+    negative = [dict(type='LoadNegative'), PIPELINE[1]]
+    parts = [custom(root / '0', with_label=False), custom(root / '1', negative, with_label=False)]
+    cfg = Config(dict(default_scope='mmpretrain', test_dataloader=[dict(dataset=part) for part in parts]))
     images = open_images(cfg)
     assert names(images) == ['0.png', '2.png', '4.png', '6.png', '1.png', '3.png', '5.png', '7.png']
     assert np.array_equal(images[0]['inputs'].permute(1, 2, 0).numpy(), cv2.imread(str(root / '0/0.png')))
@@ -572,10 +565,8 @@ def test_images_are_changed_right_after_they_are_loaded(root):
 
 def test_images_that_the_data_set_brings_are_changed(tmp_path):
     """Fashion-MNIST's come as arrays."""
-    from tiny_datasets import write_fashion_mnist
-
-    write_fashion_mnist(tmp_path)
-    data = dict(type='FashionMNIST', data_root=str(tmp_path), split='test', pipeline=[PIPELINE[1]])
+    write_fashion_mnist(tmp_path / 'data')
+    data = dict(type='FashionMNIST', data_root=str(tmp_path / 'data'), split='test', pipeline=[PIPELINE[1]])
     clean, dark = (open_images(config(data), after_loading=f) for f in (None, lambda image, index: image // 2))
     assert torch.equal(dark[1]['inputs'], clean[1]['inputs'] // 2) and clean[1]['inputs'].any()
 
