@@ -190,18 +190,12 @@ def use_tta(cfg: Config) -> None:
     """Wraps the model and the test pipeline with the test-time augmentation that the config defines."""
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
         stop('--tta needs tta_model and tta_pipeline in the config')
-    test_dataset(cfg).pipeline = cfg.tta_pipeline
+    from mmdenoiserep.apis.images import datasets_of, leaves
+
+    for dataset in datasets_of(cfg, 'test'):
+        for leaf in leaves(dataset):
+            leaf['pipeline'] = cfg.tta_pipeline
     cfg.model = ConfigDict(cfg.tta_model, module=cfg.model)
-
-
-def test_dataset(cfg: Config) -> ConfigDict:
-    """Returns the config of the test data set without what wraps it."""
-    if not cfg.get('test_dataloader'):
-        stop('the config has no test_dataloader')
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    return dataset
 
 
 def refuse_other_weights(model, path: str) -> None:
