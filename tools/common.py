@@ -246,8 +246,6 @@ def use_tta(cfg: Config) -> None:
     cfg.model = ConfigDict(cfg.tta_model, module=cfg.model)
 
 
-
-
 def without_denoising(model: ConfigDict) -> ConfigDict:
     """Returns a model config in which every DenoiseRepBackbone is replaced by the backbone inside it."""
     if isinstance(model, dict):
