@@ -1,6 +1,7 @@
 """Builds the model of a config and loads a checkpoint into it, strictly."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -19,8 +20,10 @@ from mmdenoiserep.core.fuse import denoiser_keys
 def build(cfg: Config, config: str, denoised: bool) -> nn.Module:
     """Returns the model of a config in eval mode, with its denoisers or without, as mmengine's runner builds it.
 
+    It is built from a copy, for some models (DINO) write into their config, and would not be built a second time.
+
     Args:
-        cfg: The config.
+        cfg: The config; it is not changed.
         config: Its path, to blame for what goes wrong.
         denoised: Whether to keep what DenoiseRepBackbone adds.
     """
@@ -28,9 +31,10 @@ def build(cfg: Config, config: str, denoised: bool) -> nn.Module:
         if not cfg.get('model'):
             stop(f'{config} has no model')
         set_default_scope(cfg)
+        model = deepcopy(cfg.model)
         if 'data_preprocessor' in cfg:
-            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-        return MODELS.build(cfg.model if denoised else without_denoising(cfg.model)).eval()
+            model.setdefault('data_preprocessor', deepcopy(cfg.data_preprocessor))
+        return MODELS.build(model if denoised else without_denoising(model)).eval()
 
 
 def load(
