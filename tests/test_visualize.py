@@ -15,7 +15,8 @@ from torch import nn
 
 import mmdenoiserep  # noqa: F401
 from helpers import randomise
-from mmdenoiserep.apis.images import Folder, find_images
+from mmdenoiserep.apis.folders import find_images
+from mmdenoiserep.apis.images import Folder
 from tiny_datasets import write_fashion_mnist, write_scenes
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -93,7 +93,7 @@ def main() -> None:
     import torch
     from tqdm import tqdm
 
-    from mmdenoiserep.apis.images import find_images
+    from mmdenoiserep.apis.folders import find_images
     from outputs import check_folder, folder_written_whole
 
     if args.output.resolve() in (args.images.resolve(), *args.images.resolve().parents):
