@@ -389,6 +389,7 @@ def test_a_fingerprint_knows_names_and_values():
         dict(list(state.items())[1:]),
     ]
     assert len({fingerprint(s) for s in [state, *changed]}) == 4
+    assert fingerprint(state | {'head._extra_state': dict(scale=2)}) == fingerprint(state)
 
 
 # Several processes
@@ -406,12 +407,15 @@ def test_two_processes_gather_what_one_does(tmp_path):
         '--nproc-per-node=2',
         '--master-port=29577',
     ]
-    subprocess.run(
+    result = subprocess.run(
         [*launch, str(ROOT / 'tools/calibrate.py'), *map(str, args), '--launcher', 'pytorch', '--device', 'cpu'],
         check=True,
+        stdout=subprocess.PIPE,
+        text=True,
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''},
         timeout=300,
     )
+    assert result.stdout.count('moments of') == 1, 'one process prints'
     two, about = load_moments(tmp_path / 'two.pth')
     one, _ = load_moments(source(name))
     assert about['images'] == 100

@@ -10,13 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 import mmdenoiserep  # noqa: F401
 from helpers import randomise
+from mmdenoiserep.apis.corruptions import corrupt
 from mmdenoiserep.apis.folders import find_images
 from mmdenoiserep.apis.images import Folder
+from mmdenoiserep.apis.pixels import to_rgb
+from mmdenoiserep.core import InputError
 from tiny_datasets import write_fashion_mnist, write_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,7 +141,9 @@ def test_the_table_has_the_signal_to_noise_ratios(tmp_path, capsys):
     raw = np.frombuffer(Path('work_dirs/fashion-mnist/t10k-images-idx3-ubyte').read_bytes(), np.uint8, offset=16)
     clean = torch.from_numpy(raw.copy()).reshape(3, 1, 28, 28)
     severity = corrupt_images.SEVERITIES['noise']
-    noisy = torch.cat([corrupt_images.corrupt(image[None], 'noise', severity, 3 + i) for i, image in enumerate(clean)])
+    noisy = torch.stack(
+        [torch.from_numpy(corrupt(image[0].numpy(), 'noise', severity, 3, i))[None] for i, image in enumerate(clean)]
+    )
     before, after = build(VIT), build(denoised, 1)
     layer = 'layers.2.ffn.layers.0.0'
     x = {
@@ -184,6 +190,47 @@ def test_images_are_corrupted_as_corrupt_images_does(tmp_path):
         assert clean[i]['inputs'].shape == spoiled[i]['inputs'].shape
         assert np.array_equal(clean.image, picture)
         assert np.array_equal(spoiled.image, cv2.imread(str(tmp_path / f'noisy/{name}.png')))
+
+
+@pytest.mark.parametrize('kind', ['uint16', 'uint16 as float32', 'alpha', 'six channels'])
+def test_images_of_other_kinds_reach_the_model_as_they_are_loaded(kind, tmp_path):
+    """Clean ones unchanged, noisy ones in the same dtype and range, or refused by name; people see all of them."""
+    rng = np.random.default_rng(0)
+    shape, dtype = {'alpha': ((32, 32, 4), np.uint8), 'six channels': ((32, 32, 6), np.uint16)}.get(
+        kind, ((32, 32), np.uint16)
+    )
+    pictures = rng.integers(0, 4096 if dtype == np.uint16 else 256, (2, *shape)).astype(dtype)
+
+    class Loaded(torch.utils.data.Dataset):
+        """Loads by a step of its own behind the first, as users' data sets do."""
+
+        pipeline = Compose([])
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            image = pictures[index].astype(np.float32) if 'as float32' in kind else pictures[index]
+            return self.pipeline(dict(img=image, img_path=f'{index}.png'))
+
+    loaded = Loaded()
+    clean, noisy = (visualization.Spoiled(loaded, *how) for how in (('clean',), ('noise', 0.01)))
+    before = clean[1]['img']
+    assert np.array_equal(before, pictures[1]) and np.array_equal(clean.image, before)
+    assert to_rgb(clean.image).shape == (32, 32, 3) and to_rgb(clean.image).std() > 50
+    if 'as float32' in kind:
+        with pytest.raises(InputError, match='1.png.*float32'):
+            noisy[1]
+        return
+    after = noisy[1]['img']
+    assert after.dtype == dtype and after.shape == shape
+    before, after = (np.atleast_3d(image).astype(float) for image in (before, after))
+    change = (after - before)[..., :3] / np.iinfo(dtype).max
+    least, most = (2000, 4096) if dtype == np.uint16 else (10, 245)  # what the noise does not clip
+    inside = (before[..., :3] > least) & (before[..., :3] < most)
+    assert change[inside].std() == pytest.approx(0.01, rel=0.1)
+    if kind == 'alpha':
+        assert np.array_equal(after[..., 3], before[..., 3])
 
 
 # Attention and maps
@@ -251,7 +298,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path):
     config, weights, out = DEMO / f'{VIT}.py', checkpoint(VIT), tmp_path / 'out'
     good = [config, weights, weights, '--out', out]
     assert 'near names: layers.1.attn.qkv' in sentence(*good, '--spectra', 'layers.1.atn.qkv')
-    assert '--severity -1 does not work for noise' in sentence(*good, '--severity', -1)
+    assert 'severity -1 does not work for noise' in sentence(*good, '--severity', -1)
     assert 'is not a folder' in sentence(*good, '--images', tmp_path / 'none')
     assert 'no.pth does not exist' in sentence(config, 'no.pth', weights, '--out', out)
     other = checkpoint('segformer_mit_scenes')
@@ -278,7 +325,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path):
 
 
 def test_arguments_that_make_no_sense(capsys):
-    for option in (['--num-images', '1'], ['--show', '0'], ['--corrupt', 'clean']):
+    for option in (['--num-images', '1'], ['--show', '0'], ['--corrupt', 'clean'], ['--seed', '-1']):
         with pytest.raises(SystemExit) as stopped:
             call(visualize, 'a.py', 'b.pth', 'c.pth', '--out', 'd', *option)
         assert stopped.value.code == 2 and option[0] in capsys.readouterr().err

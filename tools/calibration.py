@@ -116,8 +116,8 @@ class Calibration:
         every = self.args.every or choose_every(measure_flows(self.backbone, self.layers, self.example), self.total)
         with counted(self.images, 1) as batches:
             moments = collect_moments(self.backbone, batches, every=every)
-        total = self.total
-        print(f'moments of {len(moments)} layers from {total:,} images, one in {every} of their vectors')
+        reached, total = sum(seen.count > 0 for seen in moments.values()), self.total
+        print(f'moments of {reached} layers from {total:,} images, one in {every} of their vectors')
         if self.args.dry_run or get_rank():
             return
         save_moments(moments, self.args.output, dict(weights=self.weights, images=total, every=every))

@@ -77,25 +77,34 @@ def main() -> None:
 def build_model(cfg: Any, config: str, checkpoint: str, device: str | None) -> tuple[Any, list[str]]:
     """Returns the model with the weights, in eval mode, and the parameters that the checkpoint lacks.
 
-    These are NaN, so that the features are, too, if they depend on one. A classifier that is not used may be missing.
+    These are NaN, so that the features are, too, if they depend on one. A classifier that is not used may be missing,
+    statistics of BatchNorm layers may not.
     """
     import torch
-    from mmengine.runner import load_checkpoint
+    from mmengine.runner import CheckpointLoader
+    from mmengine.runner.checkpoint import _load_checkpoint_to_model
 
-    from common import refuse_other_weights
+    from mmdenoiserep.apis.weights import Loading
+    from mmdenoiserep.core import InputError
     from mmdenoiserep.engine.resume import allow_training_checkpoints
     from opening import build, to_device
 
     model = build(cfg, config, denoised=True)
-    refuse_other_weights(model, checkpoint)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
     allow_training_checkpoints()
+    loading = Loading(model, checkpoint, 'features')
     try:
-        load_checkpoint(model, checkpoint, map_location='cpu', logger='silent')
-    except Exception as error:  # files fail in many ways
+        content = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
+    except InputError:
+        raise
+    except Exception as error:  # addresses fail in many ways
         stop(f'{checkpoint} cannot be loaded ({type(error).__name__}: {error})')
+    loading.unwrap(content)
+    loading.see(content)
+    _load_checkpoint_to_model(model, content, logger='silent')
+    loading.judge()
     to_device(model, device)
     return model, [name for name, parameter in model.named_parameters() if parameter.isnan().all()]
 

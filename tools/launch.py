@@ -1,5 +1,6 @@
 """Runs a tool; what keeps it from its work ends it with one sentence behind its name."""
 
+import io
 import re
 import sys
 from collections.abc import Callable
@@ -17,7 +18,12 @@ PACKAGES = {
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Runs ``main``; a missing module, a file that is refused and an interrupt end the program with a sentence."""
+    """Runs ``main``; a missing module, a file that is refused and an interrupt end the program with a sentence.
+
+    A name that is no UTF-8 is printed with escapes.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         main()
     except KeyboardInterrupt:

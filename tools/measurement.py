@@ -23,8 +23,8 @@ from torch.optim.swa_utils import update_bn
 import study
 from benchmarks.measure import alternate
 from common import load_config, set_default_scope
-from corrupt_images import corrupt
 from launch import stop
+from mmdenoiserep.apis.corruptions import make_transform
 from mmdenoiserep.core import apply_denoiserep, calibrate, collect_moments, fuse_model, safe_fit
 from mmdenoiserep.core.safety import FEW, MANY
 from mmdenoiserep.engine.resume import allow_training_checkpoints
@@ -87,6 +87,23 @@ class Images:
     def labels(self) -> Tensor:
         """Classes of the images, (N,)."""
         return torch.cat([sample.gt_label for sample in self.samples])
+
+
+def corrupt(images: Tensor, corruption: str, severity: float, seed: int) -> Tensor:
+    """Returns corrupted images; image i depends on the seed and on i alone, as all have one size.
+
+    Args:
+        images: (N, C, H, W), uint8; three channels are BGR, as the libraries load them.
+        corruption: As for :func:`mmdenoiserep.apis.corruptions.corrupt`.
+        severity: As for the same function.
+        seed: Of everything that is drawn, in the order of the images.
+    """
+    if corruption == 'clean':
+        return images
+    transform = make_transform(corruption, severity, seed)
+    rgb = images.flip(1).permute(0, 2, 3, 1).contiguous().numpy()  # (N, H, W, C)
+    corrupted = torch.stack([torch.from_numpy(transform(image=image)['image']) for image in rgb])
+    return corrupted.permute(0, 3, 1, 2).flip(1).contiguous()
 
 
 class Measurement:

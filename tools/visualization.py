@@ -18,9 +18,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from calibration import choose_every, measure_flows
-from corrupt_images import check_corruption, corrupt
 from launch import stop
+from mmdenoiserep.apis.corruptions import corrupt, make_transform
 from mmdenoiserep.apis.images import Batches, NoImage, datasets_of, leaves, open_images, spread
+from mmdenoiserep.apis.pixels import to_rgb
 from mmdenoiserep.core import Moments, evaluating
 from mmdenoiserep.core.probe import tensors_in
 from mmdenoiserep.core.sample import Sample
@@ -47,12 +48,12 @@ class Spoiled(Dataset):
 
     Args:
         dataset: :class:`mmdenoiserep.apis.images.Images`.
-        corruption: See :func:`corrupt_images.corrupt`.
-        severity: Likewise.
-        seed: Likewise; image i adds i to it.
+        corruption: As for :func:`mmdenoiserep.apis.corruptions.corrupt`.
+        severity: As for the same function.
+        seed: As for the same function.
 
     Attributes:
-        image: The image that was read last, (H, W, C) or (H, W), uint8; three channels are BGR.
+        image: The image that was read last, (H, W, C) or (H, W), of the dtype that was loaded; three channels are BGR.
     """
 
     def __init__(self, dataset: Any, corruption: str, severity: float = 0, seed: int = 0) -> None:
@@ -68,11 +69,8 @@ class Spoiled(Dataset):
 
     def spoil(self, image: np.ndarray, index: int) -> np.ndarray:
         """Corrupts an image as it was loaded."""
-        corruption, severity, seed = self.how
-        batch = torch.from_numpy(np.atleast_3d(image).astype(np.uint8)).permute(2, 0, 1)[None]
-        spoiled = corrupt(batch, corruption, severity, seed + index)[0].permute(1, 2, 0).numpy()
-        self.image = np.ascontiguousarray(spoiled).reshape(image.shape)
-        return self.image.astype(image.dtype)
+        self.image = corrupt(image, *self.how, index)
+        return self.image
 
 
 class Ratio:
@@ -152,7 +150,7 @@ class Visualization:
     def __init__(self, args: argparse.Namespace, cfg: Config) -> None:
         self.args = args
         self.severity = f'{args.corrupt} {args.severity:.3g}'
-        check_corruption(args.corrupt, args.severity)
+        make_transform(args.corrupt, args.severity, args.seed)
         self.models, metas = {}, {}
         for which in ('before', 'after'):
             model, metas[which] = load(cfg, args.config, getattr(args, which), denoisers='fold')
@@ -387,9 +385,3 @@ def received(weights: Tensor, ratio: float) -> Tensor | None:
     extra, height, width = grid
     row = weights[0] if extra else weights.mean(0)
     return (row[extra:] * len(weights)).reshape(height, width).cpu()
-
-
-def to_rgb(image: np.ndarray) -> np.ndarray:
-    """Returns a BGR or grey image, (H, W, C) or (H, W), as RGB, (H, W, 3)."""
-    image = np.atleast_3d(image)
-    return np.ascontiguousarray(np.repeat(image, 3, 2) if image.shape[2] == 1 else image[..., ::-1])

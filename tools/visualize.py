@@ -53,6 +53,8 @@ def parse_args() -> argparse.Namespace:
     for name, least in dict(num_images=2, show=1, batch_size=1).items():
         if getattr(args, name) < least:
             parser.error(f'--{name.replace("_", "-")} must be {least} or more')
+    if args.seed < 0:
+        parser.error('--seed must be 0 or more')
     if args.severity is None:
         args.severity = SEVERITIES[args.corrupt]
     return args

@@ -133,7 +133,7 @@ class _Pipeline:
         name = results.get('img_path', f'image {self.reading.index} of the data set')
         loaded = _has_image(results)
         if loaded:
-            results = self._change(results)
+            results = self._change(results, name)
         for step in steps:
             if loaded and self.reading.only_load:
                 break
@@ -153,17 +153,20 @@ class _Pipeline:
                 raise _Missing(NoImage(f'{name} is left out by {type(step).__name__}', left_out=True))
             if not loaded and _has_image(results):
                 loaded = True
-                results = self._change(results)
+                results = self._change(results, name)
         if not loaded:
             raise _NotLoaded(
                 NoImage(f'{name} is loaded by no step of the pipeline; add one that loads and one that packs')
             )
         return results
 
-    def _change(self, results: dict[str, Any]) -> dict[str, Any]:
+    def _change(self, results: dict[str, Any], name: str) -> dict[str, Any]:
         if self.reading.change is None or 'img' not in results:
             return results
-        return results | dict(img=self.reading.change(results['img'], self.reading.index))
+        try:
+            return results | dict(img=self.reading.change(results['img'], self.reading.index))
+        except InputError as error:
+            raise InputError(f'{name}: {error}') from None
 
 
 class Images(Dataset):

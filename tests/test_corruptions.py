@@ -1,0 +1,122 @@
+"""mmdenoiserep.apis.corruptions: what an image becomes, for every depth and number of channels."""
+
+import numpy as np
+import pytest
+
+from mmdenoiserep.apis.corruptions import RANGES, corrupt, make_transform
+from mmdenoiserep.core import InputError
+
+SEVERITIES = dict(noise=0.1, blur=2.0, jpeg=10, contrast=0.5, occlusion=0.4, shot=0.05)
+CHANNELS = [(), (1,), (3,), (4,), (6,)]
+
+
+def picture(channels=(3,), dtype=np.uint8, seed=0):
+    """Random values over the whole range, (40, 50, *channels)."""
+    most = np.iinfo(dtype).max
+    return np.random.default_rng(seed).integers(0, most, (40, 50, *channels), dtype, endpoint=True)
+
+
+@pytest.mark.parametrize('corruption', SEVERITIES)
+def test_every_image_has_draws_of_its_own(corruption):
+    image = picture()
+    before = image.copy()
+    seen = {(s, i): corrupt(image, corruption, SEVERITIES[corruption], s, i) for s in range(3) for i in range(3)}
+    again = corrupt(image, corruption, SEVERITIES[corruption], 2, 1)
+    assert np.array_equal(seen[2, 1], again) and np.array_equal(image, before)
+    assert all(x.shape == image.shape and x.dtype == image.dtype and (x != image).any() for x in seen.values())
+    different = len({x.tobytes() for x in seen.values()})
+    assert different == (9 if corruption in ('noise', 'shot', 'occlusion') else 1)
+
+
+@pytest.mark.parametrize('channels', CHANNELS)
+@pytest.mark.parametrize('corruption', SEVERITIES)
+def test_sixteen_bits_are_corrupted_as_eight_bits_are(corruption, channels):
+    """A 16-bit image is 257 times the 8-bit one; so is what it becomes, but for the rounding of the latter."""
+    image = picture(channels)
+    deep = image.astype(np.uint16) * 257
+    if corruption == 'jpeg':
+        with pytest.raises(InputError, match='8-bit'):
+            corrupt(deep, corruption, 10, 0, 0)
+        return
+    shallow, deep = (corrupt(x, corruption, SEVERITIES[corruption], 5, 7) for x in (image, deep))
+    assert deep.dtype == np.uint16 and deep.shape == shallow.shape
+    assert np.abs(deep / 257 - shallow.astype(float)).max() <= 0.51
+    assert np.abs(shallow.astype(float) - image).mean() > 5
+
+
+@pytest.mark.parametrize('severity', [0.01, 0.1])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+@pytest.mark.parametrize('channels', CHANNELS)
+def test_noise_has_the_standard_deviation_that_was_asked_for(severity, dtype, channels):
+    """In each channel, and independent of the other ones; alpha stays."""
+    most = np.iinfo(dtype).max
+    image = np.full((200, 200, *channels), most // 2, dtype)
+    change = (corrupt(image, 'noise', severity, 0, 0).astype(float) - image) / most
+    change = change.reshape(200 * 200, -1)
+    if channels == (4,):
+        assert not change[:, 3].any()
+        change = change[:, :3]
+    assert np.allclose(change.std(0), severity, rtol=0.03) and np.abs(change.mean(0)).max() < severity / 30
+    correlations = np.corrcoef(change.T).reshape(change.shape[1], -1) - np.eye(change.shape[1])
+    assert np.abs(correlations).max() < 0.03
+
+
+@pytest.mark.parametrize('corruption', SEVERITIES)
+def test_alpha_stays_and_the_colours_are_those_of_the_image_without_it(corruption):
+    image = picture((4,))
+    corrupted = corrupt(image, corruption, SEVERITIES[corruption], 1, 2)
+    assert np.array_equal(corrupted[..., 3], image[..., 3])
+    assert np.array_equal(corrupted[..., :3], corrupt(image[..., :3].copy(), corruption, SEVERITIES[corruption], 1, 2))
+
+
+def test_colours_are_blue_first():
+    blue = np.zeros((32, 32, 3), np.uint8)
+    blue[..., 0] = 200
+    corrupted = corrupt(blue, 'jpeg', 30, 0, 0).astype(float).mean((0, 1))
+    assert corrupted[0] > 150 and corrupted[1:].max() < 60
+    assert corrupt(blue, 'contrast', 0.5, 0, 0)[0, 0].tolist() == [100, 0, 0]
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float64, np.int64])
+def test_bytes_in_a_wider_type_are_bytes(dtype):
+    """As LoadImageFromFile(to_float32=True) gives them."""
+    image = picture()
+    corrupted = corrupt(image.astype(dtype), 'noise', 0.1, 3, 4)
+    assert corrupted.dtype == dtype and np.array_equal(corrupted, corrupt(image, 'noise', 0.1, 3, 4))
+
+
+@pytest.mark.parametrize(
+    'image',
+    [
+        np.linspace(0, 1, 300, dtype=np.float32).reshape(10, 10, 3),
+        np.arange(300, dtype=np.float32).reshape(10, 10, 3),
+        np.arange(300, dtype=np.int32).reshape(10, 10, 3) - 9,
+        np.full((10, 10), np.nan),
+        np.eye(10, dtype=bool),
+    ],
+)
+def test_values_of_an_unknown_range_are_refused_and_pass_when_clean(image):
+    with pytest.raises(InputError, match=str(image.dtype)):
+        corrupt(image, 'blur', 1.0, 0, 0)
+    assert corrupt(image, 'clean', 0, 0, 0) is image
+
+
+def test_jpeg_of_six_channels_is_refused():
+    with pytest.raises(InputError, match='6'):
+        corrupt(picture((6,)), 'jpeg', 10, 0, 0)
+
+
+def test_a_faint_blur_leaves_the_image():
+    image = picture()
+    assert np.array_equal(corrupt(image, 'blur', RANGES['blur'][0], 0, 0), image)
+
+
+@pytest.mark.parametrize('corruption', RANGES)
+def test_severities_out_of_range_are_refused(corruption):
+    least, most = RANGES[corruption]
+    image = np.full((24, 24, 3), 100, np.uint8)
+    for severity in (least, min(most, 200)):
+        assert corrupt(image, corruption, severity, 0, 0).shape == image.shape
+    for severity in (least - 1, most * 2, np.nan, np.inf, 10.5 if corruption == 'jpeg' else -0.1):
+        with pytest.raises(InputError, match=corruption):
+            make_transform(corruption, severity, 0)
