@@ -22,11 +22,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from mmdenoiserep.apis import images as images_module
+from mmdenoiserep.apis.folders import find_images
 from mmdenoiserep.apis.images import (
     Batches,
     NoImage,
     datasets_of,
-    find_images,
     image_channels,
     open_images,
     spread,
