@@ -12,8 +12,8 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1] / 'tools'))
 
 import benchmark  # noqa: E402
-from benchmarks import cost, fuse, growth, measure, profile, start  # noqa: E402
-from mmdenoiserep.core import DEFAULT_RANK, fuse_checkpoint  # noqa: E402
+from benchmarks import cost, fuse, growth, measure, profile, rank, start  # noqa: E402
+from mmdenoiserep.core import DEFAULT_RANK, DenoiseLayer, fuse_checkpoint  # noqa: E402
 
 SMALL = cost.Shape('mmpretrain::resnet/resnet18_8xb16_cifar10.py', (32, 32), 2)
 
@@ -116,6 +116,16 @@ def test_the_growth_of_calibration(monkeypatch):
     text, figures = run(growth, '--size', 32, '--layers', 1, '--repeats', 1)
     assert set(figures['seconds']) == {'48 32', '96 32', '96 64'}
     assert f'images^{figures["images"]:.2f}' in text and f'parameters^{figures["parameters"]:.2f}' in text
+
+
+def test_steps_by_width_and_rank(monkeypatch):
+    """Every way but the plain one takes the loss of four layers in each of its four steps."""
+    losses, loss_of = [], DenoiseLayer.denoise_loss_of
+    monkeypatch.setattr(DenoiseLayer, 'denoise_loss_of', lambda *args, **kw: losses.append(1) or loss_of(*args, **kw))
+    text, figures = run(rank, '--widths', 8, 24, '--vectors', 32, '--repeats', 1)
+    assert list(figures['widths']) == [8, 24] and all(len(ratios) == 4 for ratios in figures['widths'].values())
+    assert '| 24 | ' in text
+    assert len(losses) == 2 * 4 * 4 * 4
 
 
 def test_every_program_shows_its_help():

@@ -15,6 +15,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 import mmdenoiserep  # noqa: F401
 from helpers import randomise
+from mmdenoiserep.apis.images import Unlabelled
 from mmdenoiserep.core import CheckpointError, Moments, fingerprint, load_moments, safe_fit, save_moments
 from mmdenoiserep.core.checkpoint import STAMP
 
@@ -25,7 +26,6 @@ sys.path.insert(0, str(ROOT / 'tools'))
 import calibrate  # noqa: E402
 import calibration  # noqa: E402
 import fuse_checkpoint  # noqa: E402
-import images  # noqa: E402
 import make_reid  # noqa: E402
 import make_scenes  # noqa: E402
 from launch import launch  # noqa: E402
@@ -168,7 +168,7 @@ def test_a_domain_fit_brings_the_first_features_home_in_the_unchanged_config(nam
     seen, (training, _) = [], load_moments(source(name))
     stem.register_forward_hook(lambda layer, args, out: seen.append(out.detach().transpose(0, 1).flatten(1)[None]))
     cfg = Config.fromfile(DEMO / f'{name}.py')
-    for batch in calibration.Batches(model, images.Unlabelled(cfg, 'test'), 32):
+    for batch in calibration.Batches(model, Unlabelled(cfg, 'test'), 32):
         with torch.no_grad():
             model.backbone(batch)
     fitted = Moments.of(torch.cat(seen, -1))
@@ -389,6 +389,7 @@ def test_a_fingerprint_knows_names_and_values():
         dict(list(state.items())[1:]),
     ]
     assert len({fingerprint(s) for s in [state, *changed]}) == 4
+    assert fingerprint(state | {'head._extra_state': dict(scale=2)}) == fingerprint(state)
 
 
 # Several processes
@@ -406,12 +407,15 @@ def test_two_processes_gather_what_one_does(tmp_path):
         '--nproc-per-node=2',
         '--master-port=29577',
     ]
-    subprocess.run(
+    result = subprocess.run(
         [*launch, str(ROOT / 'tools/calibrate.py'), *map(str, args), '--launcher', 'pytorch', '--device', 'cpu'],
         check=True,
+        stdout=subprocess.PIPE,
+        text=True,
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''},
         timeout=300,
     )
+    assert result.stdout.count('moments of') == 1, 'one process prints'
     two, about = load_moments(tmp_path / 'two.pth')
     one, _ = load_moments(source(name))
     assert about['images'] == 100

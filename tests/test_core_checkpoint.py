@@ -206,12 +206,12 @@ def test_meta_that_is_no_plain_data_is_dropped(tmp_path, target):
     """What would need code to be read again is left out of meta, and named."""
     hub = MessageHub('dropped')
     hub.update_scalar('loss', 1.0)
-    meta = {**META, 'scale': hub.state_dict()['log_scalars'], 'tensor': torch.zeros(2)}
+    meta = {**META, 'scale': hub.state_dict()['log_scalars'], 'sparse': torch.eye(2).to_sparse()}
     result = fuse_checkpoint(
         save(tmp_path / 'in.pth', {'meta': meta, 'state_dict': build_denoised().state_dict()}), target
     )
     assert set(torch.load(target, weights_only=True)['meta']) == {*META, 'denoiserep'}
-    assert result.notes == ('left out of meta, because it is no plain data: scale, tensor',)
+    assert result.notes == ('left out of meta, because it is no plain data: scale, sparse',)
 
 
 def test_meta_whose_keys_are_no_strings_is_dropped(tmp_path, target):
@@ -219,7 +219,7 @@ def test_meta_whose_keys_are_no_strings_is_dropped(tmp_path, target):
     hub = MessageHub('keys')
     hub.update_scalar('loss', 1.0)
     history = hub.state_dict()['log_scalars']['loss']
-    meta = {**META, 1: 'one', history: 'history', 'zero': torch.zeros(1)}
+    meta = {**META, 1: 'one', history: 'history', 'zero': torch.zeros(1).to_sparse()}
     state = build_denoised().state_dict()
     result = fuse_checkpoint(save(tmp_path / 'in.pth', {'meta': meta, 'state_dict': state}), target)
     assert set(torch.load(target, weights_only=True)['meta']) == {*META, 'denoiserep'}
@@ -275,7 +275,7 @@ def test_truncated_file(tmp_path, target, source, part, zipped):
     torch.save(torch.load(source, weights_only=False), path, _use_new_zipfile_serialization=zipped)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * part)])
-    refused(path, target, 'part.pth is truncated or no PyTorch checkpoint')
+    refused(path, target, 'part.pth is empty' if not part else 'part.pth is truncated or no PyTorch checkpoint')
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -332,7 +332,7 @@ NAN, INF = float('nan'), float('inf')
         ({'4.weight': torch.full((4, 8), -INF)}, r'4\.weight holds NaN or Inf'),
         ({'4.denoiser.weight': torch.zeros(1, 7, 7)}, 'does not fit its weight'),
         ({'4.denoiser.weight': torch.zeros(2, 8, 8)}, 'does not fit its weight'),
-        ({'0.denoiser.weight': torch.zeros(3, 3)}, 'does not fit its weight'),
+        ({'0.denoiser.weight': torch.zeros(3, 3, 3)}, 'does not fit its weight'),
         ({'4.denoiser.weight': None}, 'the denoiser of 4 is incomplete'),
         ({'4.denoiser.weight': None, '4.denoiser.up': torch.zeros(1, 8, 2)}, 'the denoiser of 4 is incomplete'),
         ({'4.weight': None}, '4 has a denoiser but no weight'),
@@ -359,7 +359,8 @@ def test_state_dicts_that_do_not_fit(tmp_path, target, changes, message):
         ({'state_dict': {}}, 'has no state_dict'),
         ({'state_dict': [1]}, 'has no state_dict'),
         ({'state_dict': {1: torch.zeros(2)}}, 'has no state_dict'),
-        ({'model': {'a': torch.zeros(2)}}, 'has no state_dict'),
+        ({'model': {'a': torch.zeros(2)}}, 'there is no denoiser in it'),
+        ({'epoch': 3, 'args': {'lr': 0.1}}, 'it has epoch, args'),
     ],
 )
 def test_files_without_denoisers(tmp_path, target, content, message):

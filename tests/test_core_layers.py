@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pickle
 
 import pytest
@@ -221,10 +222,10 @@ def test_loss_of_a_part_has_the_expectation_of_the_whole(kind, rank):
     def values(loss):
         return torch.cat([loss[None], *(g.flatten() for g in torch.autograd.grad(loss, parameters))])
 
-    whole = values(layer.denoise_loss(x))
+    whole = values(layer.denoise_loss(x, math.inf))
     draws = [Sample(most=3, seed=seed)(layer, x) for seed in range(4000)]
     assert {draw.shape[2] for draw in draws} == {3 if kind == 'linear' else 4}  # two of each of two images
-    parts = torch.stack([values(layer.denoise_loss_of(draw)) for draw in draws])
+    parts = torch.stack([values(layer.denoise_loss_of([(draw, 1.0)], math.inf)) for draw in draws])
     error = parts.std(0) / len(parts) ** 0.5
     assert parts[:, 0].std() > 0.05 * whole[0]
     assert ((parts.mean(0) - whole).abs() <= 4.5 * error + 1e-9 * whole.abs()).all()
@@ -254,7 +255,7 @@ def test_training_on_parts_reaches_the_closed_form(rank):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2000)
     for iteration in range(2000):
         optimizer.zero_grad()
-        layer.denoise_loss_of(Sample(most=32, seed=iteration)(layer, x)).backward()
+        layer.denoise_loss_of([(Sample(most=32, seed=iteration)(layer, x), 1.0)]).backward()
         optimizer.step()
         schedule.step()
     assert layer.denoise_loss(x).item() < 1.01 * best
@@ -415,7 +416,7 @@ def minimise(layer, x, seed):
     def closure():
         for parameter, value, unit in zip(parameters, free, units, strict=True):
             parameter.data = value.detach() * unit
-        loss = layer.denoise_loss(x)
+        loss = layer.denoise_loss(x, math.inf)
         gradients = torch.autograd.grad(loss, parameters)
         for value, gradient, unit in zip(free, gradients, units, strict=True):
             value.grad = gradient * unit

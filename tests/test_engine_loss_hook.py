@@ -1,5 +1,6 @@
 """DenoiseLossHook: what it adds, what it leaves alone, and every way of training that could break it."""
 
+import builtins
 import copy
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from engine_distributed import WORLD, run_scenario, scenarios, worker
 from engine_helpers import (
     TINY_SWIN,
+    FeatureModel,
     TinyBackbone,
     TinyModel,
     assert_equal,
@@ -38,7 +40,7 @@ from mmdenoiserep import NoiseSchedule, apply_denoiserep, fuse_model
 from mmdenoiserep.core import DenoiseLayer
 from mmdenoiserep.core.sample import Sample
 from mmdenoiserep.engine.backbone import find_guards
-from mmdenoiserep.engine.loss_hook import DenoiseLossHook
+from mmdenoiserep.engine.loss_hook import SOON, DenoiseLossHook
 from mmdenoiserep.engine.resume import allow_training_checkpoints
 
 JOINT = dict(type='DenoiseLossHook', mode='joint', weight=0.1, tokens=None)
@@ -114,12 +116,11 @@ def token_rows(layer, inputs):
     return rows[None, :, :, None]
 
 
-def expected_loss(model, inputs):
-    """The mean over layers of the loss on all tokens that the layer saw."""
-    layers = denoised_layers(model)
-    return torch.stack(
-        [layers[name].denoise_loss(token_rows(layers[name], seen)) for name, seen in inputs.items()]
-    ).mean()
+def expected_loss(model, inputs, weight=1.0):
+    """The weighted mean over layers of the loss on all tokens that the layer saw, its curvature limited to 1."""
+    layers, limit = denoised_layers(model), len(inputs) / weight
+    losses = [layers[name].denoise_loss(token_rows(layers[name], seen), limit) for name, seen in inputs.items()]
+    return weight * torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize('views', [1, 2])
@@ -147,7 +148,7 @@ def test_value_of_the_loss(case, hook, views):
             parameter.data.add_(recorded[id(parameter)], alpha=rate)
     assert own
     factor = hook.get('weight', 1)
-    torch.testing.assert_close(losses['loss_denoise'], factor * expected_loss(model, inputs), rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses['loss_denoise'], expected_loss(model, inputs, factor), rtol=1e-4, atol=0)
     assert losses['loss_denoise'] > 0
 
 
@@ -166,25 +167,24 @@ def test_loss_is_logged_and_summed_like_any_other(case):
 
 @pytest.mark.parametrize('backbone', [dict(type='TinyBackbone'), SWIN, CONVNEXT, RESNET])
 def test_joint_leaves_the_gradients_of_the_base_alone(case, backbone):
-    """Bitwise the gradients of a run without the hook; the denoisers get weight times the gradient of their loss."""
+    """Bitwise the gradients of a run without the hook; the denoisers get the limited gradient of the weighted loss."""
     runs = []
-    for hooks in ([dict(type='Unguard')], [JOINT], [JOINT | dict(weight=1.0), dict(type='Watch')]):
+    for hooks in ([dict(type='Unguard')], [JOINT, dict(type='Watch')], [JOINT | dict(weight=1e-9), dict(type='Watch')]):
         model = dict(type='FeatureModel', backbone=denoised(backbone, image_size=32))
         runs.append(train(case, model, hooks, size=32))
-    control, light, full = [gradients(runner) for runner in runs]
+    control, usual, tiny = [gradients(runner) for runner in runs]
     base = split(control)[1]
     assert not split(control)[0]
     assert any(value.abs().max() > 0 for value in base.values())
-    for actual in (light, full):
+    for actual in (usual, tiny):
         assert_equal(split(actual)[1], base)
-    own = split(full)[0]
-    scale = max(value.abs().max() for value in own.values()).item()
-    assert_equal(split(light)[0], {key: 0.1 * value for key, value in own.items()}, rtol=1e-4, atol=1e-6 * scale)
-
-    model = randomise(MODELS.build(dict(type='FeatureModel', backbone=denoised(backbone, image_size=32))))
-    expected_loss(model, find_hook(runs[2], Watch).inputs[0]).backward()
-    expected = {key: p.grad for key, p in model.named_parameters() if is_denoiser(key)}
-    assert_equal(own, expected, rtol=1e-4, atol=1e-5 * scale)
+    for weight, actual, runner in zip((0.1, 1e-9), (usual, tiny), runs[1:], strict=True):
+        model = randomise(MODELS.build(dict(type='FeatureModel', backbone=denoised(backbone, image_size=32))))
+        expected_loss(model, find_hook(runner, Watch).inputs[0], weight).backward()
+        expected = {key: p.grad for key, p in model.named_parameters() if is_denoiser(key)}
+        scale = max(value.abs().max() for value in expected.values()).item()
+        assert scale > 0
+        assert_equal(split(actual)[0], expected, rtol=1e-4, atol=1e-5 * scale)
 
 
 def test_label_free_trains_the_denoisers_and_nothing_else(case):
@@ -247,8 +247,8 @@ def test_a_part_of_the_tokens(case):
         sample, expected = Sample(most=5, seed=seed), []
         for name, seen in find_hook(runs[0], Watch).inputs[0].items():
             total = sum(x.numel() for x in seen)
-            parts = [layers[name].denoise_loss_of(sample(layers[name], x)) * (x.numel() / total) for x in seen]
-            expected.append(sum(parts))
+            parts = [(sample(layers[name], x), x.numel() / total) for x in seen]
+            expected.append(layers[name].denoise_loss_of(parts))
         same = losses[0][0] == pytest.approx(0.1 * sum(expected).item() / len(expected), rel=1e-4)
         assert same == (seed == 0)
 
@@ -345,7 +345,7 @@ def test_bf16_autocast(case):
     loss = watch.losses[0]['loss_denoise']
     assert loss.dtype == torch.float32
     fresh = randomise(MODELS.build(tiny_model()))
-    torch.testing.assert_close(loss, 0.1 * expected_loss(fresh, inputs), rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss, expected_loss(fresh, inputs, 0.1), rtol=1e-5, atol=0)
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in gradients(runner).values())
     assert set(split(gradients(runner))[0]) == {key for key, _ in model.named_parameters() if is_denoiser(key)}
 
@@ -456,7 +456,7 @@ def test_ema_copy_holds_no_listeners(case, order):
     runner.register_hook(Look())
     start = snapshot(inner(runner))
     runner.train()
-    assert seen == [([0, 4], [0, 2])]  # the live one: the model and its three layers, and what closes the forward
+    assert seen == [([0, 5], [0, 3])]  # the live one: what opens the model's forward, its three layers, what closes it
     average = next(hook for hook in runner.hooks if hasattr(hook, 'ema_model')).ema_model.module
     key = 'backbone.conv.denoiser.weight'
     assert not torch.equal(average.state_dict()[key], start[key])
@@ -529,31 +529,181 @@ def test_frozen_stages(case, backbone, hook):
     fresh = MODELS.build(model)
     fresh.load_state_dict(before)
     inputs = {name: seen for name, seen in watch.inputs[0].items() if name not in frozen}
-    expected = hook.get('weight', 1) * expected_loss(fresh, inputs)
+    expected = expected_loss(fresh, inputs, hook.get('weight', 1))
     torch.testing.assert_close(watch.losses[0]['loss_denoise'], expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize('backbone', [SWIN | dict(frozen_stages=2), RESNET | dict(frozen_stages=4)])
-def test_all_frozen_is_one_sentence(case, backbone):
-    """Where the backbone freezes every stage there is nothing to train, which is said at once."""
-    runner = make_runner(
-        case, dict(type='FeatureModel', backbone=denoised(backbone, image_size=16)), [LABEL_FREE], size=16
-    )
+def test_all_frozen(case, backbone):
+    """Where the backbone freezes every stage, label-free training is an error; joint training is that of the base."""
+    model = dict(type='FeatureModel', backbone=denoised(backbone, image_size=16))
+    runner = make_runner(case, model, [LABEL_FREE], size=16)
     with pytest.raises(ValueError, match='all denoisers are frozen') as error:
         runner.train()
     message(error)
     assert runner.iter == 0
+    runner = make_runner(case, model | dict(type='WithHead'), [JOINT, dict(type='Watch')], size=16)
+    runner.train()
+    assert find_hook(runner, Watch).losses[0]['loss_denoise'] == 0
+    assert 'all denoisers are frozen' in log_of(runner)
 
 
-def test_layer_that_training_does_not_call(case):
-    """A layer that only runs in eval mode would be fused with an untrained denoiser: an error that names it."""
-    runner = make_runner(case, tiny_model(denoised(dict(type='TinyBackbone', sometimes=True))), [JOINT])
-    with pytest.raises(RuntimeError, match='backbone.extra') as error:
+@MODELS.register_module()
+class WithHead(FeatureModel):
+    """Has something to train beside a backbone that is all frozen."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, *args, **kwargs):
+        return {key: loss * self.scale for key, loss in super().forward(*args, **kwargs).items()}
+
+
+def log_of(runner):
+    return Path(runner._log_dir, f'{runner.timestamp}.log').read_text()
+
+
+@pytest.mark.parametrize('iterations', [2, SOON + 1])
+def test_layer_that_training_does_not_call(case, iterations):
+    """A layer that only runs in eval mode keeps its untrained denoiser: a warning names it, once."""
+    runner = train(
+        case,
+        tiny_model(denoised(dict(type='TinyBackbone', sometimes=True))),
+        [JOINT],
+        train_cfg=dict(by_epoch=False, max_iters=iterations),
+    )
+    warnings = [line for line in log_of(runner).splitlines() if 'have not been called in training' in line]
+    assert len(warnings) == 1
+    assert ' backbone.extra; ' in warnings[0] and 'exclude' in warnings[0]
+    assert 'backbone.stem' not in warnings[0]
+
+
+@MODELS.register_module()
+class DroppingBackbone(TinyBackbone):
+    """Leaves layers out at random while it trains: one of two branches, and all of them in every third forward."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.branches = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.count = 0
+
+    def forward(self, x):
+        if self.training:
+            self.count += 1
+            if self.count % 3 == 0:
+                return (x.new_zeros(len(x), 8, 3, 3) + self.bn2.bias[:, None, None],)
+        x = super().forward(x)[0]
+        for index, branch in enumerate(self.branches):
+            if not self.training or self.count % 2 == index:
+                x = x + branch(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return (x,)
+
+
+@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+def test_layers_that_are_dropped_at_random(case, hook):
+    """The loss of an iteration is that of the layers that ran in it, 0 if none did; all layers train."""
+    runner = make_runner(
+        case,
+        tiny_model(denoised(dict(type='DroppingBackbone'))),
+        [hook, dict(type='Watch')],
+        train_cfg=dict(by_epoch=False, max_iters=6),
+        optim_wrapper=dict(type='RecordingWrapper', optimizer=dict(type='SGD', lr=0.0)),
+    )
+    model = inner(runner)
+    runner.train()
+    watch = find_hook(runner, Watch)
+    ran = [len(inputs) for inputs in watch.inputs]
+    assert ran == ([4, 4, 0, 4, 4, 0] if hook is JOINT else [5] * 6)  # label-free, the backbone drops nothing
+    for inputs, losses in zip(watch.inputs, watch.losses, strict=True):
+        expected = expected_loss(model, inputs, hook.get('weight', 1)) if inputs else torch.tensor(0.0)
+        torch.testing.assert_close(losses['loss_denoise'], expected, rtol=1e-5, atol=0)
+    trained = {key for step in range(6) for key, value in gradients(runner, step).items() if value.any()}
+    assert trained >= {f'backbone.branches.{i}.denoiser.weight' for i in range(2)}
+    assert 'have not been called' not in log_of(runner)
+
+
+@HOOKS.register_module()
+class Unfreeze(Hook):
+    """Unfreezes the first layers of the backbone after some iterations."""
+
+    def __init__(self, iterations):
+        self.iterations = iterations
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        for layer in (inner(runner).backbone.stem, inner(runner).backbone.conv):
+            layer.requires_grad_(runner.iter >= self.iterations)
+
+
+@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+@pytest.mark.parametrize('iterations', [1, 3])
+def test_stage_that_is_unfrozen_later(case, hook, iterations):
+    """A layer takes part from the iteration on in which it is unfrozen."""
+    hooks = [hook, dict(type='Unfreeze', iterations=iterations), dict(type='Watch')]
+    runner = train(case, tiny_model(), hooks, train_cfg=dict(by_epoch=False, max_iters=5))
+    key = 'backbone.conv.denoiser.weight'
+    assert [key in gradients(runner, step) for step in range(5)] == [step >= iterations for step in range(5)]
+    assert inner(runner).backbone.conv.denoiser.weight.any()
+
+
+def test_a_loss_of_the_same_name(case):
+    """A model that returns a loss_denoise of its own is refused: it would be overwritten."""
+
+    @MODELS.register_module(force=True)
+    class Denoises(TinyModel):
+        def forward(self, inputs, data_samples=None, mode='tensor'):
+            losses = super().forward(inputs, data_samples, mode)
+            return dict(losses, loss_denoise=losses['loss_cls']) if mode == 'loss' else losses
+
+    runner = make_runner(case, tiny_model() | dict(type='Denoises'), [JOINT])
+    with pytest.raises(ValueError, match='loss_denoise') as error:
         runner.train()
-    text = message(error)
-    assert 'exclude' in text
-    assert 'backbone.stem' not in text
-    assert runner.iter == 0
+    assert 'rename' in message(error)
+
+
+@HOOKS.register_module()
+class Interrupt(Hook):
+    """Raises in the middle of the training."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, error, place):
+        self.error, self.place = getattr(builtins, error), place
+
+    def before_train(self, runner):
+        if self.place == 'start':
+            raise self.error
+        if self.place == 'forward':
+            inner(runner).backbone.conv.register_forward_hook(self.stop)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if self.place == 'iteration':
+            raise self.error
+
+    def stop(self, *_):
+        raise self.error
+
+
+@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+@pytest.mark.parametrize('error', [KeyboardInterrupt, ArithmeticError])
+@pytest.mark.parametrize('place', ['iteration', 'forward', 'start'])
+def test_interrupted_training_leaves_nothing_behind(case, hook, error, place):
+    """However the training ends, no hook listens any more, gradients are on, the guard and the clipping are back."""
+    optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1), clip_grad=dict(max_norm=0.01))
+    runner = make_runner(
+        case,
+        tiny_model(),
+        [hook, dict(type='Interrupt', error=error.__name__, place=place)],
+        optim_wrapper=optim_wrapper,
+    )
+    with pytest.raises(error):
+        runner.train()
+    model = inner(runner)
+    assert torch.is_grad_enabled()
+    assert all(not m._forward_pre_hooks for m in model.modules())
+    assert not model._forward_hooks
+    assert [guard.satisfied for _, _, guard in find_guards(model)] == [False]
+    assert runner.optim_wrapper.clip_func is nn.utils.clip_grad_norm_
 
 
 def test_train_step_that_goes_around_the_forward(case):
@@ -599,12 +749,16 @@ def test_bad_options(options, names):
     message(error)
 
 
+LITTLE = 1e-6
+"""Below the gradients of the base and of the denoisers, so that a clipping at it shows."""
+
+
 @pytest.mark.parametrize(
     ('clip', 'function'),
     [
-        (dict(type='norm', max_norm=0.01), nn.utils.clip_grad_norm_),
-        (dict(max_norm=0.01, norm_type=1), nn.utils.clip_grad_norm_),
-        (dict(type='value', clip_value=1e-3), nn.utils.clip_grad_value_),
+        (dict(type='norm', max_norm=LITTLE), nn.utils.clip_grad_norm_),
+        (dict(max_norm=LITTLE, norm_type=1), nn.utils.clip_grad_norm_),
+        (dict(type='value', clip_value=LITTLE), nn.utils.clip_grad_value_),
     ],
 )
 def test_clipping_treats_the_base_as_in_the_control(case, clip, function):
@@ -622,24 +776,23 @@ def test_clipping_treats_the_base_as_in_the_control(case, clip, function):
     together = torch.cat([value.flatten() for value in own.values()])
     assert together.abs().max() > 0
     if 'clip_value' in clip:
-        assert together.abs().max() == pytest.approx(1e-3)
+        assert together.abs().max() == pytest.approx(LITTLE)
     else:
         order = clip.get('norm_type', 2)
-        assert together.norm(order).item() == pytest.approx(0.01, rel=1e-3)
-        assert torch.cat([value.flatten() for value in base.values()]).norm(order).item() == pytest.approx(
-            0.01, rel=1e-3
-        )
+        clipped = torch.cat([value.flatten() for value in base.values()])
+        for gradient in (together, clipped):  # torch divides by the norm plus 1e-6
+            assert LITTLE / 5 < gradient.norm(order).item() <= LITTLE
         norms = [run.message_hub.get_scalar('train/grad_norm').current() for run in runs]
-        assert norms[0] == norms[1] > 0.01
+        assert norms[0] == norms[1] > LITTLE
 
 
 def test_clipping_in_label_free_mode(case):
     """Where only the denoisers have gradients, those are clipped and their norm is logged."""
-    optim_wrapper = dict(type='RecordingWrapper', optimizer=dict(type='SGD', lr=0.1), clip_grad=dict(max_norm=0.01))
+    optim_wrapper = dict(type='RecordingWrapper', optimizer=dict(type='SGD', lr=0.1), clip_grad=dict(max_norm=LITTLE))
     runner = train(case, tiny_model(), [LABEL_FREE], optim_wrapper=optim_wrapper)
     together = torch.cat([value.flatten() for value in gradients(runner).values()])
-    assert together.norm().item() == pytest.approx(0.01, rel=1e-3)
-    assert runner.message_hub.get_scalar('train/grad_norm').current() > 0.01
+    assert LITTLE / 5 < together.norm().item() <= LITTLE  # torch divides by the norm plus 1e-6
+    assert runner.message_hub.get_scalar('train/grad_norm').current() > LITTLE
 
 
 def test_several_optimizers(case):
@@ -660,12 +813,12 @@ def test_several_optimizers(case):
     model = inner(runner)
     wrappers = {
         name: OptimWrapper(torch.optim.SGD(part.parameters(), lr=0.1), clip_grad=dict(clip) if clip else None)
-        for name, part, clip in (('backbone', model.backbone, dict(max_norm=0.01)), ('head', model.head, None))
+        for name, part, clip in (('backbone', model.backbone, dict(max_norm=LITTLE)), ('head', model.head, None))
     }
     runner.optim_wrapper = OptimWrapperDict(**wrappers)
     runner.train()
     own = torch.cat([p.flatten() for key, p in model.named_parameters() if is_denoiser(key)])  # they were zero
-    assert own.norm().item() == pytest.approx(0.1 * 0.01, rel=1e-2)
+    assert 0.1 * LITTLE / 5 < own.norm().item() <= 0.1 * LITTLE
     assert wrappers['backbone'].clip_func is nn.utils.clip_grad_norm_
 
 
@@ -697,7 +850,7 @@ def test_validation_between_iterations_adds_nothing(case):
     watch = find_hook(runner, Watch)
     assert [type(output) for output in watch.losses] == ([dict] * 4 + [list] * 4) * 2
     assert all('loss_denoise' in output for output in watch.losses if isinstance(output, dict))
-    assert find_hook(runner, DenoiseLossHook).inputs is None
+    assert not find_hook(runner, DenoiseLossHook).losses._inputs
 
 
 def test_hook_on_a_model_converted_without_the_factory(case, monkeypatch):
@@ -718,24 +871,6 @@ def test_hook_on_a_model_converted_without_the_factory(case, monkeypatch):
     assert own and all(not torch.equal(value, before[key]) for key, value in own.items())
     assert runner.model.linear1.denoise_loss(data).item() < loss - 1e-3
     assert len(runner.message_hub.get_scalar('train/loss_denoise').data[0]) == 12
-
-
-def test_empty_batch_of_tokens(case):
-    """A layer that sees no token in an iteration adds zero and breaks nothing."""
-    model = randomise(MODELS.build(tiny_model()))
-    hook = DenoiseLossHook()
-    hook.layers = denoised_layers(model)
-    hook.first = True
-    hook._open(model, (), dict(mode='loss'))
-    for name, layer in hook.layers.items():
-        channels = layer.denoiser.bias.numel() if layer.denoiser.bias is not None else 3
-        shape = (0, channels) if isinstance(layer, nn.Linear) else (0, channels, 9, 9)
-        hook._listener(name)(layer, (torch.zeros(shape),))
-    losses = hook._close(model, (), dict(loss_cls=torch.tensor(1.0)))
-    assert losses['loss_denoise'].item() == 0
-    assert losses['loss_cls'].item() == 1
-    losses['loss_denoise'].backward()
-    assert all((p.grad == 0).all() for layer in hook.layers.values() for p in layer.denoiser.parameters())
 
 
 def test_batchnorm_modes_in_both_modes(case):

@@ -17,6 +17,7 @@ from torch import nn
 import mmdenoiserep  # noqa: F401
 from helpers import randomise
 from mmdenoiserep.apis.corruptions import corrupt
+from mmdenoiserep.apis.images import Folder, find_images
 from mmdenoiserep.apis.pixels import to_rgb
 from mmdenoiserep.core import InputError
 from tiny_datasets import write_fashion_mnist, write_scenes
@@ -26,7 +27,6 @@ DEMO = ROOT / 'configs/demo'
 sys.path.insert(0, str(ROOT / 'tools'))
 
 import corrupt_images  # noqa: E402
-import images  # noqa: E402
 import visualization  # noqa: E402
 import visualize  # noqa: E402
 from launch import launch  # noqa: E402
@@ -183,7 +183,7 @@ def test_images_are_corrupted_as_corrupt_images_does(tmp_path):
     call(corrupt_images, tmp_path / 'images', tmp_path / 'noisy', 'noise', '--severity', 0.1, '--seed', 4)
     cfg = Config.fromfile(DEMO / 'mask-rcnn_swin_scenes.py')
     init_default_scope(cfg.default_scope)
-    folder = images.Folder(cfg, images.find_images(tmp_path / 'images'))
+    folder = Folder(cfg, find_images(tmp_path / 'images'))
     clean, spoiled = visualization.Spoiled(folder, 'clean'), visualization.Spoiled(folder, 'noise', 0.1, 4)
     for i, name in enumerate('ab'):
         assert clean[i]['inputs'].shape == spoiled[i]['inputs'].shape

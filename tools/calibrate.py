@@ -8,6 +8,9 @@ domain    fits the model to images of the place where it will run; OUT is a vani
 """
 
 import argparse
+import os
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from launch import launch, stop
@@ -106,12 +109,13 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Calibrates one model."""
     args = parse_args()
-    from mmengine.dist import init_dist
+    from mmengine.dist import get_rank, init_dist
     from mmengine.logging import MMLogger
 
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone and VMamba)
     from calibration import Calibration
-    from common import config_at_fault, load_config, start_gloo
+    from common import load_config, start_gloo
+    from mmdenoiserep.core import CalibrationError
     from mmdenoiserep.core.checkpoint import check_target
     from outputs import check_output
 
@@ -124,10 +128,9 @@ def main() -> None:
         if not start_gloo(args.launcher) and args.launcher != 'none':
             init_dist(args.launcher)
         MMLogger.get_current_instance().setLevel('ERROR')  # the table of the conversion is not news here
-        with config_at_fault(args.config):
-            calibration = Calibration(args, cfg)
-        getattr(calibration, args.mode)()
-    except ValueError as error:
+        with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere if get_rank() else sys.stdout):
+            getattr(Calibration(args, cfg), args.mode)()
+    except CalibrationError as error:
         stop(f'{args.checkpoint} cannot be calibrated: {error}')
 
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 import verify
 from calibration_report import LARGE, draw_spectra, verify_maps, warnings_of
 from common import type_name
-from images import Batches, open_images, spread
 from launch import stop
+from mmdenoiserep.apis.images import Batches, open_images, spread
 from mmdenoiserep.core import (
     CalibrationReport,
     CheckpointError,
@@ -33,7 +33,7 @@ from mmdenoiserep.core import (
     save_moments,
 )
 from mmdenoiserep.core.checkpoint import STAMP, write_atomically
-from mmdenoiserep.core.gather import denoised_layers
+from mmdenoiserep.core.gather import denoised_layers, sum_processes
 from mmdenoiserep.core.safety import early_half
 from mmdenoiserep.core.transport import RANKED
 from opening import build, load, load_strictly, to_device
@@ -71,7 +71,6 @@ class Calibration:
         self.weights = fingerprint(self.backbone.state_dict())
         to_device(self.model, args.device)
         self.images = self._open_images()
-        self.total = min(args.num_images, len(self.images.dataset.dataset))
         self.example = next(iter(self.images))[:1]
         if args.mode != 'schedule':
             apply_denoiserep(self.backbone, 'all', example_input=self.example)
@@ -82,11 +81,20 @@ class Calibration:
         """The part that is calibrated."""
         return self.model.backbone
 
+    @property
+    def total(self) -> int:
+        """Number of images of all processes, less those that were left out so far."""
+        total = min(self.args.num_images, len(self.images.dataset.dataset))
+        return total - sum_processes(len(self.images.left_out))
+
     def _open_images(self) -> Batches:
         args = self.args
         split = args.split or SPLITS[args.mode]
-        dataset = open_images(self.cfg, self.backbone, args.images, split)
-        workers = 0 if args.images else self.cfg[f'{split}_dataloader'].get('num_workers', 0)
+        if not args.images and not self.cfg.get(f'{split}_dataloader'):
+            stop(f'{args.config} has no {split}_dataloader; name a folder with --images')
+        dataset = open_images(self.cfg, split, args.images, self.model)
+        loader = None if args.images else self.cfg[f'{split}_dataloader']
+        workers = loader.get('num_workers', 0) if isinstance(loader, Mapping) else 0
         share = spread(dataset, args.num_images, get_rank(), get_world_size())
         if not len(share):
             stop('there are fewer images than processes')
@@ -108,10 +116,11 @@ class Calibration:
         every = self.args.every or choose_every(measure_flows(self.backbone, self.layers, self.example), self.total)
         with counted(self.images, 1) as batches:
             moments = collect_moments(self.backbone, batches, every=every)
-        print(f'moments of {len(moments)} layers from {self.total:,} images, one in {every} of their vectors')
+        reached, total = sum(seen.count > 0 for seen in moments.values()), self.total
+        print(f'moments of {reached} layers from {total:,} images, one in {every} of their vectors')
         if self.args.dry_run or get_rank():
             return
-        save_moments(moments, self.args.output, dict(weights=self.weights, images=self.total, every=every))
+        save_moments(moments, self.args.output, dict(weights=self.weights, images=total, every=every))
         print(f'{self.args.output} is what --mode domain takes as --source')
 
     def domain(self) -> None:
@@ -242,8 +251,8 @@ def fits_memory(flows: Sequence[Flow], images: int, gibibytes: float) -> bool:
 
 @contextmanager
 def counted(images: Batches, passes: int) -> Iterator[Iterable[Tensor]]:
-    """Gives the batches with a progress bar over all passes."""
-    with tqdm(total=passes * len(images), unit='batch', disable=get_rank() != 0) as bar:
+    """Gives the batches with a progress bar over the images of all passes."""
+    with tqdm(total=passes * len(images.dataset), unit='image', disable=get_rank() != 0) as bar:
         yield CountedBatches(images, bar)
 
 
@@ -257,4 +266,5 @@ class CountedBatches:
     def __iter__(self) -> Iterator[Tensor]:
         for batch in self.images:
             yield batch
-            self.bar.update()
+            self.bar.update(len(batch))
+        self.bar.update(len(self.images.dataset) - len(self.images.order))  # left out

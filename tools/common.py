@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -27,8 +29,8 @@ def config_at_fault(path: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # what a config names may fail in any way
-        if describe_missing(error):
-            raise  # launch() says what to install
+        if describe_missing(error) or is_from_user(error):
+            raise  # launch() says what to install; the author of a model wants the traceback
         stop_for_config(path, error)
 
 
@@ -55,6 +57,8 @@ def load_config(args: argparse.Namespace) -> Config:
     except Exception as error:  # a config is a program: reading it may fail in any way
         if sentence := describe_missing(error):
             stop(f'the config {args.config} needs {sentence}')
+        if is_from_user(error):  # a module of custom_imports
+            raise
         stop(f'the config {args.config} cannot be read ({type(error).__name__}: {error})')
     drop_scope(cfg._cfg_dict, 'mmdenoiserep')
     if getattr(args, 'cfg_options', None):
@@ -92,36 +96,80 @@ def parse_options(options: list[str]) -> dict:
         stop(f'--cfg-options cannot be read ({type(error).__name__}: {error})')
 
 
-def start(runner, run: Callable[[], object], config: str, checkpoint: str | None) -> None:
-    """Trains or tests with a runner; before the first iteration, a failure ends the program with a sentence.
+def start(runner, run: Callable[[], object], config: str, checkpoint: str | None, purpose: str) -> None:
+    """Trains or tests with a runner; before the first iteration, bad input ends the program with a sentence.
 
     Args:
         runner: The runner.
         run: Its ``train`` or ``test``.
         config: Path of its config, to blame for what fails except for the weights.
         checkpoint: Path of these; None for the last checkpoint of the run.
-    """
-    load, call_hook, begun = runner.load_or_resume, runner.call_hook, False
+        purpose: ``'start'``, ``'resume'`` or ``'test'``; see :class:`mmdenoiserep.apis.weights.Loading`.
 
-    def load_or_stop() -> None:
+    Raises:
+        InputError: The checkpoint can't be read, or does not fit the model.
+    """
+    from mmdenoiserep.apis.weights import Loading
+    from mmdenoiserep.core import InputError
+
+    load, call_hook, begun = runner.load_or_resume, runner.call_hook, False
+    what = checkpoint or 'the last checkpoint of this run'
+    loading: Loading | None = None
+
+    def load_and_judge() -> None:
+        nonlocal loading
+        loading = Loading(runner.model, what, purpose)
         try:
             load()
+        except InputError:
+            raise
         except Exception as error:  # files fail in many ways
-            what = checkpoint or 'the last checkpoint of this run'
+            if is_from_user(error):
+                raise
             stop(f'{what} cannot be loaded ({type(error).__name__}: {error})')
+        if loading.shapes:  # otherwise there was nothing to load
+            loading.judge()
 
-    def note_the_first(name: str, **arguments: Any) -> None:
+    def follow(name: str, **arguments: Any) -> None:
         nonlocal begun
         begun = begun or name in ('before_train_iter', 'before_test_iter')
+        if name == 'after_load_checkpoint' and loading:
+            loading.unwrap(arguments['checkpoint'])
         call_hook(name, **arguments)
+        if name == 'after_load_checkpoint' and loading:
+            loading.see(arguments['checkpoint'])
 
-    runner.load_or_resume, runner.call_hook = load_or_stop, note_the_first
+    runner.load_or_resume, runner.call_hook = load_and_judge, follow
     try:
         run()
+    except InputError:
+        raise
     except Exception as error:
-        if begun:
+        if begun or is_from_user(error):
             raise  # code of the model or of the data: its author wants the traceback
         stop_for_config(config, error)
+
+
+LIBRARIES = ('mmdenoiserep', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'torch')
+
+
+def is_from_user(error: BaseException | None) -> bool:
+    """Whether code of the user raised an error, or called what raised it: a module or model of their own.
+
+    That is a file that is no config, and belongs neither to Python's own library nor to an installed package nor to
+    this project.
+    """
+    paths = [sysconfig.get_path(kind) for kind in ('stdlib', 'platstdlib', 'purelib', 'platlib')]
+    installed = [Path(path).resolve() for path in {*paths, Path(__file__).parent}]
+    while error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            package = frame.f_globals.get('__name__', '').partition('.')[0]
+            path = Path(frame.f_code.co_filename)
+            is_module = frame.f_globals.get('__spec__') and path.is_file()  # a config is executed without a spec
+            if is_module and package not in LIBRARIES and not any(map(path.resolve().is_relative_to, installed)):
+                return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def set_default_scope(cfg: Config) -> None:
@@ -190,38 +238,12 @@ def use_tta(cfg: Config) -> None:
     """Wraps the model and the test pipeline with the test-time augmentation that the config defines."""
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
         stop('--tta needs tta_model and tta_pipeline in the config')
-    test_dataset(cfg).pipeline = cfg.tta_pipeline
+    from mmdenoiserep.apis.images import datasets_of, leaves
+
+    for dataset in datasets_of(cfg, 'test'):
+        for leaf in leaves(dataset):
+            leaf['pipeline'] = cfg.tta_pipeline
     cfg.model = ConfigDict(cfg.tta_model, module=cfg.model)
-
-
-def test_dataset(cfg: Config) -> ConfigDict:
-    """Returns the config of the test data set without what wraps it."""
-    if not cfg.get('test_dataloader'):
-        stop('the config has no test_dataloader')
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    return dataset
-
-
-def refuse_other_weights(model, path: str) -> None:
-    """Ends the program when a denoised checkpoint meets a vanilla model: its denoisers would be dropped silently."""
-    if '://' in path:
-        return
-    from mmdenoiserep.core import DenoiseLayer, read_checkpoint
-    from mmdenoiserep.core.checkpoint import STAMP, split_checkpoint
-    from mmdenoiserep.core.fuse import DENOISER_KEY
-
-    state, meta = split_checkpoint(read_checkpoint(path), Path(path), [])
-    denoised_file = any(map(DENOISER_KEY.search, state))
-    denoised_model = any(isinstance(module, DenoiseLayer) for module in model.modules())
-    if denoised_file and not denoised_model:
-        stop(
-            f'{path} has denoisers and the config has none; run tools/fuse_checkpoint.py {path} OUT, '
-            'or take the config that it was trained with'
-        )
-    if denoised_model and STAMP in meta:
-        stop(f'{path} is fused; take the config without DenoiseRepBackbone')
 
 
 def without_denoising(model: ConfigDict) -> ConfigDict:

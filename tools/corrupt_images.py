@@ -45,8 +45,8 @@ def main() -> None:
     args = parse_args()
     from tqdm import tqdm
 
-    from images import find_images
     from mmdenoiserep.apis.corruptions import corrupt, make_transform
+    from mmdenoiserep.apis.images import find_images
     from mmdenoiserep.apis.pixels import read_stored
     from mmdenoiserep.core import InputError
     from outputs import check_folder, folder_written_whole

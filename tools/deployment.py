@@ -12,8 +12,7 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from common import without_denoising
-from mmdenoiserep.core.probe import image_channels
+from mmdenoiserep.apis.images import backbone_arguments, image_channels
 from opening import load
 
 TOLERANCE = 1e-4
@@ -59,9 +58,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def image_shape(cfg: Config, model: nn.Module, size: Sequence[int] | None) -> tuple[int, int, int]:
     """Returns (C, H, W) of an image of a height and width, or of those that the backbone is made for."""
-    size = size or without_denoising(cfg.model.backbone).get('img_size', 224)
+    size = size or backbone_arguments(cfg).get('img_size') or 224
     height, width = (size, size) if isinstance(size, int) else size
-    return image_channels(model), height, width
+    return image_channels(cfg, model), height, width
 
 
 def random_images(batch: int, shape: Sequence[int]) -> Tensor:

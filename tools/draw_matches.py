@@ -60,7 +60,7 @@ def read_matches(path: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Chooses queries, reads their images and writes the picture."""
     args = parse_args()
-    from common import config_at_fault, load_config
+    from common import load_config
     from outputs import check_output, written_whole
 
     check_output(args.output, '.png', args.overwrite)
@@ -72,8 +72,7 @@ def main() -> None:
         chosen = [entries[i] for i in sorted(random.Random(args.seed).sample(range(len(entries)), count))]
     cfg = load_config(args)
     wanted = [image for entry in chosen for image in (entry, *entry['matches'])]
-    with config_at_fault(args.config):
-        images = read_images(cfg, wanted, args.matches)
+    images = read_images(cfg, wanted, args.matches)
     figure = draw(chosen, images)
     with written_whole(args.output) as file:
         figure.savefig(file, format='png', dpi=100)
@@ -81,32 +80,32 @@ def main() -> None:
 
 
 def read_images(cfg: Any, wanted: list[dict[str, Any]], path: Path) -> dict[int, Any]:
-    """Returns images by ``sample_idx``, (H, W, 3) or (H, W), BGR uint8, as the test data set of the config loads them.
+    """Returns images by ``sample_idx``, (H, W, C) or (H, W), as the test data set of the config loads them.
 
     Args:
-        cfg: The config; its pipeline is replaced by the step that loads an image, if it has one.
+        cfg: The config.
         wanted: Entries with ``sample_idx`` and ``img_path``.
         path: The file that they come from.
     """
-    from mmengine.registry import DATASETS
+    from mmdenoiserep.apis.images import open_images
 
-    from common import set_default_scope, test_dataset, type_name
-
-    inner = test_dataset(cfg)
-    inner.pipeline = [step for step in inner.get('pipeline', []) if type_name(step) == 'LoadImageFromFile']
-    set_default_scope(cfg)
-    try:
-        dataset = DATASETS.build(cfg.test_dataloader.dataset)
-        images = {}
-        for entry in wanted:
-            index, name = entry['sample_idx'], entry['img_path']
-            found = dataset.get_data_info(index)['img_path'] if 0 <= index < len(dataset) else 'nothing'
-            if found != name:
-                stop(f'{path} is of another data set: its image {index} is {name}, in the test data set it is {found}')
-            if index not in images:
-                images[index] = dataset[index]['img']
-    except Exception as error:  # data sets and files fail in many ways
-        stop(f'the test data set of the config cannot be read ({type(error).__name__}: {error})')
+    dataset = open_images(cfg, 'test')
+    numbers: dict[int, dict[str, int]] = {}
+    for number in range(len(dataset)):
+        info = dataset.info(number)
+        numbers.setdefault(info.get('sample_idx', number), {})[info.get('img_path', '')] = number
+    images = {}
+    for entry in wanted:
+        index, name = entry['sample_idx'], entry['img_path']
+        found = numbers.get(index, {'nothing': -1})
+        if name not in found:
+            stop(f'{path} is of another data set: its image {index} is {name}, in the test data set it is {min(found)}')
+        if len(found) > 1:
+            stop(
+                f'the test data set of the config has {len(found)} images of number {index}: {", ".join(sorted(found))}'
+            )
+        if index not in images:
+            images[index] = dataset.load(found[name])
     return images
 
 
@@ -133,9 +132,10 @@ def draw(entries: list[dict[str, Any]], images: dict[int, Any]) -> Any:
 
 def show(axes: Any, entry: dict[str, Any], images: dict[int, Any], colour: str, figure: str) -> None:
     """Draws an image in a frame, with a figure, its identity and its camera below."""
-    image = images[entry['sample_idx']]
+    from mmdenoiserep.apis.pixels import to_rgb
+
     axes.set_axis_on()
-    axes.imshow(image[..., ::-1] if image.ndim == 3 else image, cmap='gray', vmin=0, vmax=255)
+    axes.imshow(to_rgb(images[entry['sample_idx']]))
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(f'{figure}\nid {entry["pid"]}, cam {entry["camid"]}', fontsize=7, labelpad=2)
     for spine in axes.spines.values():

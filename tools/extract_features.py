@@ -35,58 +35,76 @@ def main() -> None:
     from mmengine.dataset import pseudo_collate
     from tqdm import tqdm
 
-    from common import config_at_fault, load_config, set_default_scope
-    from images import Folder, find_images
+    from common import config_at_fault, load_config
+    from mmdenoiserep.apis.images import NoImage, open_images
     from outputs import check_output, written_whole
 
     check_output(args.output, '.npz', args.overwrite)
-    paths = find_images(args.images)
+    if not os.path.isdir(args.images):
+        stop(f'{args.images} is not a folder')
     if '://' not in args.checkpoint and not os.path.isfile(args.checkpoint):
         stop(f'the checkpoint {args.checkpoint} does not exist')
     cfg = load_config(args)
-    with config_at_fault(args.config):
-        set_default_scope(cfg)
-        dataset = Folder(cfg, paths)
-        model, missing = build_model(cfg, args.config, args.checkpoint, args.device)
-    features = []
-    for start in tqdm(range(0, len(paths), args.batch_size), unit='batch'):
-        batch = paths[start : start + args.batch_size]
-        images = [dataset[i] for i in range(start, start + len(batch))]
-        if sentences := [image for image in images if isinstance(image, str)]:
-            stop(sentences[0])
+    model, missing = build_model(cfg, args.config, args.checkpoint, args.device)
+    dataset = open_images(cfg, folder=args.images, model=model)
+    features: list[Any] = []
+    paths: list[str] = []
+    for start in tqdm(range(0, len(dataset), args.batch_size), unit='batch'):
+        batch = []
+        for i in range(start, min(start + args.batch_size, len(dataset))):
+            path, image = Path(dataset.info(i)['img_path']), dataset[i]
+            if isinstance(image, NoImage):
+                if not image.left_out:
+                    stop(image.sentence)
+                print(image.sentence)
+                continue
+            batch.append(image)
+            paths.append(path.relative_to(args.images).as_posix())
+        if not batch:
+            continue
         with config_at_fault(args.config):
-            features.append(predict(model, pseudo_collate(images), args.config))
+            features.append(predict(model, pseudo_collate(batch), args.config))
         if not np.isfinite(features[-1]).all():
             reason = f': {args.checkpoint} has no {missing[0]}, {len(missing)} are missing' if missing else ''
-            stop(f'the features of {batch[0]} and others are not finite{reason}')
-    relative = [path.relative_to(args.images).as_posix() for path in paths]
+            stop(f'the features of {args.images / paths[-len(batch)]} and others are not finite{reason}')
+    if not features:
+        stop(f'no image of {args.images} is left')
     with written_whole(args.output) as file:
-        np.savez(file, features=np.concatenate(features), paths=np.array(relative))
+        np.savez(file, features=np.concatenate(features), paths=np.array(paths))
     print(f'{args.output}: {len(paths):,} images, {features[0].shape[1]} channels')
 
 
 def build_model(cfg: Any, config: str, checkpoint: str, device: str | None) -> tuple[Any, list[str]]:
     """Returns the model with the weights, in eval mode, and the parameters that the checkpoint lacks.
 
-    These are NaN, so that the features are, too, if they depend on one. A classifier that is not used may be missing.
+    These are NaN, so that the features are, too, if they depend on one. A classifier that is not used may be missing,
+    statistics of BatchNorm layers may not.
     """
     import torch
-    from mmengine.runner import load_checkpoint
+    from mmengine.runner import CheckpointLoader
+    from mmengine.runner.checkpoint import _load_checkpoint_to_model
 
-    from common import refuse_other_weights
+    from mmdenoiserep.apis.weights import Loading
+    from mmdenoiserep.core import InputError
     from mmdenoiserep.engine.resume import allow_training_checkpoints
     from opening import build, to_device
 
     model = build(cfg, config, denoised=True)
-    refuse_other_weights(model, checkpoint)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
     allow_training_checkpoints()
+    loading = Loading(model, checkpoint, 'features')
     try:
-        load_checkpoint(model, checkpoint, map_location='cpu', logger='silent')
-    except Exception as error:  # files fail in many ways
+        content = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
+    except InputError:
+        raise
+    except Exception as error:  # addresses fail in many ways
         stop(f'{checkpoint} cannot be loaded ({type(error).__name__}: {error})')
+    loading.unwrap(content)
+    loading.see(content)
+    _load_checkpoint_to_model(model, content, logger='silent')
+    loading.judge()
     to_device(model, device)
     return model, [name for name, parameter in model.named_parameters() if parameter.isnan().all()]
 

@@ -1,6 +1,6 @@
 """Builds the model of a config and loads a checkpoint into it, strictly."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from common import config_at_fault, set_default_scope, without_denoising
 from launch import stop
+from mmdenoiserep.apis.backbones import find_backbones
 from mmdenoiserep.core import CheckpointError, fuse_state_dict, read_checkpoint
-from mmdenoiserep.core.checkpoint import split_checkpoint
-from mmdenoiserep.core.fuse import DENOISER_KEY
+from mmdenoiserep.core.checkpoint import make_vanilla, split_checkpoint
+from mmdenoiserep.core.fuse import denoiser_keys
 
 
 def build(cfg: Config, config: str, denoised: bool) -> nn.Module:
@@ -35,7 +36,7 @@ def build(cfg: Config, config: str, denoised: bool) -> nn.Module:
 def load(
     cfg: Config, config: str, checkpoint: str, *, denoisers: str, allow_pickle: bool = False
 ) -> tuple[nn.Module, dict]:
-    """Returns a model with one ``backbone`` and the weights of a checkpoint, and the checkpoint's meta.
+    """Returns the model of a config with the weights of a checkpoint, and the meta of the checkpoint.
 
     Args:
         cfg: The config.
@@ -45,23 +46,28 @@ def load(
             same, of a file that has none; ``'keep'`` the denoised one, with denoisers of zero where the file has none.
         allow_pickle: See :func:`mmdenoiserep.core.read_checkpoint`.
 
+    Returns:
+        The model, and ``meta`` as plain data; that of a vanilla model has the config without denoising.
+
     Raises:
         CheckpointError: The file can't be read, has denoisers that are refused, or does not fit.
         FusionError: Its denoisers can't be folded in.
+        InputError: The model has no backbone.
     """
     state, meta = split_checkpoint(read_checkpoint(checkpoint, allow_pickle), Path(checkpoint), [])
-    has_some = any(map(DENOISER_KEY.fullmatch, state))
+    if denoisers != 'keep':
+        make_vanilla(meta, [])
+    has_some = bool(denoiser_keys(state))
     if has_some and denoisers == 'refuse':
         raise CheckpointError(
             f'{checkpoint} has denoisers; fold them into the weights first: '
             f'tools/fuse_checkpoint.py {checkpoint} FUSED.pth'
         )
     model = build(cfg, config, denoisers == 'keep')
-    if not hasattr(model, 'backbone'):
-        stop(f'{config} has no model.backbone')
+    find_backbones(model)
     if denoisers == 'keep':
         start = model.state_dict()
-        state = state if has_some else state | {key: start[key] for key in start if DENOISER_KEY.fullmatch(key)}
+        state = state if has_some else state | {key: start[key] for key in denoiser_keys(start)}
     elif has_some:
         state = fuse_state_dict(state)
     load_strictly(model, state, checkpoint, 'denoised' if denoisers == 'keep' else 'vanilla')
@@ -80,13 +86,37 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], path: str, ki
     Raises:
         CheckpointError: The names or shapes differ.
     """
-    expected = {name: value.shape for name, value in model.state_dict().items()}
-    actual = {name: value.shape for name, value in weights.items()}
-    if expected != actual:
-        wrong = sorted(set(expected.items()) ^ set(actual.items()))[0][0]
-        raise CheckpointError(f'{path} does not fit the {kind} model of the config; first difference: {wrong}')
+    known = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    expected = model.state_dict()  # of a model with LoRA, only a part of what it knows
+    missing = [name for name in expected if name not in weights and not name.endswith('num_batches_tracked')]
+    unknown = [name for name in weights if name not in expected and name not in known]
+    if missing or unknown:
+        raise CheckpointError(
+            f'{path} does not fit the {kind} model of the config, which {_describe(missing, "has", "besides")}; '
+            f'the file {_describe(unknown, "has", "besides")}{_about_statistics(missing)}'
+        )
+    for name, value in weights.items():
+        shape = getattr(expected.get(name, known.get(name)), 'shape', None)
+        if shape != getattr(value, 'shape', None):
+            raise CheckpointError(
+                f'{path} does not fit the {kind} model of the config: {name} is {tuple(getattr(value, "shape", ()))} '
+                f'in the file and {tuple(shape or ())} in the model'
+            )
     # names and shapes are compared above, because some library models drop buffers of their own while loading
     model.load_state_dict(weights, strict=False)
+
+
+def _describe(names: Sequence[str], has: str, besides: str) -> str:
+    if not names:
+        return f'{has} nothing {besides}'
+    return f'{has} {len(names)} tensors {besides}: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}'
+
+
+def _about_statistics(missing: Sequence[str]) -> str:
+    statistics = [name for name in missing if name.endswith(('running_mean', 'running_var'))]
+    if not statistics:
+        return ''
+    return f'; {statistics[0]} is a statistic of a BatchNorm layer: take a file with the buffers of the model, too'
 
 
 def to_device(model: nn.Module, device: str | None) -> nn.Module:

@@ -40,11 +40,11 @@ def main() -> None:
     if '://' not in args.checkpoint and not os.path.isfile(args.checkpoint):
         stop(f'the checkpoint {args.checkpoint} does not exist')
 
-    from common import config_at_fault, draw_predictions, load_config, refuse_other_weights, start, use_cpus, use_tta
+    from common import config_at_fault, draw_predictions, load_config, start, use_cpus, use_tta
     from mmdenoiserep.engine.resume import allow_training_checkpoints
 
     cfg = load_config(args)
-    cfg.load_from = args.checkpoint
+    cfg.load_from, cfg.resume = args.checkpoint, False  # a config may say that its training is resumed
     if args.show or args.show_dir:
         draw_predictions(cfg, args)
     if args.tta:
@@ -60,8 +60,7 @@ def main() -> None:
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         if args.out:
             runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
-    refuse_other_weights(runner.model, args.checkpoint)
-    start(runner, runner.test, args.config, args.checkpoint)
+    start(runner, runner.test, args.config, args.checkpoint, 'test')
 
 
 if __name__ == '__main__':

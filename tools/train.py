@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from typing import Any
 
 from launch import launch, stop
 
@@ -50,10 +51,7 @@ def main() -> None:
             stop(f'{args.config} has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs')
         cfg.auto_scale_lr.enable = True
     if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
-        if cfg.load_from and not os.path.isfile(cfg.load_from):
-            stop(f'{cfg.load_from} to resume from does not exist')
+        resume(cfg, args.resume)
 
     from mmengine.registry import RUNNERS
     from mmengine.runner import Runner
@@ -64,7 +62,24 @@ def main() -> None:
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     if 'mmdenoiserep.tasks.reid' in sys.modules:
         runner.register_hook(dict(type='ReIDCheckHook'))
-    start(runner, runner.train, args.config, cfg.get('load_from'))
+    purpose = 'resume' if cfg.get('resume') else 'start'
+    start(runner, runner.train, args.config, cfg.get('load_from'), purpose)
+
+
+def resume(cfg: Any, checkpoint: str) -> None:
+    """Lets a run go on from a checkpoint, or with ``'auto'`` from its last one; where it has none, it starts anew."""
+    from mmengine.runner import find_latest_checkpoint
+
+    if checkpoint == 'auto':
+        if not (last := find_latest_checkpoint(cfg.work_dir)):
+            cfg.resume = False  # the weights of load_from count, as in any first start
+            return
+        # the folder may have another name by now, or be named from another place
+        moved = os.path.join(cfg.work_dir, os.path.basename(last))
+        checkpoint = moved if os.path.isfile(moved) else last
+    if '://' not in checkpoint and not os.path.isfile(os.path.expanduser(checkpoint)):
+        stop(f'{checkpoint} to resume from does not exist')
+    cfg.resume, cfg.load_from = True, checkpoint
 
 
 if __name__ == '__main__':

@@ -3,7 +3,6 @@
 import argparse
 import re
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
-from mmengine.dataset import Compose, pseudo_collate
+from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, VISUALIZERS
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -19,12 +18,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from calibration import choose_every, measure_flows
-from common import test_dataset
-from images import Batches, open_images, spread
 from launch import stop
 from mmdenoiserep.apis.corruptions import corrupt, make_transform
+from mmdenoiserep.apis.images import Batches, NoImage, datasets_of, leaves, open_images, spread
 from mmdenoiserep.apis.pixels import to_rgb
-from mmdenoiserep.core import InputError, Moments, evaluating
+from mmdenoiserep.core import Moments, evaluating
 from mmdenoiserep.core.probe import tensors_in
 from mmdenoiserep.core.sample import Sample
 from mmdenoiserep.core.targets import near_names
@@ -49,7 +47,7 @@ class Spoiled(Dataset):
     """Images of a data set, corrupted right after they are loaded: image i depends on the seed and on i alone.
 
     Args:
-        dataset: Of tools/images.py.
+        dataset: :class:`mmdenoiserep.apis.images.Images`.
         corruption: As for :func:`mmdenoiserep.apis.corruptions.corrupt`.
         severity: As for the same function.
         seed: As for the same function.
@@ -59,28 +57,23 @@ class Spoiled(Dataset):
     """
 
     def __init__(self, dataset: Any, corruption: str, severity: float = 0, seed: int = 0) -> None:
-        steps = dataset.pipeline.transforms
-        place = next((i for i, step in enumerate(steps, 1) if type(step).__name__ == 'LoadImageFromFile'), 0)
-        self.dataset = copy(dataset)
-        self.dataset.pipeline = Compose([*steps[:place], self.spoil, *steps[place:]])
+        self.dataset = dataset.after_loading(self.spoil)
         self.how = corruption, severity, seed
         self.image = np.empty(0)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | str:
-        self.index = index
+    def __getitem__(self, index: int) -> dict[str, Any] | NoImage:
         return self.dataset[index]
 
-    def spoil(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Is a step of the pipeline."""
-        corruption, severity, seed = self.how
+    def spoil(self, image: np.ndarray, index: int) -> np.ndarray:
+        """Corrupts an image as it was loaded."""
         try:
-            self.image = corrupt(results['img'], corruption, severity, seed, self.index)
+            self.image = corrupt(image, *self.how, index)
         except InputError as error:
-            raise InputError(f'{results.get("img_path", f"image {self.index}")}: {error}') from None
-        return results | dict(img=self.image)
+            raise InputError(f'{self.dataset.info(index).get("img_path", f"image {index}")}: {error}') from None
+        return self.image
 
 
 class Ratio:
@@ -165,17 +158,17 @@ class Visualization:
         for which in ('before', 'after'):
             model, metas[which] = load(cfg, args.config, getattr(args, which), denoisers='fold')
             self.models[which] = to_device(model, args.device)
-        dataset = open_images(cfg, self.models['before'].backbone, args.images, 'test')
+        dataset = open_images(cfg, 'test', args.images, self.models['before'])
         self.images = {
             'clean': Spoiled(dataset, 'clean'),
             'corrupted': Spoiled(dataset, args.corrupt, args.severity, args.seed),
         }
         if len(self._chosen) < 2:
             stop('one image is not enough; take two or more')
-        labels = [] if args.images else [dataset.dataset.get_data_info(i).get('gt_label') for i in self._chosen]
+        labels = [] if args.images else [dataset.info(i).get('gt_label') for i in self._chosen]
         self.labels = None if None in labels else labels or None
         self.visualizer = self._build_visualizer(cfg, metas['before'].get('dataset_meta'))
-        example = next(iter(self._batches('clean', self._chosen[:1])))
+        example = next(iter(self._batches('clean', self._chosen)))
         names = list(run(self.models['before'].backbone, example)[0])
         if wrong := set(args.spectra or ()) - set(names):
             stop(f'the backbone has no layer {min(wrong)}{near_names(min(wrong), names)}')
@@ -186,10 +179,14 @@ class Visualization:
         if not cfg.get('visualizer'):
             return None
         visualizer = VISUALIZERS.build(dict(cfg.visualizer, name='visualize', vis_backends=None))
-        dataset = test_dataset(cfg)
-        with DATASETS.switch_scope_and_registry(None) as registry:
-            kind = registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
-        visualizer.dataset_meta = dataset_meta or {**getattr(kind, 'METAINFO', {}), **dataset.get('metainfo', {})}
+        leaf = next(leaf for dataset in datasets_of(cfg, 'test') for leaf in leaves(dataset))
+        if isinstance(leaf, dict):
+            with DATASETS.switch_scope_and_registry(None) as registry:
+                kind = registry.get(leaf['type']) if isinstance(leaf['type'], str) else leaf['type']
+            known = {**getattr(kind, 'METAINFO', {}), **leaf.get('metainfo', {})}
+        else:
+            known = getattr(leaf, 'metainfo', {})
+        visualizer.dataset_meta = dataset_meta or known
         return visualizer
 
     @property
@@ -204,6 +201,7 @@ class Visualization:
         curves = Curves({}, {key: {} for key in RATIOS}, {key: {} for key in VARIANTS}, {}, self.labels, self.every)
         embeddings: dict[tuple[str, str], list[Tensor]] = {key: [] for key in VARIANTS}
         pairs = [self._batches(images, self._chosen, self.args.batch_size) for images in ('clean', 'corrupted')]
+        pairs[1].left_out = pairs[0].left_out  # each is told once
         with tqdm(total=len(self._chosen), unit='image', desc='layers') as bar:
             for clean, corrupted in zip(*pairs, strict=True):
                 batches = dict(clean=clean, corrupted=corrupted)
@@ -222,6 +220,8 @@ class Visualization:
                         vectors = features[variant][name]
                         moments.setdefault(name, Moments(*vectors.shape[:2], vectors.device)).update(vectors)
                 bar.update(len(clean))
+        if self.labels:
+            curves.labels = [self.labels[number] for number in pairs[0].order]
         backbone = self.models['before'].backbone
         curves.types = {name: type(backbone.get_submodule(name)).__name__ for name in curves.ratios['before']}
         curves.embeddings = {key: torch.cat(parts) for key, parts in embeddings.items()}
@@ -230,6 +230,9 @@ class Visualization:
     def look(self) -> list[dict[tuple[str, str], View]]:
         """Looks at some images one by one; returns the views of each by variant."""
         chosen = spread(self.images['clean'], self.args.show).indices
+        chosen = [index for index in chosen if not isinstance(self.images['clean'][index], NoImage)]
+        if not chosen:
+            stop('none of the images to show is left; take more with --show')
         return [
             {variant: self._view(index, *variant) for variant in VARIANTS}
             for index in tqdm(chosen, unit='image', desc='views')

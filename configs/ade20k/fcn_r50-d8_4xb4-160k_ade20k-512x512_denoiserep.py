@@ -12,5 +12,5 @@ custom_hooks = [dict(type='DenoiseLossHook', mode='joint', weight=0.01), dict(ty
 model = dict(
     backbone=dict(_delete_=True, type='DenoiseRepBackbone', backbone=_base_.model.backbone, targets='conv2d'),
 )
-# Under SGD a high rate makes loss_denoise diverge: the denoisers get the rate of the other layers, not four times it.
+# Their gradient is limited (docs/settings.md), so that under SGD the rate of the other layers suits the denoisers.
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.denoiser.': dict(lr_mult=1.0, decay_mult=0.0)}))

@@ -18,5 +18,5 @@ model = dict(
         exclude=['conv1', r'layer1\..*'],
     ),
 )
-# Under SGD a high rate makes loss_denoise diverge: the denoisers get the rate of the other layers, not four times it.
+# Their gradient is limited (docs/settings.md), so that under SGD the rate of the other layers suits the denoisers.
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.denoiser.': dict(lr_mult=1.0, decay_mult=0.0)}))

@@ -10,5 +10,5 @@ _base_ = ['./retinanet_swin-t-p4-w7_fpn_1x_coco_baseline-ft.py', '../_base_/deno
 model = dict(
     backbone=dict(_delete_=True, type='DenoiseRepBackbone', backbone=_base_.model.backbone, targets='mlp'),
 )
-# Under SGD a high rate makes loss_denoise diverge: the denoisers get the rate of the other layers, not four times it.
+# Their gradient is limited (docs/settings.md), so that under SGD the rate of the other layers suits the denoisers.
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.denoiser.': dict(lr_mult=1.0, decay_mult=0.0)}))

@@ -3,7 +3,7 @@
 The method, lambda 0.01 and the ratio of the denoisers' rate to the others' (4, from re-identification) are the paper's
 (arXiv 2406.08773 and its official scripts); the schedule is ours.
 The denoisers' rate is 0.004. The correction B is stored, not D, and the loss is steep in B: its curvature grows with
-1 / c1^2. On random weights and BatchNorms with momentum 0.9, loss_denoise fell at 0.004 and 0.01 and diverged at 0.04.
+1 / c1^2. The gradient of the denoisers is limited for that (docs/settings.md).
 The control is *_baseline-ft.py: all but the denoisers.
 Untested at full size: no result is claimed.
 """

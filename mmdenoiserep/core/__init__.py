@@ -10,7 +10,8 @@ from .errors import InputError
 from .fuse import FusionError, fuse_model, fuse_state_dict
 from .gather import collect_moments
 from .layers import DenoiseConv2d, DenoiseLayer, DenoiseLinear
-from .moments import Moments
+from .losses import DenoiseLosses, denoise_losses
+from .moments import CalibrationError, Moments
 from .moments_file import fingerprint, load_moments, save_moments
 from .probe import evaluating
 from .safety import safe_fit
@@ -22,12 +23,14 @@ from .verify import Verification, verify_fusion
 __all__ = [
     'DEFAULT_RANK',
     'CalibratedLayer',
+    'CalibrationError',
     'CalibrationReport',
     'CheckpointError',
     'ConversionReport',
     'DenoiseConv2d',
     'DenoiseLayer',
     'DenoiseLinear',
+    'DenoiseLosses',
     'Denoiser',
     'FusionError',
     'InputError',
@@ -39,6 +42,7 @@ __all__ = [
     'calibrate',
     'closed_form',
     'collect_moments',
+    'denoise_losses',
     'evaluating',
     'explicit_maps',
     'fingerprint',

@@ -1,7 +1,7 @@
 """Denoisers without training: from the moments of a layer's features, in one pass over unlabelled images."""
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from .closed_form import closed_form
 from .denoiser import correction_matrix
 from .domain import DomainFit
-from .gather import denoised_layers, fitted_on_output, gather
-from .layers import DenoiseLayer, input_channels
-from .moments import Moments
+from .gather import denoised_layers, empty_moments, gather
+from .layers import DenoiseLayer
+from .moments import CalibrationError, Moments
 from .table import format_table
 from .transport import FITS, RANKED
 
@@ -62,12 +62,14 @@ class CalibrationReport:
         images: Images seen, in all processes.
         passes: How often they were run through the model.
         layers: The calibrated layers, first executed first.
+        skipped: Why a layer was left as it is, by its name.
     """
 
     mode: str
     images: int
     passes: int
     layers: tuple[CalibratedLayer, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         header = ['layer', 'step', 'rank', 'variance moved', '']
@@ -80,6 +82,7 @@ class CalibrationReport:
             for row, values in zip(rows, losses, strict=True):
                 row[4:4] = [f'{value:.6f}' for value in values]
         passes = f'{self.passes} pass{"es" if self.passes > 1 else ""}'
+        rows += [[name, *'-' * (len(header) - 2), f'skipped: {why}'] for name, why in self.skipped.items()]
         return (
             f'{format_table(tuple(header), [tuple(row) for row in rows])}\n'
             f'{len(self.layers)} layers calibrated ({self.mode}) on {self.images} images in {passes}'
@@ -124,48 +127,60 @@ def calibrate(
         A :class:`CalibrationReport`.
 
     Raises:
-        ValueError: The module has no denoisers, a name or the mode is unknown, the source is missing or does not fit,
-            there is no image, or in domain mode a denoiser is not zero. Nothing has been changed then. Or the features
-            of a layer are not finite, which in domain mode leaves the layers before it fitted.
+        CalibrationError: The module has no denoisers, a name or the mode is unknown, the source is missing or does not
+            fit, there is no image, no layer can be calibrated, or in domain mode a denoiser is not zero. Nothing has
+            been changed then. Or the features of a layer are not finite, which in domain mode leaves the layers before
+            it fitted.
     """
     chosen = denoised_layers(module)
     if layers is not None:
         if unknown := sorted(set(layers) - set(chosen)):
-            raise ValueError(f'{unknown[0]} is no denoised layer of the model')
+            raise CalibrationError(f'{unknown[0]} is no denoised layer of the model')
         chosen = {name: layer for name, layer in chosen.items() if name in set(layers)}
     if prior < 0:
-        raise ValueError(f'prior must be a number of images, 0 or more, got {prior}')
+        raise CalibrationError(f'prior must be a number of images, 0 or more, got {prior}')
     if mode == 'schedule':
         return _fit_schedule(module, batches, chosen, prior, every)
     if mode != 'domain':
-        raise ValueError(f'mode must be one of {", ".join(MODES)}, got {mode!r}')
+        raise CalibrationError(f'mode must be one of {", ".join(MODES)}, got {mode!r}')
     if fit not in FITS:
-        raise ValueError(f'fit must be one of {", ".join(FITS)}, got {fit!r}')
+        raise CalibrationError(f'fit must be one of {", ".join(FITS)}, got {fit!r}')
+    if rank is not None and rank < 1:
+        raise CalibrationError(f'rank must be 1 or more, or None for full maps, got {rank}')
     if source is None:
-        raise ValueError("mode='domain' needs source, the moments in the training domain (collect_moments)")
+        raise CalibrationError("mode='domain' needs source, the moments in the training domain (collect_moments)")
     for name, layer in chosen.items():
         if name not in source:
-            raise ValueError(f'source has no moments of {name}; gather them with the same targets')
-        _, groups = input_channels(layer)  # type: ignore[arg-type]
-        channels = layer.weight.shape[0 if fitted_on_output(layer) else 1]
-        if source[name].mean.shape != (groups, channels // groups):
-            raise ValueError(
-                f'the moments of {name} in source are of {source[name].mean.numel()} channels, not {channels}'
+            raise CalibrationError(f'source has no moments of {name}; gather them with the same targets')
+        expected, given = empty_moments(layer).mean, source[name].mean
+        if given.shape != expected.shape:
+            raise CalibrationError(
+                f'the moments of {name} in source are of {given.numel()} channels, not {expected.numel()}'
             )
+        if not (given.isfinite().all() and source[name].scatter.isfinite().all()):
+            raise CalibrationError(f'the moments of {name} in source hold NaN or Inf; gather them again')
         if not layer.denoiser.is_zero():
-            raise ValueError(f'the denoiser of {name} is not zero; fuse the model and convert it again')
+            raise CalibrationError(f'the denoiser of {name} is not zero; fuse the model and convert it again')
     batches = list(batches) if iter(batches) is batches else batches  # several passes read them several times
-    example = next(iter(batches), None)
-    if example is None:
-        raise ValueError('there is no image to calibrate with')
-    domain = DomainFit(module, chosen, source, example, fit, rank, prior, every)
+    domain = DomainFit(module, chosen, source, fit, rank, prior, every)
     domain.run(batches)
-    rank = rank if fit in RANKED else None
-    rows = [
-        _row(name, chosen[name], fitted.linear, fitted.constant, fitted.target, rank=rank, note=fitted.note)
-        for name, fitted in domain.fitted.items()
-    ]
-    return CalibrationReport(mode, domain.images, domain.passes, tuple(rows))
+    rows = []
+    for name, layer in chosen.items():
+        if name in domain.fitted:
+            fitted = domain.fitted[name]
+            low = rank if fit in RANKED and rank is not None and rank < fitted.linear.shape[-1] else None
+            rows.append(_row(name, layer, fitted.linear, fitted.constant, fitted.target, rank=low, note=fitted.note))
+    return _report(mode, domain.images, domain.passes, rows, domain.skipped)
+
+
+def _report(
+    mode: str, images: int, passes: int, rows: Sequence[CalibratedLayer], skipped: Mapping[str, str]
+) -> CalibrationReport:
+    """Returns the report; raises a CalibrationError if no layer was calibrated."""
+    if not rows:
+        name, reason = next(iter(skipped.items()), ('', 'none is named'))
+        raise CalibrationError(f'no layer was calibrated: {name}{": " if name else ""}{reason}')
+    return CalibrationReport(mode, images, passes, tuple(rows), skipped)
 
 
 def _fit_schedule(
@@ -173,9 +188,12 @@ def _fit_schedule(
 ) -> CalibrationReport:
     moments, images = gather(module, batches, layers, True, every)
     if not images:
-        raise ValueError('there is no image to calibrate with')
-    rows = []
+        raise CalibrationError('there is no image to calibrate with')
+    rows, skipped = [], {}
     for name, seen in moments.items():
+        if not seen.count:
+            skipped[name] = 'none of the images reaches it'
+            continue
         layer = layers[name]
         step, denoiser = layer.reverse_step, layer.denoiser
         rank = denoiser.up.shape[-1] if hasattr(denoiser, 'up') else None
@@ -196,7 +214,7 @@ def _fit_schedule(
         )
         losses = dict(start=start, loss=_loss(layer, solution, seen), optimum=_loss(layer, best, seen))
         rows.append(_row(name, layer, linear, constant, seen, rank=rank, **losses))
-    return CalibrationReport('schedule', images, 1, tuple(rows))
+    return _report('schedule', images, 1, rows, skipped)
 
 
 def _towards_equal_variances(moments: Moments, prior: float) -> Tensor:

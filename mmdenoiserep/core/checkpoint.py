@@ -14,43 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .errors import InputError, printable
+from .config_text import vanilla_text
+from .errors import CheckpointError, printable
+from .file_kinds import describe_kind, is_safetensors, pickle_protocol, read_safetensors
 from .files import whole_file
 from .fuse import FusionError, fuse_state_dict
+from .plain import LEFT_OUT, is_dense, to_plain
+from .stand_ins import STAND_INS
 
 STAMP = 'denoiserep'
 """Key in the ``meta`` of a fused file."""
 
-
-class CheckpointError(InputError):
-    """A file that can't be read, fused or written."""
-
-
-class Inert:
-    """Stands in for classes and functions that training checkpoints refer to; does nothing with what it is given."""
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-INERT_GLOBALS = (
-    'mmengine.logging.history_buffer.HistoryBuffer',
-    'builtins.getattr',
-    'numpy.ndarray',
-    'numpy.dtype',
-    'numpy._core.multiarray._reconstruct',
-    'numpy._core.multiarray.scalar',
-    'numpy.core.multiarray._reconstruct',
-    'numpy.core.multiarray.scalar',
-    '_codecs.encode',
-    'argparse.Namespace',
-)
-"""What training checkpoints, mmengine's above all, name besides tensors and plain data: read as :class:`Inert`."""
+EXTRA_STATE = '_extra_state'
+"""End of the names under which torch keeps what a module itself puts into a state dict, a tensor or not."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +56,39 @@ class FusedCheckpoint:
 
 
 def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint file on the CPU.
+    """Reads a checkpoint file on the CPU: one of ``torch.save``, or a safetensors file.
 
-    By default only tensors and plain data are read (``weights_only=True``); the pickled mmengine and numpy objects of a
-    training checkpoint become inert placeholders, so no code of the file runs.
+    By default only tensors and plain data are read (``weights_only=True``); the other objects of a training
+    checkpoint, which :data:`~mmdenoiserep.core.stand_ins.STAND_INS` names, become inert placeholders, so no code of
+    the file runs.
 
     Args:
-        path: A file that ``torch.save`` wrote.
+        path: The file.
         allow_pickle: Reads any pickle, which runs code that the file brings; only for files you trust.
+
+    Returns:
+        The dict in the file; that of a safetensors file has its tensors under ``state_dict``.
 
     Raises:
         CheckpointError: The file is missing, truncated, no checkpoint, or needs code.
+    """
+    with _only_stand_ins():
+        return load_file(path, allow_pickle=allow_pickle, mmap=True)
+
+
+def load_file(
+    path: str | os.PathLike, map_location: Any = 'cpu', *, allow_pickle: bool = False, mmap: bool = False
+) -> dict[str, Any]:
+    """Reads a file as :func:`read_checkpoint` does, with the globals that the process allows.
+
+    Args:
+        path: The file.
+        map_location: See ``torch.load``.
+        allow_pickle: See :func:`read_checkpoint`.
+        mmap: Leaves the tensors on the disk until they are read; the file must stay as it is until then.
+
+    Raises:
+        CheckpointError: See :func:`read_checkpoint`.
     """
     path = Path(path)
     try:
@@ -100,22 +100,41 @@ def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict
     if not is_file:
         raise CheckpointError(f'{path} is not a file')
     try:
-        mmap = zipfile.is_zipfile(path)
-        with _only_inert_globals():
-            checkpoint = torch.load(path, map_location='cpu', weights_only=not allow_pickle, mmap=mmap)
+        if is_safetensors(path):
+            return dict(state_dict=read_safetensors(path))
+        mmap = mmap and zipfile.is_zipfile(path)
+        content = torch.load(path, map_location=map_location, weights_only=not allow_pickle, mmap=mmap)
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged file may break the reader anywhere, and make it seek to impossible places
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise CheckpointError(f'{path} cannot be read: {error.strerror or error}') from None
-        needs_code = re.search(r'(?i)unsupported (?:global|class|type).*?([\w.]+\.\w+)', str(error))
-        if isinstance(error, pickle.UnpicklingError) and needs_code:
-            raise CheckpointError(
-                f'{path} can only be read by running code that it brings ({needs_code[1]}); '
-                'if you trust whoever made it, the tools that convert or fuse a checkpoint read it with --allow-pickle'
-            ) from None
-        raise CheckpointError(f'{path} is truncated or no PyTorch checkpoint; copy or download it again') from None
-    if not isinstance(checkpoint, Mapping):
-        raise CheckpointError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint with a state_dict')
-    return dict(checkpoint)
+        raise CheckpointError(f'{path} {_reason(path, error, allow_pickle)}') from None
+    if isinstance(content, nn.Module):
+        raise CheckpointError(f'{path} holds a whole model ({type(content).__name__}); save its state_dict() instead')
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f'{path} holds a {type(content).__name__}, not a checkpoint with a state_dict')
+    return content if isinstance(content, dict) else dict(content)  # a bare state dict knows its _metadata
+
+
+def _reason(path: Path, error: Exception, allow_pickle: bool) -> str:
+    """Returns why a file can't be read, and what to do, after its name."""
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:
+        return f'cannot be read: {error.strerror or error}'
+    needs_code = re.search(r'(?i)unsupported (?:global|class|type):? (?:global )?([\w.]+)', str(error))
+    if isinstance(error, pickle.UnpicklingError) and needs_code:
+        return (
+            f'can only be read by running code that it brings ({needs_code[1]}); '
+            'if you trust whoever made it, the tools that convert or fuse a checkpoint read it with --allow-pickle'
+        )
+    if allow_pickle and isinstance(error, ImportError | AttributeError):
+        return f'needs what is not installed here: {error}'
+    if kind := describe_kind(path):
+        return kind
+    if not allow_pickle and (protocol := pickle_protocol(path) or 0) > 2:
+        return (
+            f'was saved with pickle protocol {protocol}, which can only be read by running code that it brings; '
+            'save it again without pickle_protocol, or if you trust whoever made it, read it with --allow-pickle'
+        )
+    return 'is truncated or no PyTorch checkpoint; copy or download it again'
 
 
 def fuse_checkpoint(
@@ -128,8 +147,9 @@ def fuse_checkpoint(
 ) -> FusedCheckpoint:
     """Reads a checkpoint with denoisers and writes the vanilla one; the source is not changed.
 
-    The output holds ``meta`` (plain data only, stamped ``meta['denoiserep']``) and ``state_dict``, and loads with
-    ``weights_only=True``. It appears under its name when it is complete, or not at all.
+    The output holds ``meta`` and ``state_dict``, and loads with ``weights_only=True``. Its ``meta`` is that of the
+    source as plain data, with the config without denoising in ``meta['cfg']`` and the stamp ``meta['denoiserep']``:
+    the libraries' inferencers take such a file alone. It appears under its name when it is complete, or not at all.
 
     Args:
         source: Checkpoint with ``denoiser.*`` keys; prefixes of DDP and ``torch.compile`` are stripped.
@@ -169,6 +189,7 @@ def fuse_checkpoint(
         )
     if check:
         check(state, fused)
+    make_vanilla(meta, notes)
     meta[STAMP] = dict(fused=True, layers=len(changes))
     write_atomically(dict(meta=meta, state_dict=fused), target)
     return FusedCheckpoint(changes, tuple(notes))
@@ -191,14 +212,12 @@ def write_atomically(content: Any, target: Path) -> None:
 
 
 @contextmanager
-def _only_inert_globals() -> Iterator[None]:
-    """Lets ``torch.load`` know :data:`INERT_GLOBALS` and nothing else, whatever the process allows besides."""
+def _only_stand_ins() -> Iterator[None]:
+    """Lets ``torch.load`` know :data:`STAND_INS` and nothing else, whatever the process allows besides."""
     allowed = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
-        stand_ins = [(Inert, name) for name in INERT_GLOBALS]
-        settings = (OrderedDict, 'yacs.config.CfgNode')  # a dict, which only a dict can stand in for
-        torch.serialization.add_safe_globals([*stand_ins, settings])  # type: ignore[list-item]
+        torch.serialization.add_safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])
         yield
     finally:
         torch.serialization.clear_safe_globals()
@@ -226,64 +245,125 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
 
 
 def split_checkpoint(
-    checkpoint: Mapping[str, Any], source: Path, notes: list[str]
-) -> 'tuple[OrderedDict[str, Tensor], dict[str, Any]]':
+    checkpoint: Mapping[str, Any], source: Path, notes: list[str], key: str | None = None
+) -> 'tuple[OrderedDict[str, Any], dict[str, Any]]':
     """Returns the weights of a checkpoint without the prefixes of wrappers, and what of its ``meta`` is plain data.
 
     Args:
         checkpoint: What :func:`read_checkpoint` returned.
         source: Its path, for messages.
         notes: Gets a sentence about each thing that was stripped or left out.
+        key: Where the weights lie, such as ``'teacher'``; dots lead into dicts. None takes ``state_dict``, or the file
+            itself, or the only dict of tensors in it, such as ``model``.
+
+    Returns:
+        Tensors by name, and ``_extra_state`` of any kind; ``meta``.
 
     Raises:
-        CheckpointError: There is no state dict.
+        CheckpointError: There is no state dict, or there are several.
     """
-    meta = checkpoint.get('meta') if 'state_dict' in checkpoint else None
-    meta = dict(meta) if isinstance(meta, Mapping) else {}
-    state = _clean_keys(checkpoint.get('state_dict', checkpoint), source, notes)
-    kept = {key: value for key, value in meta.items() if type(key) is str and _is_plain(value)}
-    if dropped := sorted({key if type(key) is str else 'keys that are no text' for key in meta if key not in kept}):
-        notes.append(f'left out of meta, because it is no plain data: {", ".join(dropped)}')
+    meta = checkpoint.get('meta')
+    meta = meta if isinstance(meta, Mapping) else {}
+    state = _clean_keys(find_weights(checkpoint, source, notes, key), source, notes)
+    kept: dict[str, Any] = {}
+    left_out: list[str] = []
+    for name, value in meta.items():
+        if type(name) is not str:
+            left_out.append('keys that are no text')
+        elif (plain := to_plain(value, name, left_out)) is not LEFT_OUT:
+            kept[name] = plain
+    if left_out:
+        notes.append(f'left out of meta, because it is no plain data: {", ".join(sorted(set(left_out)))}')
     return state, kept
 
 
-def _clean_keys(state: Any, source: Path, notes: list[str]) -> 'OrderedDict[str, Tensor]':
+def make_vanilla(meta: dict[str, Any], notes: list[str]) -> None:
+    """Replaces the config in the ``meta`` of a checkpoint by the one without denoising."""
+    text = meta.get('cfg')
+    if not isinstance(text, str):
+        return
+    try:
+        meta['cfg'] = vanilla_text(text)
+    except ValueError as error:
+        del meta['cfg']
+        notes.append(f'left out of meta: cfg, which cannot be read ({error}); give the inferencers a config file')
+
+
+def find_weights(
+    checkpoint: Mapping[str, Any], source: Path, notes: list[str], key: str | None = None
+) -> Mapping[str, Any]:
+    """Returns the state dict in a checkpoint; see :func:`split_checkpoint`.
+
+    Raises:
+        CheckpointError: There is none, or there are several.
+    """
+    if key is not None:
+        found: Any = checkpoint
+        for part in [key] if key in checkpoint else key.split('.'):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        if found is None:
+            raise CheckpointError(f'{source} has no {key}; it has {_first(checkpoint)}')
+        return _weights_in(found)
+    if 'state_dict' in checkpoint:
+        return _weights_in(checkpoint['state_dict'])
+    if _is_state(checkpoint):
+        return checkpoint
+    wrapped = [name for name, value in checkpoint.items() if isinstance(name, str) and _is_state(_weights_in(value))]
+    if len(wrapped) == 1:
+        notes.append(f'the weights lie under {wrapped[0]}')
+        return _weights_in(checkpoint[wrapped[0]])
+    if wrapped:
+        raise CheckpointError(
+            f'{source} has weights under {", ".join(wrapped)}; choose one of them with '
+            f'tools/convert_checkpoint.py plain {source} OUT --key {wrapped[0]}'
+        )
+    if any(isinstance(value, Tensor) for value in checkpoint.values()):
+        return checkpoint  # a state dict with something else in it
+    raise CheckpointError(f'{source} has no state_dict, and no dict of tensors by name; it has {_first(checkpoint)}')
+
+
+def _weights_in(value: Any) -> Any:
+    return value.state_dict() if isinstance(value, nn.Module) else value
+
+
+def _is_state(value: Any) -> bool:
+    """Whether a value is a state dict: tensors by the names of parameters."""
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(key, str) for key in value)
+        and all(isinstance(item, Tensor) for key, item in value.items() if not key.endswith(EXTRA_STATE))
+    )
+
+
+def _first(names: Mapping[Any, Any]) -> str:
+    first = ', '.join(map(str, list(names)[:5]))
+    return f'{first}, ...' if len(names) > 5 else first or 'nothing'
+
+
+def _clean_keys(state: Any, source: Path, notes: list[str]) -> 'OrderedDict[str, Any]':
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(f'{source} has no state_dict; its keys are not the names of parameters')
-    others = sorted(key for key, value in state.items() if not _is_dense(value))
+    others = sorted(key for key, value in state.items() if not is_dense(value) and not key.endswith(EXTRA_STATE))
     if others or not state:
         raise CheckpointError(
             f'{source} has no state_dict, and {others[0] if others else "it"} holds no tensor of the usual, dense kind'
         )
-    clean = OrderedDict((key.replace('_orig_mod.', ''), value) for key, value in state.items())
-    if list(clean) != list(state):
+    clean: OrderedDict[str, Any] = OrderedDict()
+    left_out: list[str] = []
+    for key, value in state.items():
+        name = key.replace('_orig_mod.', '')
+        if isinstance(value, Tensor):
+            clean[name] = value
+        elif (plain := to_plain(value, name, left_out)) is not LEFT_OUT:  # the state of a module, of any kind
+            clean[name] = plain
+    if left_out:
+        notes.append(f'left out of the weights, because it is no plain data: {", ".join(left_out)}')
+    if any('_orig_mod.' in key for key in state):
         notes.append('stripped _orig_mod. (torch.compile) from the names')
     if all(key.startswith('module.') for key in clean):
         clean = OrderedDict((key.removeprefix('module.'), value) for key, value in clean.items())
         notes.append('stripped module. (DataParallel or DDP) from the names')
-    if not notes and hasattr(state, '_metadata'):
+    elif hasattr(state, '_metadata') and not any('_orig_mod.' in key for key in state):
         clean._metadata = state._metadata  # type: ignore[attr-defined]
     return clean
-
-
-def _is_dense(value: Any) -> bool:
-    """Whether a value is a tensor as large as its data in the file; with strides of zero it would seem of any size."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta:
-        return False
-    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value has plain data only, and not so deep that it can't be written again."""
-    seen: set[int] = set()  # a file of a few bytes may hold one list at any number of places, or a list in itself
-
-    def plain(value: Any, depth: int) -> bool:
-        if value is None or type(value) in (str, int, float, bool) or id(value) in seen:
-            return True
-        seen.add(id(value))
-        if type(value) not in (dict, OrderedDict, list, tuple) or depth > 100:
-            return False
-        items = [v for kv in value.items() for v in kv] if isinstance(value, dict) else value
-        return all(plain(item, depth + 1) for item in items)
-
-    return plain(value, 0)

@@ -1,9 +1,9 @@
 """Fits the layers of a model to the domain of some unlabelled images, one after the other."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,20 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .feeding import find_sole_readers
+from .batches import count_images
+from .feeding import Readers
 from .gather import (
     SeenAll,
     check_finite,
-    count_images,
+    empty_moments,
     fitted_on_output,
     gather,
     sum_processes,
     without_zero_denoisers,
 )
+from .intercept import intercepting
 from .layers import DenoiseLayer
-from .moments import Moments
+from .moments import CalibrationError, Moments, gather_processes
+from .norms import find_norms, taker, why_not_norm
 from .probe import evaluating
 from .sample import Sample
+from .storage import shared_memory
 from .transport import transport
 
 
@@ -51,25 +55,16 @@ def explicit_maps(module: nn.Module, maps: Mapping[str, tuple[Tensor, Tensor]]) 
         module: A model before the fit, with denoisers or without.
         maps: A and c by layer name.
     """
+    layers = {name: module.get_submodule(name) for name in maps}
 
-    def on_input(linear: Tensor, constant: Tensor, layer: nn.Module, args: tuple) -> tuple:
-        return apply_map(layer, args[0], linear, constant), *args[1:]
+    def run(name: str, forward: Callable, *args: Tensor, **keywords: Tensor) -> Tensor:
+        (x,) = (*args, *keywords.values())
+        if fitted_on_output(layers[name]):
+            return apply_map(layers[name], forward(x), *maps[name])
+        return forward(apply_map(layers[name], x, *maps[name]))
 
-    def on_output(linear: Tensor, constant: Tensor, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return apply_map(layer, output, linear, constant)
-
-    handles = []
-    try:
-        for name, (linear, constant) in maps.items():
-            layer = module.get_submodule(name)
-            if fitted_on_output(layer):
-                handles.append(layer.register_forward_hook(partial(on_output, linear, constant)))
-            else:
-                handles.append(layer.register_forward_pre_hook(partial(on_input, linear, constant)))
+    with intercepting(layers, run):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -103,7 +98,6 @@ class DomainFit:
         module: The model.
         layers: The layers to fit, first executed first; their denoisers must be zero.
         source: Moments in the training domain by layer name.
-        example: A batch to see with which layer feeds which.
         fit: See :func:`transport`.
         rank: Likewise.
         prior: Images that the source's moments are worth.
@@ -113,6 +107,7 @@ class DomainFit:
         images: Images seen, in all processes.
         passes: How often they were run through the model.
         fitted: What was done, by layer name.
+        skipped: Why a layer was left as it is, by its name.
     """
 
     def __init__(
@@ -120,7 +115,6 @@ class DomainFit:
         module: nn.Module,
         layers: Mapping[str, DenoiseLayer],
         source: Mapping[str, Moments],
-        example: Any,
         fit: str,
         rank: int | None,
         prior: float,
@@ -136,102 +130,209 @@ class DomainFit:
         self.images = 0
         self.passes = 0
         self.fitted: dict[str, FittedLayer] = {}
-        norms = {name: norm for name, norm in module.named_modules() if isinstance(norm, nn.LayerNorm | _BatchNorm)}
-        self.norms: dict[str, nn.Module] = {}
-        on_output = {name for name, layer in layers.items() if fitted_on_output(layer)}
-        on_input = set(layers) - on_output
-        one = example[:1] if isinstance(example, Tensor) else example  # who feeds whom, one image shows
-        for giver, reader in find_sole_readers(module, {**layers, **norms}, one).items():
-            before, after = norms.get(giver), norms.get(reader)
-            if isinstance(after, _BatchNorm) and after.running_mean is not None and giver in on_output:
-                self.norms[giver] = after
-            elif isinstance(before, nn.LayerNorm) and before.bias is not None and reader in on_input:
-                self.norms[reader] = before
+        self.skipped: dict[str, str] = {}
+        self.norms = find_norms(module)
+        self.takers: dict[str, Tensor] = {}  # by layer: the bias of its LayerNorm, the running mean of its BatchNorm
+        self.no_taker: dict[str, str] = {}  # by layer: why its norm takes no constant
+        self.owned = [
+            *((name, tensor) for name, layer in layers.items() for tensor in (layer.weight, layer.bias)),
+            *((name, taker(norm)) for name, norm in self.norms.items()),
+        ]
+        self.readers = Readers({**layers, **self.norms}, self.owned)
 
     def run(self, batches: Iterable[Any]) -> None:
         """Fits all layers: in turn on a single batch, else with a pass for each.
 
-        Several layers in one pass would not do: each would take off again what the one before it takes off.
+        Several layers in one pass would not do: each would take off again what the one before it takes off. A layer
+        that runs several times in a forward needs a pass of its own as well.
+
+        Raises:
+            CalibrationError: There is no image, or the features of a layer are not finite.
         """
         size = getattr(batches, '__len__', lambda: 0)()
-        if not sum_processes(size != 1):  # the same in all processes
-            self._in_turn(next(iter(batches)))
-            return
+        if sum_processes(size != 1) or not self._in_turn(next(iter(batches))):  # the same in all processes
+            self._pass_by_pass(batches)
+
+    def _pass_by_pass(self, batches: Iterable[Any]) -> None:
+        """Fits each layer with a pass of its own; the first one runs to its end, and shows who reads what."""
+        calls: list[Counter[str]] = []
         for name, layer in self.layers.items():
-            moments, self.images = gather(self.module, batches, {name: layer}, False, self.every)
+            watched = None if self.passes else self.readers.run
+            known = [seen[name] for seen in calls]
+            moments, self.images = gather(
+                self.module, batches, {name: layer}, False, self.every, run=watched, calls=known
+            )
+            if not self.images:
+                raise CalibrationError('there is no image to calibrate with')
+            if watched:
+                calls = self.readers.calls if len(set(map(_items, self.readers.calls))) == 1 else []
+                self._find_takers()
             self._correct(name, moments[name])
             self.passes += 1
 
-    def _in_turn(self, batch: Any) -> None:
-        """Fits each layer when the batch reaches it, and ends behind the last one."""
-        self.passes = 1
+    def _in_turn(self, batch: Any) -> bool:
+        """Fits each layer when the batch reaches it; returns False, with nothing changed, if that is not possible.
+
+        That needs a model in which all layers run at most once, in all processes in the same order.
+        """
         self.images = sum_processes(count_images(batch))
+        if not self.images:
+            raise CalibrationError('there is no image to calibrate with')
+        with evaluating(self.module), without_zero_denoisers(self.module):
+            one = batch[:1] if isinstance(batch, Tensor) else batch  # who reads what, one image shows
+            self.readers.run(self.module, one)
+        (calls,) = self.readers.calls
+        self.readers.calls = []
+        if sum_processes(any(calls[name] > 1 for name in self.layers)):
+            return False
+        self._find_takers()
+        before = [(tensor, tensor.detach().clone()) for _, tensor in self.owned if tensor is not None]
         sample = Sample(self.every)
+        all_layers = sum(isinstance(layer, DenoiseLayer) for layer in self.module.modules())
+
+        def reach(place: str) -> None:
+            if len(set(gather_processes(place))) > 1:
+                raise _OutOfTurn
+
+        def end_behind_the_last() -> None:
+            """Ends the run, unless it ends soon by itself: then a layer that runs again is still seen."""
+            if len(self.fitted) + len(self.skipped) == len(self.layers) < all_layers:
+                raise SeenAll
 
         def measure(layer: DenoiseLayer, x: Tensor) -> Moments:
-            moments = Moments.of(sample(layer, x))
+            moments = empty_moments(layer)
+            moments.update(sample(layer, x))
             moments.merge_processes()
             return moments
 
-        def end_behind_the_last() -> None:
-            if len(self.fitted) == len(self.layers):
-                raise SeenAll
+        reached: set[str] = set()
 
-        def on_input(name: str, layer: DenoiseLayer, args: tuple) -> tuple | None:
-            if name in self.fitted:  # a shared layer was corrected in its first place
-                return None
-            shift = self._correct(name, measure(layer, args[0]))
-            end_behind_the_last()
-            return None if shift is None else (args[0] + shift.flatten().to(args[0]), *args[1:])
-
-        def on_output(name: str, layer: DenoiseLayer, args: tuple, output: Tensor) -> Tensor | None:
-            if name in self.fitted:
-                return None
+        def run(name: str, forward: Callable, *args: Tensor, **keywords: Tensor) -> Tensor:
+            (x,) = (*args, *keywords.values())
+            layer = self.layers[name]
+            reach(f'again {name}' if name in reached else name)
+            if name in reached:
+                raise _OutOfTurn
+            reached.add(name)
+            if not fitted_on_output(layer):
+                shift = self._correct(name, measure(layer, x))
+                end_behind_the_last()
+                return forward(x if shift is None else x + shift.flatten().to(x))
+            output = forward(x)
             self._correct(name, measure(layer, output))
             end_behind_the_last()
+            if name in self.skipped:
+                return output
             fitted = self.fitted[name]  # without a bias, the norm behind it has taken the constant
             constant = fitted.constant if layer.bias is not None else torch.zeros_like(fitted.constant)
             return apply_map(layer, output, fitted.linear, constant)
 
-        handles = [
-            layer.register_forward_hook(partial(on_output, name))
-            if fitted_on_output(layer)
-            else layer.register_forward_pre_hook(partial(on_input, name))
-            for name, layer in self.layers.items()
-        ]
         try:
-            with evaluating(self.module), without_zero_denoisers(self.module), suppress(SeenAll):
+            with (
+                evaluating(self.module),
+                without_zero_denoisers(self.module),
+                intercepting(self.layers, run),
+                suppress(SeenAll),
+            ):
                 self.module(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+                reach('')  # the end
+        except _OutOfTurn:
+            with torch.no_grad():
+                for tensor, value in before:
+                    tensor.copy_(value)
+            self.fitted, self.skipped = {}, {}
+            return False
+        for name in self.layers:
+            if name not in reached:
+                self._correct(name, empty_moments(self.layers[name]))
+        self.passes = 1
+        return True
+
+    def _find_takers(self) -> None:
+        """Finds the norms that take the constant of a layer without a bias, and the layers that can't be fitted."""
+        self.readers.merge_processes()
+        shared = shared_memory(self.module, self.owned)
+        for name in self.layers:
+            if name in self.readers.read_elsewhere | shared:
+                self.skipped[name] = 'its weight or bias is used outside of its own forward'
+        on_output = {name for name, layer in self.layers.items() if fitted_on_output(layer)}
+        for giver, reader in self.readers.pairs().items():
+            if giver in on_output and isinstance(self.norms.get(reader), _BatchNorm):
+                layer, name = giver, reader
+            elif reader in self.layers.keys() - on_output and isinstance(self.norms.get(giver), nn.LayerNorm):
+                layer, name = reader, giver
+            else:
+                continue
+            tensor, reason = taker(self.norms[name]), why_not_norm(self.norms[name])
+            if not reason and name in self.readers.read_elsewhere | shared:
+                reason = 'what would take it is used by others'
+            if reason:
+                self.no_taker[layer] = f'{name}, {reason}'
+            elif tensor is not None:
+                self.takers[layer] = tensor
 
     @torch.no_grad()
     def _correct(self, name: str, target: Moments) -> Tensor | None:
         """Fits one layer in place; returns what must be added to its present input, for a LayerNorm has changed."""
         check_finite(name, target)
-        layer = self.layers[name]
-        weight, norm = layer.weight.double(), self.norms.get(name)
-        bias: Tensor | None = layer.bias  # type: ignore[assignment]
-        prior = self.prior / (self.prior + self.images)
+        layer, norm = self.layers[name], self.takers.get(name)
         source = self.source[name].to(target.mean.device)  # a file's moments are on the CPU
+        if name in self.skipped:
+            return None
+        if reason := self._why_not(layer, source, target):
+            self.skipped[name] = reason
+            return None
+        weight = layer.weight.detach().to(torch.float64, copy=True)  # a copy, for the weight is overwritten
+        bias: Tensor | None = layer.bias
+        prior = self.prior / (self.prior + self.images)
         linear, constant = transport(source, target, self.fit, self.rank, prior)
         note, shift = '', None
         if bias is None and norm is None:
             note = 'no bias or norm takes the shift of the mean, so it is left out'
+            if name in self.no_taker:
+                note = f'no bias takes the shift of the mean, so it is left out ({self.no_taker[name]})'
             constant = torch.zeros_like(constant)
         if fitted_on_output(layer):
             layer.weight.copy_((linear @ weight.reshape(*linear.shape[:2], -1)).reshape(weight.shape))
             if bias is not None:
                 bias.copy_((linear @ bias.double().reshape(*linear.shape[:2], 1)).flatten() + constant.flatten())
             elif norm is not None:
-                norm.running_mean.sub_(constant.flatten())  # type: ignore[operator, union-attr]
+                norm.sub_(constant.flatten())
         else:
             layer.weight.copy_(weight @ linear[0])
             if bias is not None:
                 bias.add_(weight @ constant[0])
             elif norm is not None:
                 shift = torch.linalg.solve(linear, constant[..., None])[..., 0]
-                norm.bias.add_(shift[0])  # type: ignore[operator, union-attr]
+                norm.add_(shift[0])
         self.fitted[name] = FittedLayer(linear, constant, target, note)
         return shift
+
+    def _why_not(self, layer: DenoiseLayer, source: Moments, target: Moments) -> str:
+        """Returns why the moments of a layer are not enough to fit it; empty if they are."""
+        size = target.mean.shape[1]
+        accuracy = (4 * torch.finfo(torch.promote_types(layer.weight.dtype, torch.float32)).eps) ** 2
+        for seen, place in ((source, 'training images'), (target, 'these images')):
+            if not seen.count:
+                return f'none of the {place} reaches it'
+            if self.fit == 'mean':
+                continue  # all it needs
+            if seen.count == 1:
+                return f'a single vector of the {place} reaches it, which has no variance'
+            if seen.covariance.diagonal(dim1=1, dim2=2).sum() <= accuracy * seen.mean.square().sum():
+                return f'it has no variance on the {place}'
+        if self.fit == 'mean':
+            return ''
+        if target.count <= size and target.count * self.every < self.images:
+            return f'{target.count} vectors of some of these images are too few for {size} channels'
+        if source.count <= size < target.count:
+            return f'{source.count} vectors of the training images are too few for {size} channels'
+        return ''
+
+
+class _OutOfTurn(BaseException):
+    """A layer runs for a second time, or the processes do not reach the same layer."""
+
+
+def _items(counts: Counter[str]) -> frozenset:
+    return frozenset(counts.items())

@@ -14,3 +14,7 @@ class InputError(Exception):
 
     def __str__(self) -> str:
         return printable(super().__str__())
+
+
+class CheckpointError(InputError):
+    """A file that can't be read, fused or written."""

@@ -1,16 +1,16 @@
 """Gathers the moments of what flows through the denoised layers of a model."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from .layers import DenoiseLayer, forwarding
-from .moments import Moments
-from .probe import evaluating, tensors_in
+from .batches import count_images
+from .intercept import intercepting
+from .layers import DenoiseLayer, forwarding, input_channels
+from .moments import CalibrationError, Moments, gather_processes
+from .probe import evaluating
 from .sample import Sample
 
 
@@ -18,11 +18,11 @@ def denoised_layers(module: nn.Module) -> dict[str, DenoiseLayer]:
     """Returns the denoised layers by name, first executed first.
 
     Raises:
-        ValueError: There is none.
+        CalibrationError: There is none.
     """
     found = {name: layer for name, layer in module.named_modules() if isinstance(layer, DenoiseLayer)}
     if not found:
-        raise ValueError('the model has no denoisers; convert it with apply_denoiserep first')
+        raise CalibrationError('the model has no denoisers; convert it with apply_denoiserep first')
     return dict(sorted(found.items(), key=lambda item: -item[1].timestep))
 
 
@@ -32,7 +32,7 @@ def collect_moments(
     """Gathers the moments of every denoised layer in one pass, in eval mode and without gradients.
 
     Where a domain fit acts: on the input of a Linear layer, on the output of a convolution. They are those of all
-    processes, where there are several, each with its own batches.
+    processes, where there are several, each with its own batches, and of all calls of a layer.
 
     Args:
         module: A model that :func:`apply_denoiserep` converted.
@@ -41,68 +41,83 @@ def collect_moments(
         every: Takes a random one in so many vectors (tokens, pixels) of each batch; the same ones every time.
 
     Returns:
-        The moments by layer name, first executed first.
+        The moments by layer name, first executed first; those of a layer that no image reaches have the count 0.
 
     Raises:
-        ValueError: The module has no denoisers, there is no batch, or the features are not finite.
+        CalibrationError: The module has no denoisers, there is no image, or the features are not finite.
     """
-    layers = denoised_layers(module)
-    moments, images = gather(module, batches, layers, inputs, every)
+    moments, images = gather(module, batches, denoised_layers(module), inputs, every)
     if not images:
-        raise ValueError('there is no image to gather moments of')
+        raise CalibrationError('there is no image to gather moments of')
     return moments
 
 
 def gather(
-    module: nn.Module, batches: Iterable[Any], layers: Mapping[str, DenoiseLayer], inputs: bool, every: int
+    module: nn.Module,
+    batches: Iterable[Any],
+    layers: Mapping[str, DenoiseLayer],
+    inputs: bool,
+    every: int,
+    run: Callable[[nn.Module, Any], None] | None = None,
+    calls: Sequence[int] = (),
 ) -> tuple[dict[str, Moments], int]:
     """Does the pass of :func:`collect_moments` for some layers; returns the number of images too.
 
-    The first batch shows how often they run; the others end there, and save what comes after.
+    Args:
+        module: See :func:`collect_moments`.
+        batches: Likewise.
+        layers: The layers to listen to.
+        inputs: See :func:`collect_moments`.
+        every: Likewise.
+        run: Called with the module and a batch in the place of the module.
+        calls: How often each batch calls the layers, where that is known: its forward ends there, and saves what comes
+            after. Batches beyond the last entry run to their end.
     """
-    moments: dict[str, Moments] = {}
-    images = calls = calls_of_first = 0
+    moments = {name: empty_moments(layer, inputs) for name, layer in layers.items()}
+    images = number = done = 0
     sample = Sample(every)
 
-    def listen(name: str, layer: DenoiseLayer) -> RemovableHandle:
-        def add(x: Tensor) -> None:
-            nonlocal calls
-            vectors = sample(layer, x)
-            if name in moments:
-                moments[name].update(vectors)
-            else:
-                moments[name] = Moments.of(vectors)
-            calls += 1
-            if calls == calls_of_first:
-                raise SeenAll
+    def listen(name: str, forward: Callable, *args: Tensor, **keywords: Tensor) -> Tensor:
+        nonlocal done
+        (x,) = (*args, *keywords.values())
+        layer, output = layers[name], None
+        if inputs or not fitted_on_output(layer):
+            moments[name].update(sample(layer, x))
+        else:
+            output = forward(x)
+            moments[name].update(sample(layer, output))
+        done += 1
+        if number < len(calls) and done == calls[number]:
+            raise SeenAll
+        return forward(x) if output is None else output
 
-        if fitted_on_output(layer) and not inputs:
-            return layer.register_forward_hook(lambda layer, args, output: add(output))
-        return layer.register_forward_pre_hook(lambda layer, args: add(args[0]))
+    with evaluating(module), without_zero_denoisers(module), intercepting(layers, listen):
+        for batch in batches:
+            images += count_images(batch)
+            done = 0
+            with suppress(SeenAll):
+                run(module, batch) if run else module(batch)
+            number += 1
+    for name, seen in moments.items():
+        seen.merge_processes()
+        check_finite(name, seen)
+    return moments, sum_processes(images)
 
-    handles = [listen(name, layer) for name, layer in layers.items()]
-    try:
-        with evaluating(module), without_zero_denoisers(module):
-            for batch in batches:
-                images += count_images(batch)
-                calls = 0
-                with suppress(SeenAll):
-                    module(batch)
-                calls_of_first = calls_of_first or calls
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name in layers:
-        if name in moments:
-            moments[name].merge_processes()
-            check_finite(name, moments[name])
-    return {name: moments[name] for name in layers if name in moments}, sum_processes(images)
+
+def empty_moments(layer: DenoiseLayer, inputs: bool = False) -> Moments:
+    """Returns moments that have seen nothing, of what a domain fit corrects in a layer, or of its input."""
+    channels, groups = input_channels(layer)  # type: ignore[arg-type]
+    if fitted_on_output(layer) and not inputs:
+        channels = layer.weight.shape[0]
+    return Moments(groups, channels // groups, layer.weight.device)
 
 
 def check_finite(name: str, moments: Moments) -> None:
-    """Raises a ValueError if the features of a layer were not finite."""
-    if not moments.scatter.isfinite().all():
-        raise ValueError(f'the features of {name} hold NaN or Inf; look at the weights and at the images')
+    """Raises a CalibrationError if the features of a layer were not finite."""
+    if not (moments.scatter.isfinite().all() and moments.mean.isfinite().all()):
+        raise CalibrationError(
+            f'the features of {name} hold NaN or Inf, or overflow; look at the weights and at the images'
+        )
 
 
 @contextmanager
@@ -113,8 +128,8 @@ def without_zero_denoisers(module: nn.Module) -> Iterator[None]:
         yield
 
 
-class SeenAll(Exception):
-    """Ends a forward whose rest nobody needs."""
+class SeenAll(BaseException):
+    """Ends a forward whose rest nobody needs; a model that catches every Exception does not catch it."""
 
 
 def fitted_on_output(layer: nn.Module) -> bool:
@@ -122,15 +137,6 @@ def fitted_on_output(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d)
 
 
-def count_images(batch: Any) -> int:
-    """Returns the length of the first tensor in a batch."""
-    return len(next(tensors_in(batch)))
-
-
 def sum_processes(number: int) -> int:
     """Returns the sum over all processes, where there are several."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return number
-    numbers: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(numbers, number)
-    return sum(numbers)
+    return sum(gather_processes(number))

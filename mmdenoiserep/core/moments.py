@@ -6,6 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import InputError
+
+
+class CalibrationError(InputError, ValueError):
+    """A model, images or moments that can't be calibrated; the message names the layer or the option."""
+
+
+def gather_processes(value: Any) -> list[Any]:
+    """Returns what each process has, in the order of the ranks; a single process has its own value only."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
 
 class Moments:
     """Number, mean and covariance of feature vectors, in blocks of channels.
@@ -84,13 +99,12 @@ class Moments:
 
     def merge_processes(self) -> None:
         """Makes these the moments of all processes, where there are several (``torch.distributed``)."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        own = gather_processes((self.count, self.mean.cpu(), self.scatter.cpu()))
+        if len(own) == 1:
             return
-        own = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(own, {key: value.cpu() for key, value in self.state_dict().items()})
         self.count, self.mean, self.scatter = 0, torch.zeros_like(self.mean), torch.zeros_like(self.scatter)
-        for state in own:  # in the order of the ranks, so that all processes get the same bits
-            self.merge(Moments.from_state_dict(state))  # type: ignore[arg-type]
+        for count, mean, scatter in own:  # in the order of the ranks, so that all processes get the same bits
+            self._add(count, mean.to(self.mean), scatter.to(self.scatter))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns what a file holds of them: ``count``, ``mean`` and ``scatter``."""
@@ -101,15 +115,17 @@ class Moments:
         """Returns the moments that a :meth:`state_dict` describes.
 
         Raises:
-            ValueError: The shapes do not belong together, a value is not finite, or the number is negative.
+            CalibrationError: The shapes do not belong together, a value is not finite, or the number is negative.
         """
         mean, scatter = state['mean'], state['scatter']
         if mean.dim() != 2 or scatter.shape != (*mean.shape, mean.shape[1]):
-            raise ValueError(f'moments of shapes {tuple(mean.shape)} and {tuple(scatter.shape)} do not belong together')
+            raise CalibrationError(
+                f'moments of shapes {tuple(mean.shape)} and {tuple(scatter.shape)} do not belong together'
+            )
         if not (torch.isfinite(mean).all() and torch.isfinite(scatter).all()):
-            raise ValueError('moments hold NaN or Inf')
+            raise CalibrationError('moments hold NaN or Inf')
         if state['count'] < 0:
-            raise ValueError(f'moments of {int(state["count"])} vectors')
+            raise CalibrationError(f'moments of {int(state["count"])} vectors')
         moments = cls(mean.shape[0], mean.shape[1], mean.device)
         moments.count = int(state['count'])
         moments.mean += mean

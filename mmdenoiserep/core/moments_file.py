@@ -16,13 +16,17 @@ KIND = 'moments'
 """Key of the moments in such a file, beside ``meta``."""
 
 
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Returns a checksum of names and values, by which moments know the weights that they were gathered with."""
+def fingerprint(state: Mapping[str, Any]) -> str:
+    """Returns a checksum of names and values, by which moments know the weights that they were gathered with.
+
+    Args:
+        state: A state dict; what is no tensor in it (``_extra_state``) does not count.
+    """
     checksum = hashlib.sha256()
-    for name in sorted(state):
+    for name in sorted(name for name, value in state.items() if isinstance(value, Tensor)):
         value = state[name].detach().cpu().contiguous()
         checksum.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
-        checksum.update(value.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        checksum.update(value.flatten().view(torch.uint8).numpy())
     return checksum.hexdigest()
 
 

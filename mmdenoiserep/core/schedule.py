@@ -28,8 +28,9 @@ class NoiseSchedule:
         noised feature:  ``x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps``
         reverse step:    ``x' = c3 x - c1 eps_hat(x)``
 
-    The arrays are indexed by the timestep t directly. Index 0 stays unused, so the timesteps of layers are
-    1 ... num_timesteps - 1. All is computed in float64: in float32, ``1 - abar`` and ``c3 - 1`` lose three digits.
+    The arrays are indexed by the timestep t directly. No layer has t = 0, so the timesteps of layers are
+    1 ... num_timesteps - 1; alpha_0 is a factor of every abar all the same. All is computed in float64: in float32,
+    ``1 - abar`` and ``c3 - 1`` lose three digits.
 
     Args:
         beta_start: beta at index 0, in (0, 1).

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .moments import Moments
+from .moments import CalibrationError, Moments
 
 RIDGE = 0.01
 """Share of the mean source variance that is added to every variance on both sides."""
@@ -39,14 +39,16 @@ def transport(
         A, float64, (groups, size, size), and c, float64, (groups, size).
 
     Raises:
-        ValueError: The shapes differ, one side has seen nothing, or the fit is unknown.
+        CalibrationError: The shapes differ, one side has seen nothing, or fit or rank is unknown.
     """
     if fit not in FITS:
-        raise ValueError(f'fit must be one of {", ".join(FITS)}, got {fit!r}')
+        raise CalibrationError(f'fit must be one of {", ".join(FITS)}, got {fit!r}')
+    if rank is not None and rank < 1:
+        raise CalibrationError(f'rank must be 1 or more, or None for a full map, got {rank}')
     if source.mean.shape != target.mean.shape:
-        raise ValueError(f'moments of {tuple(source.mean.shape)} and {tuple(target.mean.shape)} channels differ')
+        raise CalibrationError(f'moments of {tuple(source.mean.shape)} and {tuple(target.mean.shape)} channels differ')
     if not (source.count and target.count):
-        raise ValueError('moments of no image at all')
+        raise CalibrationError('moments of no image at all')
     mean = torch.lerp(target.mean, source.mean, prior)
     identity = torch.eye(mean.shape[1], dtype=mean.dtype, device=mean.device).expand_as(target.scatter)
     if fit == 'mean':
@@ -55,8 +57,9 @@ def transport(
     cov_t = torch.lerp(target.covariance, cov_s, prior)
     ridge = RIDGE * cov_s.diagonal(dim1=1, dim2=2).mean()
     if fit == 'diagonal':
-        ratio = (cov_s.diagonal(dim1=1, dim2=2) + ridge) / (cov_t.diagonal(dim1=1, dim2=2) + ridge)
-        linear = torch.diag_embed(ratio.sqrt())
+        smallest = torch.finfo(cov_s.dtype).tiny  # a dead layer has no variance and no ridge
+        var_s, var_t = ((c.diagonal(dim1=1, dim2=2) + ridge).clamp_min(smallest) for c in (cov_s, cov_t))
+        linear = torch.diag_embed((var_s / var_t).sqrt())
     else:
         linear = _power(cov_s + ridge * identity, 0.5) @ _power(cov_t + ridge * identity, -0.5)
         if rank is not None and rank < identity.shape[-1]:

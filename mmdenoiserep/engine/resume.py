@@ -1,11 +1,16 @@
-"""Lets mmengine read its own training checkpoints under torch 2.6 and newer, still without running foreign code."""
+"""Lets mmengine read training checkpoints under torch 2.6 and newer, still without running foreign code."""
 
-from collections import OrderedDict
+import os
+from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
-from numpy._core import multiarray
+from mmengine.runner import CheckpointLoader
+
+from ..core.checkpoint import load_file
+from ..core.stand_ins import STAND_INS
 
 
 def history_statistic(owner: type, name: str):
@@ -19,23 +24,45 @@ def history_statistic(owner: type, name: str):
     return getattr(HistoryBuffer, name)
 
 
-def allow_training_checkpoints() -> None:
-    """Extends what ``torch.load(weights_only=True)`` accepts by what mmengine's files and some released ones hold.
+# The functions that numpy pickles arrays and numbers with; their module has another name in each major version.
+RECONSTRUCT, SCALAR = np.zeros(1).__reduce__()[0], np.float64().__reduce__()[0]
 
-    Since torch 2.6, ``--resume`` of mmengine 0.10.7 fails at ``HistoryBuffer`` otherwise. Nothing on the list can run
-    code of the file, so it may stay in force for files from others too.
+AS_THEY_WERE = {
+    'mmengine.logging.history_buffer.HistoryBuffer': HistoryBuffer,
+    'mmengine.config.config.ConfigDict': ConfigDict,
+    'builtins.getattr': history_statistic,
+    'numpy.ndarray': np.ndarray,
+    'numpy.memmap': np.ndarray,
+    'numpy.matrix': np.ndarray,
+    'numpy.dtype': np.dtype,
+    **{f'numpy.{core}.multiarray._reconstruct': RECONSTRUCT for core in ('core', '_core')},
+    **{f'numpy.{core}.multiarray.scalar': SCALAR for core in ('core', '_core')},
+}
+"""Of what :data:`~mmdenoiserep.core.stand_ins.STAND_INS` names, what a resumed run needs as it was."""
+
+
+def allow_training_checkpoints() -> None:
+    """Lets this process read training checkpoints, mmengine's own and those that others released.
+
+    It extends what ``torch.load(weights_only=True)`` accepts, and mmengine's ``load_from``, ``resume`` and
+    ``init_cfg`` read local files as :func:`mmdenoiserep.core.read_checkpoint` does: safetensors files too, and with a
+    sentence about a file that is none. Nothing on the list can run code of the file, so it may stay in force for files
+    from others too.
     """
-    dtypes = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
-    arrays = [multiarray._reconstruct, multiarray.scalar]
-    torch.serialization.add_safe_globals(
-        [
-            HistoryBuffer,
-            (history_statistic, 'builtins.getattr'),
-            np.ndarray,
-            np.dtype,
-            *arrays,
-            *((function, f'numpy.core.multiarray.{function.__name__}') for function in arrays),  # as numpy 1 names them
-            *dtypes,
-            (OrderedDict, 'yacs.config.CfgNode'),  # the settings in others' checkpoints, such as VMamba's: a dict
-        ]
-    )
+    kinds = {type(np.dtype(code)) for code in np.typecodes['All']}
+    allowed = {**STAND_INS, **AS_THEY_WERE}
+    torch.serialization.add_safe_globals([*kinds, *((value, name) for name, value in allowed.items())])
+    CheckpointLoader.register_scheme('', load_from_local, force=True)
+
+
+def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Reads a local file for mmengine.
+
+    Args:
+        filename: Its path; ``~`` is the home.
+        map_location: See ``torch.load``.
+
+    Raises:
+        CheckpointError: See :func:`mmdenoiserep.core.read_checkpoint`.
+    """
+    return load_file(os.path.expanduser(filename), map_location)

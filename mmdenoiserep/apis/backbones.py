@@ -1,0 +1,112 @@
+"""The backbones of a config and of a model, wherever they stand.
+
+``backbone_configs(cfg.model)`` returns every backbone config, ``find_backbones(model)`` every backbone of a model that
+was built, ``predicting_backbone(model)`` the name of the one that predictions come from. The paths differ where a model
+builds one config twice: soft teacher has ``detector.backbone`` in its config, and in its model ``student.backbone`` and
+``teacher.backbone``.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..core import InputError
+from ..engine.backbone import DenoiseRepBackbone, find_guards
+
+
+def backbone_configs(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Returns the config of every backbone in a model config.
+
+    A backbone is what stands under a key ``backbone`` or ``..._backbone``, and every ``DenoiseRepBackbone``. What
+    stands inside a backbone belongs to it.
+
+    Args:
+        model: The model of a config (``cfg.model``); lazy objects in it are not built.
+
+    Returns:
+        The configs by dotted path below the model, such as ``backbone`` or ``detector.backbone``: the objects of the
+        config themselves, in its order.
+
+    Raises:
+        InputError: There is none.
+    """
+    found = dict(_configs(model, ''))
+    if not found:
+        raise InputError(
+            'the model of the config has no backbone: no key is called backbone, and there is no DenoiseRepBackbone'
+        )
+    return found
+
+
+def find_backbones(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns every backbone of a model.
+
+    A backbone is a module called ``backbone`` or ``..._backbone``, or one that ``DenoiseRepBackbone`` built. What
+    stands inside a backbone belongs to it.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The modules by name, such as ``backbone``, or ``student.backbone`` and ``teacher.backbone``.
+
+    Raises:
+        InputError: There is none.
+    """
+    denoised = {name for name, _, _ in find_guards(model)}
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(not outer or name.startswith(f'{outer}.') for outer in found)
+        if not inside and (name in denoised or _is_backbone(name.rpartition('.')[2])):
+            found[name] = module
+    if not found:
+        kind = type(model).__name__
+        raise InputError(f'the model ({kind}) has no backbone: no module in it is called backbone')
+    return found
+
+
+def predicting_backbone(model: nn.Module) -> str:
+    """Returns the name of the backbone that the predictions of a model come from.
+
+    It is the only one, or of a semi-supervised detector the one of ``semi_test_cfg.predict_on`` (the teacher, if that
+    is not set).
+
+    Args:
+        model: The model; ``model.get_submodule`` takes the name.
+
+    Raises:
+        InputError: There is none, or there are several and nothing tells which is used.
+    """
+    names = list(find_backbones(model))
+    if len(names) > 1 and hasattr(model, 'semi_test_cfg'):
+        part = (model.semi_test_cfg or {}).get('predict_on', 'teacher')  # type: ignore[operator, union-attr]
+        names = [name for name in names if name.startswith(f'{part}.')] or names
+    if len(names) > 1:
+        raise InputError(f'the model ({type(model).__name__}) has several backbones: {", ".join(names)}')
+    return names[0]
+
+
+def _configs(value: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(value, Mapping):
+        key = path.rpartition('.')[2]
+        kind = dict.get(value, 'type') if isinstance(value, dict) else value.get('type')
+        if kind is not None and (_is_backbone(key) or _is_denoised(kind)):
+            yield path, value
+            return
+        items: Any = dict.items(value) if isinstance(value, dict) else value.items()  # lazy stays lazy
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return
+    for key, item in items:
+        yield from _configs(item, f'{path}.{key}' if path else str(key))
+
+
+def _is_backbone(name: str) -> bool:
+    return name == 'backbone' or name.endswith('_backbone')
+
+
+def _is_denoised(kind: Any) -> bool:
+    """Whether a type is DenoiseRepBackbone: the function, its name with or without a scope, or a lazy object of it."""
+    return kind is DenoiseRepBackbone or str(kind).rpartition('.')[2] == DenoiseRepBackbone.__name__

@@ -1,0 +1,161 @@
+"""What a checkpoint gave a model: weights that hardly fit are refused, and what a model lacks is named."""
+
+import copy
+import logging
+import re
+from collections.abc import Iterable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any, Literal
+
+from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..core import DenoiseLayer, InputError
+from ..core.checkpoint import STAMP, find_weights
+from ..core.fuse import denoiser_keys
+
+HARDLY = 0.1
+"""A start of a training that gives less of the model, and uses less of the file, is no start."""
+MOST = 0.5
+"""A model that is tested or resumed gets more of its parameters than that."""
+
+
+class Loading:
+    """Watches a model while a checkpoint is loaded into it, and judges the result.
+
+    A tensor was given if something was written into it, so that names and shapes that a model changes while it loads
+    (position embeddings of another size) count as they should.
+
+    Args:
+        model: The model, also a distributed one or one with test-time augmentation.
+        path: The checkpoint, for messages.
+        purpose: ``'start'`` a training, perhaps with a part of the weights; ``'resume'`` it; ``'test'`` the model; or
+            get its ``'features'``, for which a part may be enough.
+    """
+
+    def __init__(self, model: nn.Module, path: str, purpose: Literal['start', 'resume', 'test', 'features']) -> None:
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        self.model = model
+        self.path = path
+        self.purpose = purpose
+        self.before = {name: (id(tensor), tensor._version) for name, tensor in _tensors(model).items()}
+        self.shapes: dict[str, Any] = {}
+
+    def unwrap(self, checkpoint: MutableMapping[str, Any]) -> None:
+        """Puts the weights of a file where mmengine and its hooks look for them: under ``state_dict``.
+
+        Args:
+            checkpoint: The content of the file, as it was read.
+
+        Raises:
+            InputError: There are no weights in it.
+        """
+        notes: list[str] = []
+        state = find_weights(checkpoint, Path(self.path), notes)
+        if not isinstance(state, Mapping):
+            raise InputError(f'{self.path} has no weights: its state_dict is a {type(state).__name__}')
+        checkpoint['state_dict'] = copy.copy(state) if state is checkpoint else state
+        for note in notes:
+            print_log(f'{self.path}: {note}', logger='current')
+
+    def see(self, checkpoint: Mapping[str, Any]) -> None:
+        """Takes the content of the file as it will be loaded.
+
+        Args:
+            checkpoint: The content, with weights under ``state_dict``.
+
+        Raises:
+            InputError: The weights are not of a model such as this one: one has denoisers and the other has none.
+        """
+        state = checkpoint['state_dict']
+        values = {re.sub(r'^module\.', '', str(name)): value for name, value in state.items()}
+        self.shapes = {name: getattr(value, 'shape', None) for name, value in values.items()}
+        unknown = sorted(denoiser_keys(values) - _tensors(self.model).keys())
+        is_denoised = any(isinstance(module, DenoiseLayer) for module in self.model.modules())
+        if unknown and not is_denoised:
+            raise InputError(
+                f'{self.path} has denoisers and the config has none; run tools/fuse_checkpoint.py {self.path} OUT, '
+                'or take the config that it was trained with'
+            )
+        if unknown:
+            raise InputError(
+                f'{self.path} has denoisers that the config does not make ({unknown[0]}); '
+                'take the targets and the rank that it was trained with'
+            )
+        meta = checkpoint.get('meta')
+        if is_denoised and self.purpose in ('test', 'features') and isinstance(meta, Mapping) and STAMP in meta:
+            raise InputError(f'{self.path} is fused; take the config without DenoiseRepBackbone')
+
+    def judge(self) -> None:
+        """Says what the model lacks, after loading.
+
+        Raises:
+            InputError: The file hardly fits the model; it has parameters of another shape, and the model is tested or
+                resumed; or it lacks statistics of BatchNorm layers, and the model is not trained.
+        """
+        given = {
+            name
+            for name, tensor in _tensors(self.model).items()
+            if (id(tensor), tensor._version) != self.before.get(name) or self.shapes.get(name) == tensor.shape
+        }
+        expected = self._parameters()
+        fitting = [name for name in expected if name in given]
+        is_whole = self.purpose in ('resume', 'test')
+        least = MOST * len(expected) if is_whole else HARDLY * min(len(expected), len(self.shapes))
+        if expected and (not fitting or len(fitting) < least):
+            raise InputError(
+                f'{self.path} does not fit the model of the config: it has {len(fitting)} of {len(expected)} '
+                f'parameters; the file has {_first(name for name in self.shapes if name not in given)}, '
+                f'the model needs {_first(name for name in expected if name not in given)}'
+            )
+        if is_whole:
+            self._refuse_other_shapes(expected, given)
+        if missing := self._missing_statistics(given):
+            sentence = (
+                f'{self.path} lacks the statistics of {len(missing)} BatchNorm layers ({_first(missing)}), '
+                'which stay as they were initialised'
+            )
+            if self.purpose in ('test', 'features'):
+                raise InputError(f'{sentence}; take a file with the buffers of the model, too')
+            print_log(sentence, logger='current', level=logging.WARNING)
+
+    def _parameters(self) -> list[str]:
+        """Returns the names of the parameters that a state dict of the model holds, without denoisers."""
+        ours = [f'{name}.denoiser.' for name, module in self.model.named_modules() if isinstance(module, DenoiseLayer)]
+        saved = self.model.state_dict()  # of a model with LoRA, only some
+        return [name for name, _ in self.model.named_parameters() if name in saved and not name.startswith(tuple(ours))]
+
+    def _refuse_other_shapes(self, expected: Iterable[str], given: set[str]) -> None:
+        for name in expected:
+            if name in self.shapes and name not in given:
+                shape = tuple(self.model.get_parameter(name).shape)
+                raise InputError(
+                    f'{self.path} does not fit the model of the config: {name} is {tuple(self.shapes[name] or ())} '
+                    f'in the file and {shape} in the model'
+                )
+
+    def _missing_statistics(self, given: set[str]) -> list[str]:
+        """Returns the names of statistics that were not given to layers whose weight was, or which have none."""
+        missing = []
+        for name, module in self.model.named_modules():
+            if isinstance(module, _NormBase) and isinstance(module.running_mean, Tensor):
+                prefix = f'{name}.' if name else ''
+                is_meant = module.weight is None or f'{prefix}weight' in given
+                missing += [
+                    f'{prefix}{statistic}'
+                    for statistic in ('running_mean', 'running_var')
+                    if is_meant and f'{prefix}{statistic}' not in given
+                ]
+        return missing
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+
+def _first(names: Iterable[str]) -> str:
+    names = list(names)
+    return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '') if names else 'nothing else'

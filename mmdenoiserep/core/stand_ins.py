@@ -1,0 +1,181 @@
+"""What a training checkpoint may hold besides tensors and plain data, by name, and what stands in for it.
+
+:data:`STAND_INS` is the one list for every reader: reading a file to fuse or to fit takes it as it is, and reading one
+to train or to test replaces those entries that mmengine needs as they were (``mmdenoiserep.engine.resume``).
+"""
+
+import argparse
+import datetime
+import pathlib
+import struct
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+
+class Inert:
+    """Stands in for classes and functions that training checkpoints refer to; does nothing with what it is given."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class InertDtype:
+    """Stands in for ``numpy.dtype``.
+
+    Attributes:
+        code: Kind and size in bytes, such as ``'f8'``; the length in characters for ``'U'``.
+        order: ``'<'``, ``'>'`` or ``'|'``.
+    """
+
+    def __init__(self, code: Any = '', *args: Any) -> None:
+        self.code = code if isinstance(code, str) else ''
+        self.order = '|'
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) > 1 and state[1] in ('<', '>', '|'):
+            self.order = state[1]
+
+
+class InertArray:
+    """Stands in for ``numpy.ndarray``, so that a palette is read where numpy is not installed."""
+
+    def __init__(self, *args: Any) -> None:
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def tolist(self) -> Any:
+        """Returns the values as nested lists.
+
+        Raises:
+            ValueError: They are of a kind that a list can't hold, or damaged.
+        """
+        try:
+            _, shape, dtype, is_fortran, data = self.state
+            values = data if dtype.code == 'O8' else _decode(dtype, data)
+            if len(values) != prod(shape) or min(shape, default=1) < 0 or len(shape) > 64:
+                raise ValueError(f'{len(values)} values do not fill the shape {shape}')
+        except (TypeError, AttributeError, struct.error, UnicodeDecodeError) as error:
+            raise ValueError(f'an array is damaged ({error})') from None
+        strides = [prod(shape[:i]) if is_fortran else prod(shape[i + 1 :]) for i in range(len(shape))]
+        return _nest(values, shape, strides) if values else []
+
+
+FORMATS = dict(b1='?', i1='b', u1='B', i2='h', u2='H', i4='i', u4='I', i8='q', u8='Q', f2='e', f4='f', f8='d')
+"""Numbers of numpy, as the module ``struct`` calls them."""
+
+
+def _decode(dtype: InertDtype, data: bytes) -> Sequence[Any]:
+    order = dtype.order.replace('|', '<')
+    kind, size = dtype.code[:1], dtype.code[1:]
+    if kind == 'U' and size.isdigit():
+        width, encoding = 4 * int(size) or 1, 'utf-32-le' if order == '<' else 'utf-32-be'
+        return [data[i : i + width].decode(encoding).rstrip('\0') for i in range(0, len(data), width)]
+    if dtype.code not in FORMATS:
+        raise ValueError(f'values of kind {dtype.code!r} are no plain data')
+    return struct.unpack(f'{order}{len(data) // int(size)}{FORMATS[dtype.code]}', data)
+
+
+def _nest(values: Sequence[Any], shape: Sequence[int], strides: Sequence[int], start: int = 0) -> Any:
+    """Returns nested lists of a shape; the value at index (i, j, ...) is ``values[i * strides[0] + j * ...]``."""
+    if not shape:
+        return values[start]
+    return [_nest(values, shape[1:], strides[1:], start + i * strides[0]) for i in range(shape[0])]
+
+
+def read_scalar(dtype: Any = None, data: Any = b'') -> Any:
+    """Stands in for numpy's ``scalar``; returns the Python number or text, or an :class:`Inert`."""
+    try:
+        (value,) = _decode(dtype, data)
+    except (ValueError, TypeError, AttributeError, struct.error):
+        return Inert()
+    return value
+
+
+def new_dict(*args: Any) -> 'OrderedDict[Any, Any]':
+    """Stands in for ``collections.defaultdict``, whose entries follow; the factory is not needed to read them."""
+    return OrderedDict()
+
+
+def new_list(*args: Any) -> list:
+    """Stands in for ``collections.deque``, whose entries follow."""
+    return []
+
+
+def new_bytes(*args: Any) -> bytes:
+    """Stands in for ``bytes``, which pickles name where they are empty; of a number it would be as long."""
+    return b''
+
+
+DICTS = (
+    'mmengine.config.config.ConfigDict',
+    'mmcv.utils.config.ConfigDict',
+    'addict.addict.Dict',
+    'yacs.config.CfgNode',
+    'fvcore.common.config.CfgNode',
+    'detectron2.config.config.CfgNode',
+    'easydict.EasyDict',
+    'pytorch_lightning.utilities.parsing.AttributeDict',
+    'lightning.pytorch.utilities.parsing.AttributeDict',
+    'lightning.fabric.utilities.data.AttributeDict',
+    'lightning_fabric.utilities.data.AttributeDict',
+)
+"""Dicts with attributes, which settings are kept in; an OrderedDict stands in, for only a dict can."""
+
+INERT = (
+    'mmengine.logging.history_buffer.HistoryBuffer',
+    'mmengine.config.config.Config',
+    'mmengine.config.lazy.LazyObject',
+    'mmengine.config.lazy.LazyAttr',
+    'mmcv.utils.config.Config',
+    'builtins.getattr',
+    'omegaconf.dictconfig.DictConfig',
+    'omegaconf.listconfig.ListConfig',
+    'omegaconf.base.Metadata',
+    'omegaconf.base.ContainerMetadata',
+    *(f'omegaconf.nodes.{kind}Node' for kind in ('Any', 'String', 'Integer', 'Float', 'Boolean', 'Bytes', 'Path')),
+    'typing.Any',
+    # as factories of a defaultdict, or as types; never called, for range(10**12) in a list would fill the memory
+    *(f'builtins.{kind}' for kind in ('bool', 'int', 'float', 'str', 'list', 'tuple', 'dict', 'range', 'slice')),
+)
+"""What no reader needs."""
+
+NUMPY: dict[str, Callable] = {
+    'numpy.ndarray': InertArray,
+    'numpy.memmap': InertArray,
+    'numpy.matrix': InertArray,
+    'numpy.dtype': InertDtype,
+    **{f'numpy.{core}.multiarray._reconstruct': InertArray for core in ('core', '_core')},  # numpy 1, numpy 2
+    **{f'numpy.{core}.multiarray.scalar': read_scalar for core in ('core', '_core')},
+}
+
+STAND_INS: Mapping[str, Callable] = {
+    **dict.fromkeys(INERT, Inert),
+    **dict.fromkeys(DICTS, OrderedDict),
+    **NUMPY,
+    'collections.defaultdict': new_dict,
+    'collections.deque': new_list,
+    'builtins.bytes': new_bytes,
+    'builtins.frozenset': frozenset,
+    'argparse.Namespace': argparse.Namespace,
+    'types.SimpleNamespace': types.SimpleNamespace,
+    'datetime.datetime': datetime.datetime,
+    'datetime.date': datetime.date,
+    'datetime.time': datetime.time,
+    'datetime.timedelta': datetime.timedelta,
+    'datetime.timezone': datetime.timezone,
+    **{  # Python 3.13 pickles them by the second name; the pure ones exist on every system
+        f'{module}.{prefix}{system}Path': getattr(pathlib, f'Pure{system}Path')
+        for module in ('pathlib', 'pathlib._local')
+        for prefix in ('', 'Pure')
+        for system in ('Posix', 'Windows')
+    },
+}
+"""What ``torch.load(weights_only=True)`` may find besides tensors and plain data: stand-in by name."""

@@ -1,0 +1,287 @@
+"""The loss of all denoisers of a model in training: stable under any optimizer, and taken of what ran."""
+
+import contextlib
+import math
+from pathlib import Path
+
+import mmdet
+import mmpretrain.engine  # noqa: F401  registers Lamb and LARS
+import mmseg
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import OPTIMIZERS, DefaultScope
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from helpers import denoised
+from mmdenoiserep import apply_denoiserep, denoise_losses
+from mmdenoiserep.core import DenoiseLayer
+from mmdenoiserep.core.loss import curvature, denoise_loss
+from mmdenoiserep.core.sample import Sample
+
+SCALES = (1e-2, 1.0, 255.0)
+
+
+def library_optimizers():
+    """The settings of every kind of optimizer in the libraries' base schedules, with the largest learning rate."""
+    found = {}
+    for library in (mmdet, mmseg, mmpretrain):
+        for path in sorted(Path(library.__file__).parent.glob('.mim/configs/_base_/schedules/*.py')):
+            optimizer = Config.fromfile(path).optim_wrapper.get('optimizer') or Config.fromfile(path).optimizer
+            kind = optimizer.type + (' with nesterov' if optimizer.get('nesterov') else '')
+            if kind not in found or optimizer.lr > found[kind]['lr']:
+                found[kind] = optimizer.to_dict()
+    return found
+
+
+OPTIMIZERS_IN_USE = library_optimizers() | dict(
+    RMSprop=dict(type='RMSprop', lr=0.064, alpha=0.9, momentum=0.9, eps=0.0316),  # of mmpretrain's MobileNetV3
+    Adam=dict(type='Adam', lr=5e-4),
+)
+
+
+def test_the_optimizers_are_found():
+    """The base schedules of the three libraries hold at least these."""
+    assert {'SGD', 'SGD with nesterov', 'AdamW', 'Lamb', 'LARS'} <= OPTIMIZERS_IN_USE.keys()
+
+
+def features(scale, seed):
+    """Correlated features with a mean, (64, 24) x scale, whose strongest direction has 100 times the weakest's size."""
+    generator = torch.Generator().manual_seed(seed)
+    return scale * (torch.randn(64, 24, generator=generator) * torch.logspace(-1, 1, 24).sqrt() + 0.5)
+
+
+def train(optimizer, scale, rank, weight, limited=True, steps=100):
+    """Trains one layer while the learning rate decays.
+
+    Returns:
+        The loss on all features at the end, divided by that at the start; the largest ``|x' - x| / |x|`` of any step.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 8))
+    apply_denoiserep(model, 'all', rank=rank, example_input=features(scale, 0))
+    layer, x = model[0], features(scale, 0)
+    before, changes = layer.denoise_loss(x).item(), []
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        optimizer = OPTIMIZERS.build(optimizer | dict(params=model.parameters()))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with denoise_losses(model, tokens=32) as losses:
+        for step in range(steps):
+            optimizer.zero_grad()
+            batch = features(scale, step % 4)
+            model(batch)
+            loss = losses.mean(weight) if limited else weight * layer.denoise_loss(batch, math.inf)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            changes.append(((layer.correct(x) - x).norm() / x.norm()).item())
+    return layer.denoise_loss(x).item() / before, max(changes)
+
+
+@pytest.mark.parametrize('weight', [0.01 / 35, 1.0])
+@pytest.mark.parametrize('rank', [None, 4])
+@pytest.mark.parametrize('scale', SCALES)
+@pytest.mark.parametrize('name', OPTIMIZERS_IN_USE)
+def test_training_is_stable(name, scale, rank, weight):
+    """Under no optimizer of the libraries does the training diverge, on features from 1e-2 to 255.
+
+    Steps of one size for every entry (Adam, AdamW, Lamb) take B past its minimum first, by the learning rate and not
+    more: the features never change by a tenth, and the loss comes down with the learning rate.
+    """
+    ratio, change = train(OPTIMIZERS_IN_USE[name], scale, rank, weight)
+    assert ratio < (math.inf if name in ('Adam', 'AdamW', 'Lamb') and scale > 1 else 6 if name == 'Lamb' else 1.5)
+    assert change < (0.1 if scale >= 1 else 0.5)  # of weak features, most is taken for noise at the minimum too
+    assert change > 0
+
+
+@pytest.mark.parametrize('name', ['SGD', 'SGD with nesterov', 'LARS', 'RMSprop'])
+def test_without_the_limit_training_diverges(name):
+    """The counter-proof: with the derivative itself, the same runs end in features that are something else."""
+    ratio, change = train(OPTIMIZERS_IN_USE[name], 255.0, None, 1.0, limited=False)
+    assert not ratio < 1e3
+    assert not change < 0.1
+
+
+@pytest.mark.parametrize('rank', [None, 4])
+@pytest.mark.parametrize('kind', [nn.Linear, nn.Conv2d])
+def test_the_limit_keeps_value_and_direction(kind, rank):
+    """The loss stays bitwise, its gradient is divided by a power of two: just enough for a curvature of at most 1."""
+    layer = denoised(kind(12, 6, *([1] if kind is nn.Conv2d else [])).double(), rank)
+    x = 30 * torch.randn(5, 12, *([4, 4] if kind is nn.Conv2d else []), dtype=torch.float64)
+    parameters = dict(layer.denoiser.named_parameters())
+    bound = curvature(parameters, Sample()(layer, x), layer.reverse_step).item()
+    assert bound > 1e3
+    plain, limited = layer.denoise_loss(x, math.inf), layer.denoise_loss(x, 1.0)
+    assert torch.equal(plain, limited)
+    exact = torch.autograd.grad(plain, parameters.values())
+    for factor, loss in ((2.0 ** -math.ceil(math.log2(bound)), limited), (1.0, layer.denoise_loss(x, 2 * bound))):
+        for actual, expected in zip(torch.autograd.grad(loss, parameters.values()), exact, strict=True):
+            assert expected.abs().max() > 0
+            assert torch.equal(actual, factor * expected)
+
+
+@pytest.mark.parametrize('timestep', [1, 40, 999])
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize('rank', [None, 2])
+def test_curvature_is_a_bound(rank, groups, timestep):
+    """It is at least the largest eigenvalue of the Gauss-Newton matrix 2 J^T J, and not more than its trace."""
+    layer = denoised(nn.Conv2d(8, 4, 1, groups=groups).double(), rank, timestep=timestep)
+    vectors = Sample()(layer, torch.randn(3, 8, 2, 2, dtype=torch.float64) + 0.5)
+    parameters = {name: p.detach() for name, p in layer.denoiser.named_parameters()}
+    names, step = list(parameters), layer.reverse_step
+
+    def residuals(*values):
+        """Returns all terms whose squares add up to the loss."""
+        matrix = values[names.index('weight')] if rank is None else (
+            values[names.index('scale')][:, None, None] * torch.eye(8 // groups)
+            + values[names.index('up')] @ values[names.index('down')]
+        )  # fmt: skip
+        eye = torch.eye(8 // groups, dtype=torch.float64)
+        prediction = (matrix + step.c3_minus_1 * eye) / step.c1
+        errors = step.signal * prediction @ vectors + values[names.index('bias')].view(groups, -1, 1) / step.c1
+        rest = eye - step.noise * prediction
+        return torch.cat([errors.flatten() / errors[0, 0].numel() ** 0.5, rest.flatten()]) / 8**0.5
+
+    values = tuple(parameters.values())
+    loss = denoise_loss(parameters, vectors, step)
+    torch.testing.assert_close(residuals(*values).square().sum(), loss, rtol=1e-10, atol=0)
+    jacobian = torch.cat([j.flatten(1) for j in torch.autograd.functional.jacobian(residuals, values)], 1)
+    largest = 2 * torch.linalg.matrix_norm(jacobian, 2) ** 2
+    bound = curvature(parameters, vectors, step)
+    assert largest <= bound * (1 + 1e-9)
+    assert bound <= 2 * jacobian.square().sum()
+
+
+class Net(nn.Module):
+    """Three layers: one is called twice, the last one only in every second forward; checkpointed or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.shared = nn.Linear(8, 8)
+        self.sometimes = nn.Linear(8, 8)
+        self.count = 0
+        self.checkpointed = False
+
+    def forward(self, x):
+        def body(x):
+            x = self.conv(x).tanh().movedim(1, -1)
+            return self.shared(self.shared(x).tanh())
+
+        x = checkpoint(body, x, use_reentrant=False) if self.checkpointed else body(x)
+        self.count += 1
+        return self.sometimes(x) if self.count % 2 else x
+
+
+def net():
+    torch.manual_seed(0)
+    model = Net().double()
+    apply_denoiserep(model, 'all', rank=2, example_input=torch.randn(1, 3, 5, 5).double())
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, DenoiseLayer):
+                for parameter in layer.denoiser.parameters():
+                    parameter.copy_(1e-3 * torch.randn_like(parameter))
+    model.count = 0
+    return model, torch.randn(2, 3, 5, 5, dtype=torch.float64)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_mean_is_that_of_the_layers_that_ran():
+    """All tokens: the mean of the layers' own losses over all their calls, of those that the last forward called."""
+    model, x = net()
+    seen = {name: [] for name in ('conv', 'shared', 'sometimes')}
+    for name, calls in seen.items():
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda layer, args, kwargs, calls=calls: calls.append([*args, *kwargs.values()][0].detach()),
+            with_kwargs=True,
+        )
+    with denoise_losses(model, tokens=None) as losses:
+        for ran in (3, 2):
+            for calls in seen.values():
+                calls.clear()
+            model(x)
+            expected = [
+                model.get_submodule(n).denoise_loss(torch.cat(calls)).item() for n, calls in seen.items() if calls
+            ]
+            assert len(expected) == ran
+            loss = losses.mean(0.5)
+            assert loss.item() == pytest.approx(0.5 * sum(expected) / ran, rel=1e-9)
+        assert losses.ran == set(seen)
+
+
+def test_two_forwards_and_none():
+    """Only the last forward counts; without one, or without a trainable denoiser in it, the loss is zero."""
+    model, x = net()
+    with denoise_losses(model, tokens=None) as losses:
+        empty = losses.mean()
+        empty.backward()
+        assert empty.item() == 0
+        assert all(not g.any() for g in gradients(model).values()) and len(gradients(model)) == 4 + 2 * 4 - 1
+        model(x)
+        model(10 * x)
+        twice = losses.mean().item()
+        model.count = 1
+        model(10 * x)
+        assert losses.mean().item() == twice
+        for layer in (model.conv, model.shared, model.sometimes):
+            layer.denoiser.requires_grad_(False)
+        model(x)
+        assert losses.mean().item() == 0
+
+
+def test_a_draw_of_tokens():
+    """Every forward draws other tokens, the same ones with the same number, and touches no random number."""
+    model, x = net()
+    values = []
+    with denoise_losses(model, tokens=6) as losses:
+        for draw in (0, 1, 0):
+            losses.draw, model.count = draw, 0
+            state = torch.get_rng_state()
+            model(x)
+            assert torch.equal(torch.get_rng_state(), state)
+            values.append(losses.mean().item())
+    assert values[0] == values[2] != values[1]
+
+
+def test_checkpointing_and_label_losses_do_not_interfere():
+    """Layers that run again in the backward pass are not heard; the label loss and its gradients stay bitwise."""
+    runs = []
+    for checkpointed, listening in ((False, False), (False, True), (True, True)):
+        model, x = net()
+        model.checkpointed = checkpointed
+        with denoise_losses(model) if listening else contextlib.nullcontext() as losses:
+            loss = model(x).square().mean()
+            value = losses.mean(0.01) if listening else torch.zeros(())
+            (loss + value).backward()
+            assert not losses or not losses._inputs
+        runs.append((value.item(), gradients(model)))
+    base = {name: g for name, g in runs[0][1].items() if 'denoiser' not in name}
+    assert base and all(torch.equal(run[1][name], g) for run in runs for name, g in base.items())
+    assert runs[1][0] == runs[2][0] > 0
+    assert runs[1][1].keys() == runs[2][1].keys() > base.keys()
+    for name, gradient in runs[1][1].items():
+        assert torch.equal(runs[2][1][name], gradient)
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, ArithmeticError])
+def test_nothing_is_left_after_an_interrupt(error):
+    """An error inside of the context or of the forward leaves no hook on the model."""
+    model, x = net()
+    with pytest.raises(error), denoise_losses(model):
+        model(x)
+        raise error
+    model.shared.register_forward_hook(lambda *_: exec('raise error', dict(error=error)))
+    with pytest.raises(error), denoise_losses(model):
+        model(x)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules() if m is not model.shared)
+
+
+def test_model_without_denoisers():
+    """A model that was not converted is refused."""
+    with pytest.raises(ValueError, match='apply_denoiserep'), denoise_losses(nn.Linear(3, 3)):
+        pass
