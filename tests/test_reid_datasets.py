@@ -15,6 +15,7 @@ import scipy.io
 from mmengine.registry import DATASETS, init_default_scope
 from torch.utils.data import DataLoader
 
+from mmdenoiserep.core import InputError
 from mmdenoiserep.tasks.reid import PKSampler, datasets
 from mmdenoiserep.tasks.reid.datasets import CUHK03, MSMT17, DukeMTMCReID, Market1501, VehicleID
 from tiny_datasets import PEOPLE, VEHICLES, WRITERS, cuhk03_image, sightings
@@ -236,7 +237,7 @@ def test_msmt17_version_2(wrapper, tree, originals):
 def test_a_missing_part_is_named_with_the_layout(kind, split, part, tree):
     root = tree(kind)
     shutil.rmtree(root / part) if (root / part).is_dir() else (root / part).unlink()
-    with pytest.raises(FileNotFoundError) as error:
+    with pytest.raises(InputError) as error:
         kind(str(root), split)
     assert str(error.value).startswith(f'{root} lacks {part}') and str(error.value).endswith(f'expected: {kind.LAYOUT}')
     assert '\n' not in str(error.value)
@@ -245,12 +246,12 @@ def test_a_missing_part_is_named_with_the_layout(kind, split, part, tree):
 def test_a_half_unpacked_archive_is_not_passed_over(tree):
     root = tree(Market1501, 'Market-1501-v15.09.15')
     shutil.rmtree(root / 'Market-1501-v15.09.15/query')
-    with pytest.raises(FileNotFoundError, match='/Market-1501-v15.09.15 lacks query, expected: '):
+    with pytest.raises(InputError, match='/Market-1501-v15.09.15 lacks query, expected: '):
         Market1501(str(root), 'test')
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match='/nowhere lacks bounding_box_train, expected: market1501/'):
+    with pytest.raises(InputError, match='/nowhere lacks bounding_box_train, expected: market1501/'):
         Market1501(str(tmp_path / 'nowhere'), 'train')
 
 
@@ -262,7 +263,7 @@ def test_a_part_without_images(kind, part, tree):
         (root / part).mkdir()
     else:
         (root / part).write_text('\n')
-    with pytest.raises(FileNotFoundError, match='/data has no images for query, expected: '):
+    with pytest.raises(InputError, match='/data has no images for query, expected: '):
         kind(str(root), 'test')
 
 
@@ -272,11 +273,11 @@ def test_listed_images_that_are_missing(kind, folder, tree):
     test = samples(kind(str(root), 'test'))
     lost = sorted(sample['img_path'] for sample in test if sample['img_path'].startswith(str(root / folder)))
     os.unlink(lost[0])
-    with pytest.raises(FileNotFoundError, match=r'(?s)^\S+\.jpg is missing \(1 of the \d+ images in .*\): unpack'):
+    with pytest.raises(InputError, match=r'(?s)^\S+\.jpg is missing \(1 of the \d+ images in .*\): unpack'):
         kind(str(root), 'test')
     shutil.rmtree(root / folder)
     (root / folder.split('/')[0]).mkdir(exist_ok=True)
-    with pytest.raises(FileNotFoundError, match=r'is missing \([1-9]\d* of the \d+ images'):
+    with pytest.raises(InputError, match=r'is missing \([1-9]\d* of the \d+ images'):
         kind(str(root), 'test')
 
 
@@ -304,9 +305,76 @@ def test_looking_for_images_reads_each_folder_once(originals, monkeypatch):
 def test_an_image_with_another_name_is_named(kind, file, tree):
     root = tree(kind)
     (root / file).write_bytes(b'')
-    with pytest.raises(ValueError, match='does not fit the grammar') as error:
+    with pytest.raises(InputError, match='does not fit the grammar') as error:
         kind(str(root), 'test')
     assert str(root / file) in str(error.value)
+
+
+@pytest.mark.parametrize('kind', [Market1501, DukeMTMCReID])
+def test_images_of_all_suffixes_and_behind_links_count_and_the_rest_is_named(kind, tree, monkeypatch):
+    """As own data come: from several converters, through a Mac and a notebook, with links to another disk."""
+    root = tree(kind)
+    before = seen(kind(str(root), 'gallery'))
+    folder = root / 'bounding_box_test'
+    elsewhere = root / 'elsewhere'
+    elsewhere.mkdir()
+    paths = sorted(folder.glob('*.jpg'))
+    for path, suffix in zip(paths, ('.JPG', '.png', '.jpeg', '.PNG', '.bmp', '.Tif', '.webp'), strict=False):
+        path.rename(path.with_suffix(suffix))
+    linked = sorted(folder.glob('*.jpg'))[0]
+    linked.rename(elsewhere / 'image')
+    linked.symlink_to(elsewhere / 'image')
+    for name in (f'._{linked.name}', '.DS_Store', 'readme.txt', paths[0].stem, 'image.jpg.part'):
+        (folder / name).write_bytes(b'')
+    (folder / '.ipynb_checkpoints').mkdir()
+    (folder / '0009').mkdir()
+    logged = []
+    monkeypatch.setattr(datasets, 'print_log', lambda line, *rest, **more: logged.append(line))
+    assert seen(kind(str(root), 'gallery')) == before
+    extra = 1 if kind is Market1501 else 0  # Thumbs.db
+    assert f'{7 + extra} left out' in logged[0] and f'._{linked.name}' in logged[0]
+    # the same picture under two suffixes counts twice, and the log warns of it
+    (folder / f'{linked.stem}.png').write_bytes(b'')
+    assert len(seen(kind(str(root), 'gallery'))) == len(before) + 1
+    assert any('2 images have the name of another' in line for line in logged)
+
+
+@pytest.mark.parametrize('kind', [Market1501, DukeMTMCReID])
+def test_a_link_to_nothing_is_no_image_that_is_passed_over(kind, tree):
+    root = tree(kind)
+    path = sorted((root / 'query').glob('*.jpg'))[0]
+    path.unlink()
+    path.symlink_to(root / 'gone')
+    with pytest.raises(InputError, match='is a link to nothing') as error:
+        kind(str(root), 'query')
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize('kind, name', [(Market1501, '0001_c12s1_000451_03.png'), (DukeMTMCReID, '0001_c10_f01.JPG')])
+def test_more_than_nine_cameras(kind, name, tree):
+    root = tree(kind)
+    (root / 'query' / name).write_bytes(b'')
+    assert (1, 11 if kind is Market1501 else 9) in seen(kind(str(root), 'query'))
+
+
+def test_lists_name_images_of_other_suffixes_too(tree):
+    root = tree(VehicleID)
+    before = samples(VehicleID(str(root), 'train'))
+    for i, sample in enumerate(before[:2]):
+        os.rename(sample['img_path'], sample['img_path'].replace('.jpg', ('.png', '.JPEG')[i]))
+    after = samples(VehicleID(str(root), 'train'))
+    assert [s['pid'] for s in after] == [s['pid'] for s in before]
+    assert [os.path.isfile(s['img_path']) for s in after] == [True] * len(before)
+
+
+def test_msmt17_with_other_suffixes(tree):
+    root = tree(MSMT17)
+    before = seen(MSMT17(str(root), 'query'))
+    text = (root / 'list_query.txt').read_text()
+    first = text.split()[0]
+    os.rename(root / 'test' / first, root / 'test' / first.replace('.jpg', '.png'))
+    (root / 'list_query.txt').write_text(text.replace(first, first.replace('.jpg', '.png')))
+    assert seen(MSMT17(str(root), 'query')) == before
 
 
 @pytest.mark.parametrize(
@@ -323,7 +391,7 @@ def test_a_line_that_does_not_fit_is_named(kind, file, line, tree):
     root = tree(kind)
     lines = (root / file).read_text().splitlines()
     (root / file).write_text('\n'.join([lines[0], '', line, *lines[1:]]))
-    with pytest.raises(ValueError, match='does not fit the grammar') as error:
+    with pytest.raises(InputError, match='does not fit the grammar') as error:
         kind(str(root), 'test')
     assert str(error.value).startswith(f'line 3 of {root / file}, {line!r},')
 
@@ -338,7 +406,7 @@ def test_a_line_that_does_not_fit_is_named(kind, file, line, tree):
     ],
 )
 def test_unknown_arguments(kind, arguments, message, originals):
-    with pytest.raises(ValueError, match=f'^{message}$'):
+    with pytest.raises(InputError, match=f'^{message}$'):
         kind(str(originals / FOLDERS[kind]), **arguments)
 
 
@@ -352,7 +420,9 @@ def test_unknown_arguments(kind, arguments, message, originals):
             Market1501,
             dict(split='test'),
             [
+                'Market1501 query: 1 left out that are no images: Thumbs.db',
                 'Market1501 query: 3 identities, 4 images, 3 cameras (published: 750 identities, 3,368 images)',
+                'Market1501 gallery: 1 left out that are no images: Thumbs.db',
                 'Market1501 gallery: 4 identities, 10 images, 3 cameras (published: 751 identities, 15,913 images)',
             ],
         ),
@@ -369,7 +439,7 @@ def test_unknown_arguments(kind, arguments, message, originals):
         ),
     ],
 )
-def test_one_line_a_part_says_what_was_found(kind, arguments, lines, originals, monkeypatch):
+def test_the_log_says_what_was_found_and_what_was_not_taken(kind, arguments, lines, originals, monkeypatch):
     logged = []
     monkeypatch.setattr(datasets, 'print_log', lambda line, logger: logged.append((line, logger)))
     kind(str(originals / FOLDERS[kind]), **arguments)
@@ -507,7 +577,7 @@ def name_of_another_kind(root):
 def test_damaged_files_of_cuhk03_are_named(spoil, message, tree):
     root = tree(CUHK03)
     spoil(root)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         CUHK03(str(root), 'test')
     assert '\n' not in str(error.value)
 

@@ -20,6 +20,7 @@ from mmpretrain.datasets import PackInputs
 from mmpretrain.structures import DataSample
 
 from engine_helpers import message
+from mmdenoiserep.core import InputError
 from mmdenoiserep.tasks.reid import ranking
 from mmdenoiserep.tasks.reid.metric import KEYS, ReIDMetric, draw_queries
 from mmdenoiserep.tasks.reid.ranking import rank_matches
@@ -305,7 +306,7 @@ def test_an_identity_with_one_image_has_no_query():
         for i, pid in enumerate((1, 1, 2))
     ]
     assert evaluate(samples, trials=4)['reid/rank5'] == 100
-    with pytest.raises(ValueError, match='0 queries and 2 gallery images: every identity has only one image') as error:
+    with pytest.raises(InputError, match='0 queries and 2 gallery images: every identity has only one image') as error:
         evaluate(samples[1:], trials=4)
     assert message(error)
 
@@ -404,7 +405,7 @@ def test_registered_in_the_root():
 def test_a_missing_key_is_named_with_what_to_write(key):
     samples = make_samples()
     delattr(samples[3], key)
-    with pytest.raises(ValueError, match=f'ReIDMetric needs {key} ') as error:
+    with pytest.raises(InputError, match=f'ReIDMetric needs {key} ') as error:
         evaluate(samples)
     assert "PackInputs(meta_keys=('sample_idx', 'img_path', 'pid', 'camid', 'is_query'))" in message(error)
 
@@ -412,7 +413,7 @@ def test_a_missing_key_is_named_with_what_to_write(key):
 def test_a_model_without_features():
     samples = make_samples()
     del samples[0].pred_feature
-    with pytest.raises(ValueError, match='needs pred_feature, which heads such as BNNeckReIDHead predict') as error:
+    with pytest.raises(InputError, match='needs pred_feature, which heads such as BNNeckReIDHead predict') as error:
         evaluate(samples)
     assert message(error)
 
@@ -421,7 +422,7 @@ def test_a_model_without_features():
 def test_features_that_are_not_finite(value):
     samples = make_samples()
     samples[30].pred_feature[1] = value
-    with pytest.raises(ValueError, match='pred_feature of 30.jpg has NaN or infinite values') as error:
+    with pytest.raises(InputError, match='pred_feature of 30.jpg has NaN or infinite values') as error:
         evaluate(samples)
     assert message(error)
 
@@ -429,7 +430,7 @@ def test_features_that_are_not_finite(value):
 def test_features_of_another_shape():
     samples = make_samples()
     samples[0].pred_feature = torch.zeros(1, 3)
-    with pytest.raises(ValueError, match=r'must have the shape \(C,\), got \(1, 3\)'):
+    with pytest.raises(InputError, match=r'must have the shape \(C,\), got \(1, 3\)'):
         evaluate(samples)
 
 
@@ -442,7 +443,7 @@ def test_features_of_another_shape():
     ],
 )
 def test_a_missing_side(select, text):
-    with pytest.raises(ValueError, match=text) as error:
+    with pytest.raises(InputError, match=text) as error:
         evaluate(select(make_samples()))
     assert message(error)
 
@@ -452,7 +453,7 @@ def test_no_query_with_a_match():
     samples = make_samples()
     for sample in samples:
         sample.set_field(0, 'camid', field_type='metainfo')
-    with pytest.raises(ValueError, match='none of the 20 queries has a match in the gallery from another') as error:
+    with pytest.raises(InputError, match='none of the 20 queries has a match in the gallery from another') as error:
         evaluate(samples)
     assert message(error)
 
@@ -468,6 +469,6 @@ def test_no_query_with_a_match():
     ],
 )
 def test_wrong_options(options, text):
-    with pytest.raises(ValueError, match=text) as error:
+    with pytest.raises(InputError, match=text) as error:
         ReIDMetric(**options)
     assert message(error)

@@ -11,14 +11,20 @@ import numpy as np
 import pytest
 import torch
 from mmengine.registry import DATA_SAMPLERS, MODELS, init_default_scope
+from mmengine.runner import Runner
+from mmengine.runner.runner import _SlicedDataset
 from mmpretrain.structures import DataSample
 from torch import nn
+from torch.utils.data import DataLoader
 
 from engine_helpers import message
 from helpers import randomise, relative
 from mmdenoiserep import fuse_model
+from mmdenoiserep.core import InputError
 from mmdenoiserep.tasks.reid import BNNeckReIDHead, PKSampler, ReIDVisionTransformer, batch_hard_triplet_loss
+from mmdenoiserep.tasks.reid.check_hook import check_batches, check_classes
 from mmdenoiserep.tasks.reid.vit import source_grid
+from tiny_datasets import write_market1501
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -132,7 +138,7 @@ def test_what_is_compared_is_before_or_after_the_neck():
 
 @pytest.mark.parametrize(('options', 'word'), [(dict(test_feature='neck'), 'neck'), (dict(margin=-1.0), '-1.0')])
 def test_wrong_options_of_the_head_are_named(options, word):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(InputError) as error:
         BNNeckReIDHead(3, 6, **options)
     assert word in message(error)
 
@@ -215,9 +221,104 @@ def test_processes_share_the_batches_of_one_process(monkeypatch):
     ],
 )
 def test_what_cannot_be_sampled_is_refused(options, words, monkeypatch):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(InputError) as error:
         sampler(monkeypatch, **options)
     assert all(word in message(error) for word in words)
+
+
+def test_a_data_set_without_labels_is_refused():
+    with pytest.raises(InputError, match='PKSampler needs .* range lacks'):
+        PKSampler(range(9))
+
+
+# The check before a training
+
+
+def loader(batch_size, **options):
+    return DataLoader(range(34), batch_size, sampler=sampler(**options))
+
+
+@pytest.mark.parametrize('batch_size', [4, 11, 13, 24])
+def test_batches_that_the_sampler_does_not_fill_are_refused(batch_size):
+    """A part, one image too few or too many, two of them."""
+    check_batches(loader(12))
+    with pytest.raises(InputError) as error:
+        check_batches(loader(batch_size))
+    assert f'batch_size of train_dataloader is {batch_size}' in message(error) and '12 images' in message(error)
+
+
+def test_batches_are_those_of_a_process(monkeypatch):
+    """The batch of all processes together is no batch_size."""
+    check_batches(loader(8, monkeypatch=monkeypatch, world=2, num_ids=2))
+    with pytest.raises(InputError, match='16.* 8 images for each process'):
+        check_batches(loader(16, monkeypatch=monkeypatch, world=2, num_ids=2))
+
+
+def test_loaders_of_others_are_not_asked():
+    check_batches(DataLoader(range(34), 5))
+    check_batches(DataLoader(range(34), None))
+
+
+class Wrapped:
+    """A data set that wraps others, as ConcatDataset and RepeatDataset do."""
+
+    def __init__(self, datasets):
+        self.datasets = datasets
+
+
+@pytest.mark.parametrize('dataset', [Labels(), Wrapped([Labels()]), Wrapped([range(3), Wrapped([Labels()])])])
+@pytest.mark.parametrize('kind', ['BNNeckReIDHead', 'LinearClsHead', 'ArcFaceClsHead'])
+def test_heads_with_fewer_classes_than_identities_are_refused(kind, dataset):
+    for classes in (5, 7):
+        model = nn.Module()
+        model.head = MODELS.build(dict(type=f'mmpretrain.{kind}', num_classes=classes, in_channels=4))
+        check_classes(dataset, model)
+    model.head = MODELS.build(dict(type=f'mmpretrain.{kind}', num_classes=4, in_channels=4))
+    with pytest.raises(InputError) as error:
+        check_classes(dataset, model)
+    assert 'num_classes of the head is 4' in message(error) and '5 identities' in message(error)
+
+
+def test_a_training_is_refused_before_its_first_iteration(tmp_path):
+    """By any runner that has the hook, whatever the model is wrapped in."""
+    write_market1501(tmp_path / 'market')
+    pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(16, 32)), dict(type='PackInputs')]
+    backbone = dict(type='ReIDVisionTransformer', img_size=(32, 16), patch_size=8, arch=ARCH)
+    head = dict(type='BNNeckReIDHead', num_classes=5, in_channels=8)
+    init_default_scope('mmpretrain')
+
+    def train(batch_size=4, num_classes=5):
+        runner = Runner(
+            model=dict(type='ImageClassifier', backbone=backbone, head=head | dict(num_classes=num_classes)),
+            work_dir=str(tmp_path),
+            train_dataloader=dict(
+                batch_size=batch_size,
+                num_workers=0,
+                sampler=dict(type='PKSampler', num_ids=2, num_instances=2),
+                dataset=dict(type='Market1501', data_root=str(tmp_path / 'market'), split='train', pipeline=pipeline),
+            ),
+            train_cfg=dict(by_epoch=False, max_iters=1),
+            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
+            default_hooks=dict(check=dict(type='ReIDCheckHook'), checkpoint=None, logger=None),
+            experiment_name=f'check_{batch_size}_{num_classes}',
+            default_scope='mmpretrain',
+            log_level='ERROR',
+        )
+        runner.train()
+        return runner.iter
+
+    assert train() == 1
+    for wrong, word in (dict(batch_size=8), 'batch_size'), (dict(num_classes=4), 'num_classes'):
+        with pytest.raises(InputError, match=word):
+            train(**wrong)
+
+
+def test_a_part_of_the_data_is_sampled_with_num_batch_per_epoch():
+    """mmengine hands the sampler a slice that has the labels of all images."""
+    sliced = _SlicedDataset(Labels(), 20)
+    options = dict(type='PKSampler', num_ids=2, num_instances=2, seed=0)
+    indices = list(DATA_SAMPLERS.build(options, default_args=dict(dataset=sliced)))
+    assert indices and max(indices) < 20
 
 
 # Position encodings

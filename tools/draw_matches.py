@@ -132,9 +132,10 @@ def draw(entries: list[dict[str, Any]], images: dict[int, Any]) -> Any:
 
 def show(axes: Any, entry: dict[str, Any], images: dict[int, Any], colour: str, figure: str) -> None:
     """Draws an image in a frame, with a figure, its identity and its camera below."""
-    image = images[entry['sample_idx']]
+    from mmdenoiserep.apis.pixels import to_rgb
+
     axes.set_axis_on()
-    axes.imshow(image[..., ::-1] if image.ndim == 3 else image, cmap='gray', vmin=0, vmax=255)
+    axes.imshow(to_rgb(images[entry['sample_idx']]))
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(f'{figure}\nid {entry["pid"]}, cam {entry["camid"]}', fontsize=7, labelpad=2)
     for spine in axes.spines.values():

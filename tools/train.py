@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from typing import Any
 
 from launch import launch, stop
@@ -59,6 +60,8 @@ def main() -> None:
     use_cpus(cfg)
     with config_at_fault(args.config):
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if 'mmdenoiserep.tasks.reid' in sys.modules:
+        runner.register_hook(dict(type='ReIDCheckHook'))
     purpose = 'resume' if cfg.get('resume') else 'start'
     start(runner, runner.train, args.config, cfg.get('load_from'), purpose)
 

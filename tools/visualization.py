@@ -69,7 +69,10 @@ class Spoiled(Dataset):
 
     def spoil(self, image: np.ndarray, index: int) -> np.ndarray:
         """Corrupts an image as it was loaded."""
-        self.image = corrupt(image, *self.how, index)
+        try:
+            self.image = corrupt(image, *self.how, index)
+        except InputError as error:
+            raise InputError(f'{self.dataset.info(index).get("img_path", f"image {index}")}: {error}') from None
         return self.image
 
 

@@ -3,6 +3,7 @@
 Importing it registers all names: ``custom_imports = dict(imports=['mmdenoiserep.tasks.reid'])``.
 """
 
+from .check_hook import ReIDCheckHook
 from .datasets import CUHK03, MSMT17, DukeMTMCReID, Market1501, VehicleID
 from .head import BNNeckReIDHead, batch_hard_triplet_loss
 from .metric import ReIDMetric
@@ -18,6 +19,7 @@ __all__ = [
     'Market1501',
     'PKSampler',
     'Ranking',
+    'ReIDCheckHook',
     'ReIDMetric',
     'ReIDVisionTransformer',
     'VehicleID',

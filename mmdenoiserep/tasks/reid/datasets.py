@@ -1,7 +1,9 @@
 """Five data sets of re-identification, as their archives unpack."""
 
+import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +15,11 @@ from mmengine.registry import DATASETS
 from mmpretrain.datasets import BaseDataset
 from numpy.typing import NDArray
 
+from ...core import InputError
+from ...core.errors import printable
+
+SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
+"""Of images, in small letters or capitals."""
 Image = tuple[str, int, int]
 """Path, identity as in the data, camera from 0."""
 
@@ -30,8 +37,7 @@ class ReIDDataset(BaseDataset):
         **kwargs: Handed to mmpretrain's ``BaseDataset``, such as ``pipeline``.
 
     Raises:
-        FileNotFoundError: A part of the layout is missing.
-        ValueError: Unknown split, or a name or line that does not fit the grammar.
+        InputError: A part of the layout is missing, the split is unknown, or a name or line does not fit the grammar.
     """
 
     PARTS = {'train': ('train',), 'query': ('query',), 'gallery': ('gallery',), 'test': ('query', 'gallery')}
@@ -41,7 +47,7 @@ class ReIDDataset(BaseDataset):
 
     def __init__(self, data_root: str, split: str, **kwargs: Any) -> None:
         if split not in self.PARTS:
-            raise ValueError(f'split of {type(self).__name__} must be one of {", ".join(self.PARTS)}, got {split!r}')
+            raise InputError(f'split of {type(self).__name__} must be one of {", ".join(self.PARTS)}, got {split!r}')
         self.split = split
         super().__init__(ann_file='', data_root=str(data_root), test_mode=split != 'train', **kwargs)
 
@@ -51,7 +57,7 @@ class ReIDDataset(BaseDataset):
         for part in self.PARTS[self.split]:
             images = self.load_part(part)
             if not images:
-                raise FileNotFoundError(f'{self.data_root} has no images for {part}, expected: {self.LAYOUT}')
+                raise InputError(f'{self.data_root} has no images for {part}, expected: {self.LAYOUT}')
             self._log_counts(part, images)
             samples += [
                 dict(img_path=path, pid=pid, camid=camid, is_query=part == 'query') for path, pid, camid in images
@@ -73,7 +79,7 @@ class ReIDDataset(BaseDataset):
         for name in names:
             if (root / name).exists():
                 return root / name
-        raise FileNotFoundError(f'{root} lacks {" or ".join(names)}, expected: {self.LAYOUT}')
+        raise InputError(f'{root} lacks {" or ".join(names)}, expected: {self.LAYOUT}')
 
     def extra_repr(self) -> list[str]:
         """Returns the lines that describe the data set when it is printed."""
@@ -99,13 +105,14 @@ class Market1501(ReIDDataset):
         market1501/{bounding_box_train,query,bounding_box_test}/0002_c1s1_000451_03.jpg
 
     The name is identity, camera, sequence, frame and box. Boxes of identity -1 are junk and left out; those of identity
-    0 are distractors, which stay in the gallery and count as one identity.
+    0 are distractors, which stay in the gallery and count as one identity. Images of all suffixes and links to images
+    count; hidden files, other files and folders are left out, and the log names them.
     """
 
     LAYOUT = 'market1501/{bounding_box_train,query,bounding_box_test}/0002_c1s1_000451_03.jpg'
     WRAPPERS = ('Market-1501-v15.09.15',)
     FOLDERS = {'train': 'bounding_box_train', 'query': 'query', 'gallery': 'bounding_box_test'}
-    NAME = re.compile(r'(-1|\d+)_c([1-9])s\d+_\d+_\d+.*')
+    NAME = re.compile(r'(-1|\d+)_c([1-9]\d*)s\d+_\d+_\d+.*')
     PUBLISHED = {
         'train': '751 identities, 12,936 images',
         'query': '750 identities, 3,368 images',
@@ -115,11 +122,24 @@ class Market1501(ReIDDataset):
     def load_part(self, part: str) -> list[Image]:
         """Returns the images of a folder in the order of their names."""
         images: list[Image] = []
-        for path in sorted(self.find(self.FOLDERS[part]).glob('*.jpg')):
+        paths, others = split_folder(self.find(self.FOLDERS[part]))
+        for path in paths:
             pid, camera = map(int, match(self.NAME, path.name, str(path)))
             if pid != -1:
                 images.append((str(path), pid, camera - 1))
+        self._log_rest(part, paths, others)
         return images
+
+    def _log_rest(self, part: str, paths: list[Path], others: list[Path]) -> None:
+        name = f'{type(self).__name__} {part}'
+        if others:
+            shown = ', '.join(path.name for path in others[:5])
+            more = ', ...' if len(others) > 5 else ''
+            print_log(f'{name}: {len(others):,} left out that are no images: {printable(shown)}{more}', 'current')
+        stems = Counter(path.stem for path in paths)
+        if twice := [path for path in paths if stems[path.stem] > 1]:
+            text = f'{name}: {len(twice):,} images have the name of another one but for the suffix, such as'
+            print_log(f'{text} {printable(twice[0].name)}', 'current', logging.WARNING)
 
 
 @DATASETS.register_module()
@@ -133,7 +153,7 @@ class DukeMTMCReID(Market1501):
 
     LAYOUT = 'dukemtmcreid/{bounding_box_train,query,bounding_box_test}/0005_c2_f0046985.jpg'
     WRAPPERS = ('DukeMTMC-reID',)
-    NAME = re.compile(r'(\d+)_c([1-9])_f\d+.*')
+    NAME = re.compile(r'(\d+)_c([1-9]\d*)_f\d+.*')
     # as the README of DukeMTMC-reID_evaluation, by the authors of the data set, gives them
     PUBLISHED = {
         'train': '702 identities, 16,522 images',
@@ -156,7 +176,7 @@ class MSMT17(ReIDDataset):
 
     LAYOUT = 'MSMT17/{train,test,list_train.txt,list_val.txt,list_query.txt,list_gallery.txt}'
     WRAPPERS = ('MSMT17_V1', 'MSMT17_V2')
-    LINE = re.compile(r'([^\s_]+_[^\s_]+_0*([1-9]\d*)_\S+\.jpg)\s+(\d+)')
+    LINE = re.compile(r'([^\s_]+_[^\s_]+_0*([1-9]\d*)_\S+\.[A-Za-z]+)\s+(\d+)')
     PUBLISHED = {
         'train': '1,041 identities, 32,621 images',
         'query': '3,060 identities, 11,659 images',
@@ -185,8 +205,8 @@ class VehicleID(ReIDDataset):
         VehicleID_V1.0/image/0000001.jpg
         VehicleID_V1.0/train_test_split/{train_list,test_list_800,test_list_1600,test_list_2400}.txt
 
-    A line of a list is the name of an image, without ``.jpg``, and the identity. There are no cameras (``camid`` is 0)
-    and no fixed queries (``is_query`` is False): the metric draws one image of each identity for the gallery.
+    A line of a list is the name of an image, without its suffix, and the identity. There are no cameras (``camid`` is
+    0) and no fixed queries (``is_query`` is False): the metric draws one image of each identity for the gallery.
 
     Args:
         data_root: As for :class:`ReIDDataset`.
@@ -208,7 +228,7 @@ class VehicleID(ReIDDataset):
 
     def __init__(self, data_root: str, split: str, size: int = 800, **kwargs: Any) -> None:
         if size not in self.SIZES:
-            raise ValueError(f'size of VehicleID must be one of 800, 1600, 2400, got {size!r}')
+            raise InputError(f'size of VehicleID must be one of 800, 1600, 2400, got {size!r}')
         self.size = size
         super().__init__(data_root, split, **kwargs)
 
@@ -217,9 +237,10 @@ class VehicleID(ReIDDataset):
         folder = self.find('image')
         name = 'train_list' if part == 'train' else f'test_list_{self.size}'
         list_file = self.find(f'train_test_split/{name}.txt')
-        images = [(str(folder / f'{name}.jpg'), int(pid), 0) for name, pid in read_list(list_file, self.LINE)]
-        require_images(images, list_file)
-        return images
+        present = {name.rpartition('.')[0]: name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES)}
+        listed = [(present.get(name, f'{name}.jpg'), name, int(pid)) for name, pid in read_list(list_file, self.LINE)]
+        require_none([folder / file for file, name, _ in listed if name not in present], len(listed), list_file)
+        return [(str(folder / file), pid, 0) for file, _, pid in listed]
 
     def describe(self, part: str) -> str:
         """Returns ``'train'``, or ``'test'`` with the size."""
@@ -262,7 +283,7 @@ class CUHK03(ReIDDataset):
 
     def __init__(self, data_root: str, split: str, style: str = 'labeled', **kwargs: Any) -> None:
         if style not in self.STYLES:
-            raise ValueError(f'style of CUHK03 must be one of labeled, detected, got {style!r}')
+            raise InputError(f'style of CUHK03 must be one of labeled, detected, got {style!r}')
         self.style = style
         super().__init__(data_root, split, **kwargs)
 
@@ -321,7 +342,7 @@ def open_cells(path: str, style: str, process: int) -> tuple[Any, list[NDArray[A
 
     Raises:
         ImportError: h5py is not installed.
-        ValueError: The file is damaged or another one.
+        InputError: The file is damaged or another one.
     """
     try:
         import h5py
@@ -331,7 +352,7 @@ def open_cells(path: str, style: str, process: int) -> tuple[Any, list[NDArray[A
         file = h5py.File(path, 'r')
         return file, [file[pair][()].T for pair in file[style][0]]
     except (OSError, KeyError) as error:
-        raise ValueError(f'{path} is damaged or not the cuhk-03.mat of CUHK-03: {error}') from error
+        raise InputError(f'{path} is damaged or not the cuhk-03.mat of CUHK-03: {error}') from error
 
 
 def read_protocol(path: Path, part: str) -> list[tuple[str, int]]:
@@ -346,7 +367,7 @@ def read_protocol(path: Path, part: str) -> list[tuple[str, int]]:
 
     Raises:
         ImportError: scipy is not installed.
-        ValueError: The file is damaged or another one.
+        InputError: The file is damaged or another one.
     """
     try:
         from scipy.io import loadmat
@@ -357,31 +378,53 @@ def read_protocol(path: Path, part: str) -> list[tuple[str, int]]:
         names, pids, numbers = (protocol[key].ravel() for key in ('filelist', 'labels', f'{part}_idx'))
         return [(str(names[i].item()), int(pids[i])) for i in numbers.astype(int) - 1]
     except Exception as error:  # scipy fails on damaged files in many ways
-        raise ValueError(f'{path} is damaged or not a protocol of CUHK-03 ({type(error).__name__}: {error})') from error
+        raise InputError(f'{path} is damaged or not a protocol of CUHK-03 ({type(error).__name__}: {error})') from error
 
 
 def match(pattern: re.Pattern[str], text: str, what: str) -> tuple[str, ...]:
-    """Returns the groups of a full match, or raises ValueError that says what does not fit."""
+    """Returns the groups of a full match, or raises InputError that says what does not fit."""
     found = pattern.fullmatch(text)
     if not found:
-        raise ValueError(f'{what} does not fit the grammar {pattern.pattern}')
+        raise InputError(f'{what} does not fit the grammar {pattern.pattern}')
     return found.groups()
 
 
 def read_list(path: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, ...]]:
-    """Yields the groups of every line that is not empty, or raises ValueError that names the line."""
+    """Yields the groups of every line that is not empty, or raises InputError that names the line."""
     for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
         if line.strip():
             yield match(pattern, line.strip(), f'line {number} of {path}, {line!r},')
 
 
+def split_folder(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Returns the images in a folder, those behind links too, and the hidden and other files and folders, both sorted.
+
+    Raises:
+        InputError: An image is a link to nothing, or no file.
+    """
+    images: list[Path] = []
+    others: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        is_image = path.suffix.lower() in SUFFIXES and not path.name.startswith('.')
+        (images if is_image else others).append(path)
+    if lost := [path for path in images if not path.is_file()]:
+        what = 'a link to nothing' if lost[0].is_symlink() else 'not a file'
+        raise InputError(f'{lost[0]} is {what} ({len(lost):,} of the {len(images):,} images): mend it, or remove it')
+    return images, others
+
+
 def require_images(images: list[Image], list_file: Path) -> None:
-    """Raises FileNotFoundError if an image of a list is missing; reads folders, since asking for each image is slow."""
+    """Raises InputError if an image of a list is missing; reads folders, since asking for each image is slow."""
     paths = [os.path.split(image[0]) for image in images]
     folders = {folder for folder, _ in paths}
     present = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in folders}
-    missing = [os.path.join(folder, name) for folder, name in paths if name not in present[folder]]
+    missing = [Path(folder, name) for folder, name in paths if name not in present[folder]]
+    require_none(missing, len(images), list_file)
+
+
+def require_none(missing: list[Path], count: int, list_file: Path) -> None:
+    """Raises InputError if some of the images in a list are missing."""
     if missing:
-        raise FileNotFoundError(
-            f'{missing[0]} is missing ({len(missing):,} of the {len(images):,} images in {list_file}): unpack it again'
+        raise InputError(
+            f'{missing[0]} is missing ({len(missing):,} of the {count:,} images in {list_file}): unpack it again'
         )

@@ -9,6 +9,8 @@ from mmpretrain.models import ClsHead
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
+from ...core import InputError
+
 FEATURES = ('before', 'after')
 
 
@@ -31,7 +33,7 @@ class BNNeckReIDHead(ClsHead):
         init_cfg: Initialisation; None draws the classifier with a standard deviation of 0.001.
 
     Raises:
-        ValueError: An unknown ``test_feature`` or a negative margin.
+        InputError: An unknown ``test_feature`` or a negative margin.
     """
 
     def __init__(
@@ -45,15 +47,16 @@ class BNNeckReIDHead(ClsHead):
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         if test_feature not in FEATURES:
-            raise ValueError(
+            raise InputError(
                 f'test_feature of BNNeckReIDHead must be one of {", ".join(FEATURES)}, got {test_feature!r}'
             )
         if margin is not None and margin < 0:
-            raise ValueError(f'margin of BNNeckReIDHead must not be negative (None is the soft one), got {margin}')
+            raise InputError(f'margin of BNNeckReIDHead must not be negative (None is the soft one), got {margin}')
         super().__init__(
             loss=loss or dict(type='CrossEntropyLoss'),
             init_cfg=init_cfg or dict(type='Normal', layer='Linear', std=0.001),
         )
+        self.num_classes = num_classes
         self.margin = margin
         self.triplet_weight = triplet_weight
         self.test_feature = test_feature

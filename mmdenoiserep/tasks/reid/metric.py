@@ -13,6 +13,7 @@ from mmengine.logging import print_log
 from mmengine.registry import METRICS
 from torch import Tensor
 
+from ...core import InputError
 from ...core.files import whole_file
 from .ranking import Ranking, rank_matches
 
@@ -45,7 +46,7 @@ class ReIDMetric(BaseMetric):
         prefix: Put before the names of the results; ``'reid'`` by default.
 
     Raises:
-        ValueError: ``topk``, ``trials`` or ``num_matches`` is not positive, or the file is not named ``.json``.
+        InputError: ``topk``, ``trials`` or ``num_matches`` is not positive, or the file is not named ``.json``.
     """
 
     default_prefix = 'reid'
@@ -63,9 +64,9 @@ class ReIDMetric(BaseMetric):
     ) -> None:
         for name, value in (('topk', min(topk, default=0)), ('trials', trials), ('num_matches', num_matches)):
             if value is not None and value < 1:
-                raise ValueError(f'{name} of ReIDMetric must be 1 or more, got {value}')
+                raise InputError(f'{name} of ReIDMetric must be 1 or more, got {value}')
         if matches_file is not None and not matches_file.endswith('.json'):
-            raise ValueError(f'matches_file of ReIDMetric must end with .json, got {matches_file}')
+            raise InputError(f'matches_file of ReIDMetric must end with .json, got {matches_file}')
         super().__init__(collect_device=collect_device, prefix=prefix)
         self.topk = tuple(topk)
         self.normalize = normalize
@@ -82,22 +83,22 @@ class ReIDMetric(BaseMetric):
             data_samples: Predictions of the model as dicts.
 
         Raises:
-            ValueError: A sample lacks a key, or its feature is not finite or no vector.
+            InputError: A sample lacks a key, or its feature is not finite or no vector.
         """
         for sample in data_samples:
             if 'pred_feature' not in sample:
-                raise ValueError('ReIDMetric needs pred_feature, which heads such as BNNeckReIDHead predict')
+                raise InputError('ReIDMetric needs pred_feature, which heads such as BNNeckReIDHead predict')
             if missing := [key for key in KEYS if key not in sample]:
-                raise ValueError(
+                raise InputError(
                     f'ReIDMetric needs {", ".join(missing)} of every sample: end the test pipeline with '
                     f'PackInputs(meta_keys={KEYS}), and take a data set of re-identification'
                 )
             feature = sample['pred_feature'].detach()
             feature = feature.to('cpu', torch.promote_types(feature.dtype, torch.float32))
             if feature.ndim != 1:
-                raise ValueError(f'pred_feature must have the shape (C,), got {tuple(feature.shape)}')
+                raise InputError(f'pred_feature must have the shape (C,), got {tuple(feature.shape)}')
             if not feature.isfinite().all():
-                raise ValueError(f'pred_feature of {sample["img_path"]} has NaN or infinite values: check the weights')
+                raise InputError(f'pred_feature of {sample["img_path"]} has NaN or infinite values: check the weights')
             self.results.append(
                 dict(
                     sample_idx=int(sample['sample_idx']),
@@ -116,11 +117,11 @@ class ReIDMetric(BaseMetric):
             results: What :meth:`process` kept, of all processes.
 
         Raises:
-            ValueError: There is no query, no gallery, or no query with a match.
+            InputError: There is no query, no gallery, or no query with a match.
         """
         images = sorted(results, key=lambda image: image['sample_idx'])
         if not images:
-            raise ValueError('ReIDMetric got no images: check the test data set')
+            raise InputError('ReIDMetric got no images: check the test data set')
         features = torch.from_numpy(np.stack([image['feature'] for image in images]))
         if self.normalize:
             features = F.normalize(features)
@@ -147,7 +148,7 @@ class ReIDMetric(BaseMetric):
                 num_nearest=self.num_matches if self.matches_file and not figures else 0,
             )
             if not len(ranking.queries):
-                raise ValueError(
+                raise InputError(
                     f'none of the {len(query)} queries has a match in the gallery from another camera: '
                     'check pid and camid of the data set'
                 )
@@ -169,7 +170,7 @@ class ReIDMetric(BaseMetric):
                 if self.trials
                 else 'one test data set has to bring both, or set trials=10 to draw the gallery, as for VehicleID'
             )
-            raise ValueError(f'ReIDMetric got {queries} queries and {gallery} gallery images: {hint}')
+            raise InputError(f'ReIDMetric got {queries} queries and {gallery} gallery images: {hint}')
 
 
 def draw_queries(pids: Tensor, seed: int) -> Tensor:

@@ -8,6 +8,8 @@ from mmengine.dist import get_dist_info, sync_random_seed
 from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import Sampler
 
+from ...core import InputError
+
 
 @DATA_SAMPLERS.register_module()
 class PKSampler(Sampler):
@@ -28,16 +30,20 @@ class PKSampler(Sampler):
         seed: Must be the same in all processes; None lets them agree on one.
 
     Raises:
-        ValueError: There are fewer than P identities, or too few for all processes, or P or K is less than 1.
+        InputError: There are fewer than P identities, or too few for all processes, or P or K is less than 1.
     """
 
     def __init__(self, dataset: Sized, num_ids: int = 16, num_instances: int = 4, seed: int | None = None) -> None:
         if min(num_ids, num_instances) < 1:
-            raise ValueError(f'num_ids and num_instances must be 1 or more, got {num_ids} and {num_instances}')
-        labels = np.asarray(dataset.get_gt_labels())  # type: ignore[attr-defined]
+            raise InputError(f'num_ids and num_instances must be 1 or more, got {num_ids} and {num_instances}')
+        if not hasattr(dataset, 'get_gt_labels'):
+            raise InputError(
+                f'PKSampler needs a training set with get_gt_labels(), which {type(dataset).__name__} lacks'
+            )
+        labels = np.asarray(dataset.get_gt_labels())[: len(dataset)]  # fewer with num_batch_per_epoch
         self.indices = [np.flatnonzero(labels == label) for label in np.unique(labels)]
         if len(self.indices) < num_ids:
-            raise ValueError(f'num_ids={num_ids} identities a batch, but the data set has only {len(self.indices)}')
+            raise InputError(f'num_ids={num_ids} identities a batch, but the data set has only {len(self.indices)}')
         self.num_ids = num_ids
         self.num_instances = num_instances
         self.seed = sync_random_seed() if seed is None else seed
@@ -45,7 +51,7 @@ class PKSampler(Sampler):
         self.epoch = 0
         self.num_batches = len(self._one_pass(0, 0)) // self.world_size
         if not self.num_batches:
-            raise ValueError(f'the data set has less than one batch for each of the {self.world_size} processes')
+            raise InputError(f'the data set has less than one batch for each of the {self.world_size} processes')
 
     def __iter__(self) -> Iterator[int]:
         batches: list[np.ndarray] = []
