@@ -1,0 +1,184 @@
+"""tools/train.py and tools/test.py within this process: resuming, other runners, and whose fault an error is."""
+
+import itertools
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.registry import DefaultScope
+from mmengine.runner import CheckpointLoader
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """
+default_scope, custom_imports = 'mmpretrain', dict(imports=['mmdenoiserep'])
+pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=16), dict(type='PackInputs')]
+data = dict(type='CustomDataset', data_root='images', pipeline=pipeline)
+train_dataloader = dict(batch_size=2, num_workers=0, dataset=data, sampler=dict(type='DefaultSampler', shuffle=False))
+test_dataloader = train_dataloader
+vit = dict(type='VisionTransformer', img_size=16, patch_size=8, out_type='cls_token',
+           arch=dict(embed_dims=8, num_layers=1, num_heads=2, feedforward_channels=8))
+model = dict(type='ImageClassifier', backbone=vit,
+             head=dict(type='VisionTransformerClsHead', num_classes=2, in_channels=8, topk=(1,)))
+data_preprocessor, test_cfg = dict(num_classes=2, mean=[127] * 3, std=[64] * 3), dict()
+test_evaluator = dict(type='SingleLabelMetric', num_classes=2)
+train_cfg, optim_wrapper = dict(by_epoch=True, max_epochs=1), dict(optimizer=dict(type='SGD', lr=0.0))
+randomness = dict(seed=0)
+"""
+FLEXIBLE = """
+runner_type, strategy = 'FlexibleRunner', dict(type='SingleDeviceStrategy')
+env_cfg, default_hooks = dict(dist_cfg=dict(backend='gloo')), dict()
+"""
+NUMBER = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A folder to work in, with images and a config; the process is left as it was."""
+    allowed, scopes = torch.serialization.get_safe_globals(), dict(DefaultScope._instance_dict)
+    schemes, modules = dict(CheckpointLoader._schemes), set(sys.modules)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+    generator = np.random.default_rng(0)
+    for label in '01':
+        Path('images', label).mkdir(parents=True)
+        for i in range(2):
+            cv2.imwrite(f'images/{label}/{i}.png', generator.integers(0, 255, (16, 16, 3), np.uint8))
+    Path('config.py').write_text(CONFIG)
+    yield tmp_path
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(allowed)
+    DefaultScope._instance_dict.clear()
+    DefaultScope._instance_dict.update(scopes)
+    CheckpointLoader._schemes = schemes
+    for name in set(sys.modules) - modules:
+        if name in ('common', 'launch', 'mine'):
+            del sys.modules[name]
+
+
+def tool(name, *args, options=()):
+    """Runs a tool; what it ends with instead is the SystemExit or the error of the user's code."""
+    argv = sys.argv
+    sys.argv = [f'{name}.py', *map(str, args), '--cfg-options', f'experiment_name=run{next(NUMBER)}', *options]
+    try:
+        runpy.run_path(str(ROOT / f'tools/{name}.py'), run_name='__main__')
+    finally:
+        sys.argv = argv
+
+
+def sentence(name, *args, options=()):
+    """Runs a tool on bad input and returns the sentence that it ends with."""
+    with pytest.raises(SystemExit) as caught:
+        tool(name, *args, options=options)
+    assert isinstance(caught.value.code, str) and '\n' not in caught.value.code
+    return caught.value.code
+
+
+def weights(number=7.0, path='start.pth', **others):
+    """Writes a checkpoint whose class token has one number, and returns its path."""
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    cfg = Config.fromfile('config.py')
+    init_default_scope('mmpretrain')
+    state = MODELS.build(dict(cfg.model, data_preprocessor=cfg.data_preprocessor)).state_dict()
+    state['backbone.cls_token'].fill_(number)
+    torch.save(dict(meta={}, state_dict=state, **others), path)
+    return path
+
+
+def token(path):
+    """Returns the number in the class token of a checkpoint."""
+    return torch.load(path, weights_only=False)['state_dict']['backbone.cls_token'].mean().item()
+
+
+@pytest.mark.parametrize('runner', ['', FLEXIBLE])
+def test_resume_from_the_first_start_on(runner):
+    """The same command with --resume starts from load_from, goes on, and does so in a folder that was renamed."""
+    Path('config.py').write_text(CONFIG + runner)
+    start = [f'load_from={weights()}']
+    tool('train', 'config.py', '--work-dir', 'a', '--resume', options=start)
+    assert token('a/epoch_1.pth') == 7
+    weights(1.0)
+    tool('train', 'config.py', '--work-dir', 'a', '--resume', options=[*start, 'train_cfg.max_epochs=2'])
+    assert token('a/epoch_2.pth') == 7
+    shutil.move('a', 'b')
+    tool('train', 'config.py', '--work-dir', 'b', '--resume', options=[*start, 'train_cfg.max_epochs=3'])
+    assert token('b/epoch_3.pth') == 7
+    meta = torch.load('b/epoch_3.pth', weights_only=False)['meta']
+    assert meta['epoch'] == 3
+
+
+def test_resume_from_an_address(monkeypatch):
+    """An address is handed to mmengine; a file that is not there is not."""
+    tool('train', 'config.py', '--work-dir', 'a', options=[f'load_from={weights()}'])
+    asked = []
+
+    def fetch(filename, map_location=None):
+        asked.append(filename)
+        return torch.load('a/epoch_1.pth', map_location, weights_only=False)
+
+    CheckpointLoader.register_scheme('https://', fetch, force=True)
+    address = 'https://example.org/epoch_1.pth'
+    tool('train', 'config.py', '--work-dir', 'c', '--resume', address, options=['train_cfg.max_epochs=2'])
+    assert asked == [address] and token('c/epoch_2.pth') == 7
+    assert 'nowhere.pth' in sentence('train', 'config.py', '--resume', 'nowhere.pth')
+
+
+@pytest.mark.parametrize('runner', ['', FLEXIBLE])
+def test_a_config_that_says_resume_is_tested(runner):
+    """A checkpoint of weights alone is tested, whatever the config says about its training."""
+    Path('config.py').write_text(f'{CONFIG}{runner}resume = True\n')
+    tool('test', 'config.py', weights(), '--work-dir', 't', '--out', 't.pkl')
+    assert Path('t.pkl').stat().st_size > 100
+    assert 'single-label/precision' in json.loads(next(Path('t').glob('*/*.json')).read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize('runner', ['', FLEXIBLE])
+@pytest.mark.parametrize('name', ['train', 'test'])
+def test_weights_of_another_model(name, runner):
+    """Both tools, with both runners, refuse them with the names of both sides."""
+    Path('config.py').write_text(CONFIG + runner)
+    torch.save({f'blocks.{i}.weight': torch.zeros(2) for i in range(9)}, 'mae.pth')
+    args = ['config.py', 'mae.pth'] if name == 'test' else ['config.py']
+    said = sentence(name, *args, '--work-dir', 'w', options=[] if name == 'test' else ['load_from=mae.pth'])
+    assert 'blocks.0.weight' in said and 'backbone.cls_token' in said and 'mae.pth' in said
+
+
+BUGS = {
+    'import': 'undefined_name',
+    'build': 'class Own(VisionTransformer):\n    def __init__(self, **k):\n        super().__init__(**k)\n        self.a',
+    'shape': (
+        'class Own(VisionTransformer):\n    def __init__(self, **k):\n        super().__init__(**k)\n'
+        '        import torch; torch.zeros(2) @ torch.zeros(3)'
+    ),
+}
+
+
+@pytest.mark.parametrize('bug', BUGS)
+@pytest.mark.parametrize('name', ['train', 'test'])
+def test_a_bug_of_the_user_keeps_its_traceback(bug, name, folder):
+    """In a module of custom_imports, in a model of their own, and in torch where their code called it."""
+    register = '@MODELS.register_module(force=True)\n' if bug != 'import' else ''
+    imports = 'from mmpretrain.models import VisionTransformer\nfrom mmpretrain.registry import MODELS\n'
+    (folder / 'mine.py').write_text(imports + register + BUGS[bug])
+    Path('config.py').write_text(CONFIG)
+    weights()
+    Path('config.py').write_text(f"{CONFIG}custom_imports['imports'].append('mine')\nvit['type'] = 'Own'\n")
+    with pytest.raises((NameError, AttributeError, RuntimeError)) as caught:
+        tool(name, 'config.py', *(['start.pth'] if name == 'test' else []))
+    assert any(Path(entry.path).name == 'mine.py' for entry in caught.traceback)
+
+
+@pytest.mark.parametrize(
+    'option', ['model.backbone.type=VisionTransfromer', 'model.backbone.depht=3', 'optim_wrapper.optimizer.type=SGDD']
+)
+def test_a_mistake_in_the_config_is_a_sentence(option):
+    """It goes through libraries alone."""
+    assert 'config.py' in sentence('train', 'config.py', options=[option])
