@@ -151,13 +151,11 @@ def test_weights_of_another_model(name, runner):
     assert 'blocks.0.weight' in said and 'backbone.cls_token' in said and 'mae.pth' in said
 
 
+OWN = 'class Own(VisionTransformer):\n    def __init__(self, **options):\n        super().__init__(**options)\n        '
 BUGS = {
     'import': 'undefined_name',
-    'build': 'class Own(VisionTransformer):\n    def __init__(self, **k):\n        super().__init__(**k)\n        self.a',
-    'shape': (
-        'class Own(VisionTransformer):\n    def __init__(self, **k):\n        super().__init__(**k)\n'
-        '        import torch; torch.zeros(2) @ torch.zeros(3)'
-    ),
+    'build': f'{OWN}self.undefined',
+    'shape': f'{OWN}import torch; torch.zeros(2) @ torch.zeros(3)',
 }
 
 
