@@ -332,7 +332,7 @@ NAN, INF = float('nan'), float('inf')
         ({'4.weight': torch.full((4, 8), -INF)}, r'4\.weight holds NaN or Inf'),
         ({'4.denoiser.weight': torch.zeros(1, 7, 7)}, 'does not fit its weight'),
         ({'4.denoiser.weight': torch.zeros(2, 8, 8)}, 'does not fit its weight'),
-        ({'0.denoiser.weight': torch.zeros(3, 3)}, 'does not fit its weight'),
+        ({'0.denoiser.weight': torch.zeros(3, 3, 3)}, 'does not fit its weight'),
         ({'4.denoiser.weight': None}, 'the denoiser of 4 is incomplete'),
         ({'4.denoiser.weight': None, '4.denoiser.up': torch.zeros(1, 8, 2)}, 'the denoiser of 4 is incomplete'),
         ({'4.weight': None}, '4 has a denoiser but no weight'),

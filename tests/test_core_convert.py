@@ -3,6 +3,7 @@
 import copy
 import random
 import re
+import types
 
 import mmcv.cnn
 import numpy as np
@@ -10,13 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvWS2d
+from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval_for_single_model
 from mmpretrain.models import RepVGG
 from torch import nn
-from torch.nn.utils import parametrizations, weight_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.utils.checkpoint import checkpoint
 
-from helpers import denoised, randomise
+from helpers import denoised, randomise, relative
 from mmdenoiserep import DenoiseConv2d, DenoiseLinear, NoiseSchedule, apply_denoiserep, fuse_model, verify_fusion
-from mmdenoiserep.core import DenoiseLayer
+from mmdenoiserep.core import DenoiseLayer, InputError, collect_moments
+from mmdenoiserep.core.probe import image_channels
 
 X = torch.randn(2, 8)
 
@@ -282,13 +286,12 @@ def test_bypassed(read):
         lambda model, x: x.reshape(-1, model.b.weight.shape[1]) * model.b.weight.numel(),
         lambda model, x: x.to(model.b.weight.dtype).to(model.b.weight.device),
         lambda model, x: x.to(model.b.weight),
-        lambda model, x: model.b.forward(x),
         lambda model, x: x if model.b.weight.requires_grad and model.b.bias.is_contiguous() else x + 1,
         lambda model, x: x * model.b.weight.dim() * model.b.weight.size(0),
     ],
 )
 def test_harmless_reads(read):
-    """Reading a weight's shape, dtype or device is no bypass, nor is calling the layer's forward directly."""
+    """Reading a weight's shape, dtype or device is no bypass."""
     model = Reader(read, a=nn.Linear(8, 8), b=nn.Linear(8, 8))
     assert convert(model)[0] == ['a', 'b']
     assert verify_fusion(randomise(model), example_input=X).ok
@@ -384,6 +387,236 @@ def test_layers_that_are_not_plain(layer, reason):
     assert type(layer) is kind
     assert re.search(reason, report.skipped['b'])
     assert verify_fusion(randomise(model), example_input=x).ok
+
+
+def plain(kind):
+    """The layer that a test makes odd."""
+    return nn.Conv2d(8, 8, 1) if kind == 'conv' else nn.Linear(8, 8)
+
+
+def pruned(name):
+    """A layer whose weight or bias is the product of a parameter and a mask."""
+    return prune.l1_unstructured(plain('linear'), name, 0.3)
+
+
+def with_conv_forward(layer):
+    """A convolution that standardises its weight below its forward."""
+    standard = lambda self, x, w, b: F.conv2d(x, w / w.flatten(1).norm(dim=1)[:, None, None, None], b)  # noqa: E731
+    layer._conv_forward = types.MethodType(standard, layer)
+    return layer
+
+
+def buffered():
+    """A layer whose bias is a buffer (a frozen bias, say)."""
+    layer = nn.Linear(8, 8, bias=False)
+    del layer.bias
+    layer.register_buffer('bias', torch.ones(8))
+    return layer
+
+
+def owning(layer, **attributes):
+    """A layer with attributes of the user's own."""
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return layer
+
+
+@pytest.mark.parametrize(
+    'layer, reason',
+    [
+        (pruned('weight'), 'not a parameter of its own'),
+        (pruned('bias'), 'not a parameter of its own'),
+        (weight_norm(nn.Linear(8, 8), 'bias', dim=None), 'not a parameter of its own'),
+        (spectral_norm(nn.Conv2d(8, 8, 1)), 'not a parameter of its own'),
+        (buffered(), 'not a parameter of its own'),
+        (with_conv_forward(plain('conv')), '_conv_forward was replaced'),
+        (owning(plain('linear'), timestep=3), 'for itself: timestep'),
+        (owning(plain('conv'), schedule='cosine', vanilla_class=nn.Linear), 'schedule, vanilla_class'),
+        (owning(plain('linear'), denoiser=nn.Linear(8, 8)), 'for itself: denoiser'),
+        (owning(plain('conv'), _scale=0.1), 'for itself: _scale'),
+    ],
+)
+def test_odd_layers_are_skipped(layer, reason):
+    """What is no plain layer, or has attributes that a denoiser would replace, is skipped; the rest fuses exactly."""
+    kind = 'conv' if isinstance(layer, nn.Conv2d) else 'linear'
+    model = Chain(a=plain(kind), b=layer).double()
+    x = torch.randn(3, 8, dtype=torch.float64)
+    x = x[..., None, None] if kind == 'conv' else x
+    attributes = dict(layer.__dict__)
+    names, report = convert(model, x=x)
+    assert names == ['a']
+    assert reason in report.skipped['b']
+    assert layer.__dict__ == attributes
+    fused = fuse_model(randomise(model))
+    assert relative(fused.eval()(x), model.eval()(x)) < 1e-9
+    assert relative(model.b(x), model(x)) > 1e-3
+
+
+def test_class_with_another_forward(monkeypatch):
+    """A forward that was replaced on the class, for all convolutions, is found as well."""
+    standard = lambda self, x, w, b: F.conv2d(x, w - w.mean(), b)  # noqa: E731
+    model = Chain(a=nn.Conv2d(8, 8, 1), b=nn.Flatten(), c=nn.Linear(8, 8))
+    monkeypatch.setattr(nn.Conv2d, '_conv_forward', standard)
+    names, report = convert(model, x=X[..., None, None])
+    assert names == ['c']
+    assert '_conv_forward of its class' in report.skipped['a']
+
+
+@pytest.mark.parametrize(
+    'call, skipped',
+    [
+        (lambda layer, x: layer.forward(x), True),
+        (lambda layer, x: layer(input=x), True),
+        (lambda layer, x: checkpoint(layer.forward, x, use_reentrant=False), True),
+        (lambda layer, x: checkpoint(layer, x, use_reentrant=False), False),
+        (lambda layer, x: nn.Sequential(layer)(x), False),
+        (lambda layer, x: layer.__call__(x), False),
+    ],
+)
+def test_calls_that_hooks_do_not_see(call, skipped):
+    """A layer called by its forward, or by keyword, is skipped: training and fits listen with hooks."""
+
+    class Net(Chain):
+        def forward(self, x):
+            return self.b(call(self.a, x).relu())
+
+    model = Net(a=nn.Linear(8, 8), b=nn.Linear(8, 8)).double()
+    x = torch.randn(3, 8, dtype=torch.float64)
+    names, report = convert(model, x=x)
+    assert names == (['b'] if skipped else ['a', 'b'])
+    assert not skipped or 'hooks' in report.skipped['a']
+    assert relative(fuse_model(randomise(model))(x), model(x)) < 1e-9
+    assert list(collect_moments(model, [x])) == names
+
+
+def test_layers_that_share_memory():
+    """Parameters that are views of the same numbers are tied; disjoint parts of one flat buffer are not."""
+
+    def check(model, expected):
+        names, report = convert(model)
+        assert names == expected
+        assert all('shared' in reason for reason in report.skipped.values())
+        assert set(names) | set(report.skipped) == set(model._modules)
+
+    model = chain('a', 'b', 'c')
+    model.b.weight.data = model.a.weight.data
+    check(model, ['c'])
+    model = chain('a', 'b', 'c')
+    model.c.weight = nn.Parameter(model.a.weight.data.t())  # a tied autoencoder
+    check(model, ['b'])
+    model = chain('a', 'b')
+    model.a.register_buffer('copy_of_bias', model.a.bias.data[2:])
+    check(model, ['b'])
+    model = chain('a', 'b')
+    flat = torch.randn(128)
+    model.a.weight.data, model.b.weight.data = flat[:64].view(8, 8), flat[64:].view(8, 8)
+    check(model, ['a', 'b'])
+    model = chain('a', 'b')
+    both = torch.randn(8, 16)
+    model.a.weight.data, model.b.weight.data = both[:, ::2], both[:, 1::2]
+    check(model, ['a', 'b'])
+    assert verify_fusion(randomise(model), example_input=X).ok
+
+
+@pytest.mark.parametrize(
+    'keep',
+    [lambda layer: layer.weight.data, lambda layer: layer.weight.detach().t(), lambda layer: layer.bias.data[:4]],
+)
+def test_a_view_that_is_read_elsewhere(keep):
+    """A view of a weight that the model keeps under no name is the weight, when it is read."""
+    model = chain('a', 'b')
+    view = keep(model.b)
+    model.register_forward_hook(lambda module, args, output: output + view.sum())
+    names, report = convert(model)
+    assert names == ['a']
+    assert 'bypassed' in report.skipped['b']
+
+
+def test_a_weight_of_another_size():
+    """The weight decides, not what the layer says of itself: users replace the first one for grey images."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)).double()
+    model[0].weight = nn.Parameter(model[0].weight.detach().sum(1, keepdim=True))
+    assert image_channels(model) == 1
+    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    for rank in (None, 2):
+        copied = copy.deepcopy(model)
+        assert convert(copied, x=x, rank=rank)[0] == ['0', '1']
+        assert copied[0].denoiser.weight.shape == (1, 1, 1)
+        assert relative(fuse_model(randomise(copied))(x), copied(x)) < 1e-9
+
+
+class Growing(Chain):
+    """Resizes a buffer, makes a new one and a child, sets a flag and initialises a layer, each in its forward."""
+
+    def __init__(self):
+        super().__init__(a=nn.Linear(8, 8), b=nn.BatchNorm1d(8))
+        self.register_buffer('seen', torch.zeros(0))
+        self.register_buffer('first', torch.zeros(1, 8))
+        self.ready = False
+
+    def forward(self, x):
+        """Leave traces."""
+        self.seen.resize_(x.shape).copy_(x)
+        self.first.resize_(1)
+        self.register_buffer('new', x)
+        self.child = nn.Identity()
+        if not self.ready:
+            self.b.weight.data.mul_(3)
+            self.b.bias.data = x[0]
+            self.ready = True
+        return self.b(self.a(x))
+
+
+def test_probe_undoes_what_the_forward_does():
+    """Buffers that are resized (fake quantisers, caches) or made, flags and values come back."""
+    model = Growing()
+    before = {key: (value, value.detach().clone()) for key, value in model.state_dict(keep_vars=True).items()}
+    attributes = [set(module.__dict__) for module in model.modules()]
+    names, report = convert(model)
+    assert (names, report.order, model.ready) == (['a'], 'execution', False)
+    after = {key: value for key, value in model.state_dict(keep_vars=True).items() if 'denoiser' not in key}
+    assert list(after) == list(before)
+    for key, (value, kept) in before.items():
+        assert after[key] is value
+        assert torch.equal(value, kept)
+    model.a.__class__ = nn.Linear
+    parts = [part for name, part in model.named_modules() if 'denoiser' not in name]
+    assert [set(part.__dict__) - {'timestep', 'schedule', 'vanilla_class'} for part in parts] == attributes
+
+
+def test_probe_of_a_model_that_draws():
+    """What a random forward reaches does not depend on the seed (processes must agree), and numpy's state stays."""
+
+    class Gambling(Chain):
+        def forward(self, x):
+            return self.a(x) if np.random.rand() + random.random() + torch.rand(()).item() > 1.5 else self.b(x)
+
+    found = []
+    for seed in range(6):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        before = str(np.random.get_state())
+        found.append(convert(Gambling(a=nn.Linear(8, 8), b=nn.Linear(8, 8)))[0])
+        assert str(np.random.get_state()) == before
+    assert all(names == found[0] for names in found)
+
+
+def test_efficient_conv_bn_eval():
+    """mmengine's setting is refused with a sentence; mmcv's, on one module, computes what the layers define."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    convert(model, x=torch.randn(1, 3, 8, 8))
+    with pytest.raises(InputError, match='efficient_conv_bn_eval'):
+        turn_on_efficient_conv_bn_eval_for_single_model(model)
+
+    model = mmcv.cnn.ConvModule(3, 8, 3, norm_cfg={'type': 'BN'}).double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    convert(model, x=x, rank=None)
+    expected = randomise(model)(x)
+    model.turn_on_efficient_conv_bn_eval()
+    assert relative(model(x), expected) < 1e-9
+    assert relative(fuse_model(model)(x), expected) < 1e-9
 
 
 def test_tied_weights():

@@ -5,14 +5,16 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from mmpretrain.models import MobileNetV2, ResNet, SwinTransformer, SwinTransformerV2, VisionTransformer
+from mmpretrain.models import LoRAModel, MobileNetV2, ResNet, SwinTransformer, SwinTransformerV2, VisionTransformer
 from mmseg.models import MixVisionTransformer
 from mmseg.models import VisionTransformer as SegVisionTransformer
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from helpers import denoised, randomise, relative
 from mmdenoiserep import DenoiseLinear, apply_denoiserep, fuse_model, fuse_state_dict, verify_fusion
 from mmdenoiserep.core import DenoiseLayer, Denoiser, FusionError
+from mmdenoiserep.core.fuse import find_denoisers
 from mmdenoiserep.core.layers import convert_layer
 
 
@@ -331,7 +333,7 @@ def broken(**changes):
         (broken(denoiser__weight=torch.zeros(1, 11, 11)), r'\(1, 11, 11\).* does not fit its weight \(4, 12\)'),
         (broken(denoiser__weight=torch.zeros(2, 12, 12), denoiser__bias=None), 'does not fit'),
         (broken(denoiser__weight=torch.zeros(5, 12, 12)), 'does not fit'),
-        (broken(denoiser__weight=torch.zeros(12, 12)), 'does not fit'),
+        (broken(denoiser__weight=torch.zeros(12, 12)), 'no denoiser in it .fc.denoiser'),
         (broken(denoiser__weight=torch.zeros(())), 'does not fit'),
         (broken(denoiser__bias=torch.zeros(1)), 'does not fit'),
         (broken(bias=torch.zeros(1)), 'does not fit'),
@@ -348,6 +350,206 @@ def test_what_can_not_be_fused(state, message):
     with pytest.raises(FusionError, match=message) as caught:
         fuse_state_dict(state)
     assert '\n' not in str(caught.value)
+
+
+class Own(nn.Module):
+    """A module of the user's own, with children or parameters called denoiser."""
+
+    def __init__(self, denoiser, weight=None):
+        super().__init__()
+        self.enc = nn.Linear(12, 12)
+        self.denoiser = denoiser
+        if weight is not None:
+            self.weight = nn.Parameter(weight)
+
+    def forward(self, x):
+        """Run what runs."""
+        return self.enc(x)
+
+
+OWN = {
+    'linear': lambda: Own(nn.Linear(12, 12)),
+    'norm': lambda: Own(nn.LayerNorm(12)),
+    'batch norm': lambda: Own(nn.BatchNorm2d(12)),
+    'conv': lambda: Own(nn.Conv2d(12, 12, 3)),
+    'conv1d': lambda: Own(nn.Conv1d(12, 12, 3)),
+    'conv1d with a square kernel': lambda: Own(nn.Conv1d(3, 8, 3)),
+    'conv3d': lambda: Own(nn.Conv3d(2, 2, 3)),
+    'sequence': lambda: Own(nn.Sequential(nn.Linear(12, 12), nn.ReLU())),
+    'scale': lambda: Own(nn.ParameterDict({'scale': torch.ones(1), 'bias': torch.ones(3)})),
+    'child of a linear layer': lambda: Own(nn.Linear(12, 12), weight=torch.ones(12, 12)),
+    'conv1d beside a weight': lambda: Own(nn.Conv1d(12, 12, 3), weight=torch.ones(12, 12)),
+    'norm beside a weight': lambda: Own(nn.GroupNorm(3, 12), weight=torch.ones(12, 12)),
+    'nested': lambda: Own(Own(nn.Linear(12, 12))),
+}
+
+
+@pytest.mark.parametrize('kind', OWN)
+def test_modules_of_the_users_own_called_denoiser(kind):
+    """They are no denoisers: fusing leaves them as they are, as a state dict and as a model."""
+    torch.manual_seed(0)
+    own = OWN[kind]()
+    assert find_denoisers(own.state_dict()) == {}
+    with pytest.raises(FusionError, match='no denoiser'):
+        fuse_state_dict(own.state_dict())
+    for model, prefix in ((copy.deepcopy(own), ''), (nn.ModuleDict({'head': own}), 'head.')):
+        vanilla, layer = copy.deepcopy(model), f'{prefix}enc'
+        apply_denoiserep(model.get_submodule(prefix.rstrip('.')), 'enc', example_input=torch.randn(2, 12))
+        state = randomise(model).state_dict()
+        assert list(find_denoisers(state)) == [f'{layer}.']
+        fused = fuse_state_dict(state)
+        assert list(fused) == list(vanilla.state_dict())
+        assert all(fused[key] is state[key] for key in fused if not key.startswith(f'{layer}.'))
+        vanilla.load_state_dict(fused, strict=True)
+        twin = fuse_model(model)
+        assert all(torch.equal(value, fused[key]) for key, value in twin.state_dict().items())
+        assert not torch.equal(fused[f'{layer}.weight'], state[f'{layer}.weight'])
+
+
+def test_a_layer_called_denoiser_gets_one():
+    """A user's layer of that name can be converted itself, and is fused."""
+    model, x = Own(nn.Linear(12, 12)).double(), torch.randn(2, 12, dtype=torch.float64)
+    model.forward = lambda x: model.denoiser(model.enc(x).relu())
+    expected = copy.deepcopy(list(model.state_dict()))
+    assert len(apply_denoiserep(model, 'all', rank=3, example_input=x).layers) == 2
+    state = randomise(model).state_dict()
+    assert sorted(find_denoisers(state)) == ['denoiser.', 'enc.']
+    fused = fuse_state_dict(state)
+    assert list(fused) == expected
+    plain = Own(nn.Linear(12, 12)).double()
+    plain.load_state_dict(fused, strict=True)
+    assert relative(plain.denoiser(plain.enc(x).relu()), model(x)) < 1e-9
+
+
+def test_damaged_beside_a_users_own():
+    """A damaged denoiser of ours is an error also where the model has a denoiser of its own."""
+    own = {f'head.{key}': value for key, value in Own(nn.Linear(12, 12)).state_dict().items()}
+    for damage, message in (
+        ({'weight': None}, 'no weight'),
+        ({'weight': None, 'bias': None}, 'no weight'),
+        ({'denoiser__weight': torch.zeros(1, 11, 11)}, 'does not fit'),
+        ({'denoiser__weight': None}, 'incomplete'),
+        ({'rank': 2, 'denoiser__down': None}, 'incomplete'),
+        ({'rank': 2, 'weight': None}, 'no weight'),
+        ({'denoiser__gain': torch.ones(1)}, 'nothing that a denoiser'),
+    ):
+        with pytest.raises(FusionError, match=message):
+            fuse_state_dict(own | broken(**damage))
+
+
+def test_entries_that_are_no_tensors():
+    """``_extra_state`` of any kind stays as it is, also where it is called denoiser."""
+    extra = {'head._extra_state': {'a': 1}, 'head.denoiser.weight': 'none', 'head.denoiser.scale': None}
+    state = broken()
+    fused = fuse_state_dict(state | extra)
+    assert {key: fused[key] for key in extra} == extra
+    assert torch.equal(fused['fc.weight'], fuse_state_dict(state)['fc.weight'])
+
+
+# Models whose state dict is another thing
+
+
+class Odd(nn.Module):
+    """Two layers; what its state dict holds is up to a hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.f, self.g = nn.Linear(12, 12), nn.Linear(12, 4)
+
+    def forward(self, x):
+        """Run them."""
+        return self.g(self.f(x).relu())
+
+
+class Extra(Odd):
+    """A model with an extra state."""
+
+    def get_extra_state(self):
+        """Anything."""
+        return {'version': object()}
+
+    def set_extra_state(self, state):
+        """Nothing."""
+
+
+def with_hook(hook):
+    """An Odd model with a hook on its state dict."""
+    model = Odd()
+    model._register_state_dict_hook(lambda module, state, prefix, local: hook(state))
+    return model
+
+
+def overriding():
+    """A model whose class makes its state dict."""
+
+    class Empty(Odd):
+        def state_dict(self, *args, **kwargs):
+            return {}
+
+    return Empty()
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: with_hook(lambda state: OrderedDict((f'net.{key}', value) for key, value in state.items())),
+        lambda: with_hook(lambda state: [state.pop(key) for key in list(state) if 'f.' in key] and None),
+        lambda: with_hook(lambda state: state.update(note='text')),
+        overriding,
+        Extra,
+    ],
+    ids=['renames', 'leaves out', 'adds text', 'overridden', 'extra state'],
+)
+def test_models_fuse_by_their_modules(make):
+    """What a state dict renames, leaves out or adds plays no part."""
+    torch.manual_seed(0)
+    model, x = make().double(), torch.randn(3, 12, dtype=torch.float64)
+    vanilla = copy.deepcopy(model)
+    apply_denoiserep(model, 'all', rank=3, example_input=x)
+    fused = fuse_model(randomise(model))
+    assert type(fused.f) is nn.Linear
+    assert relative(fused(x), model(x)) < 1e-9
+    assert relative(vanilla(x), model(x)) > 1e-2
+    assert verify_fusion(model, fused, x).ok
+
+
+def test_lora_model():
+    """mmpretrain's LoRAModel, whose state dict holds the LoRA weights alone: as a model, and as a file."""
+    torch.manual_seed(0)
+    config = {'type': 'VisionTransformer', 'arch': VIT, 'img_size': 32, 'patch_size': 8}
+    model = LoRAModel(config, alpha=1, rank=2, targets=[{'type': 'qkv'}, {'type': '.*ffn.*0'}]).double().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    vanilla = copy.deepcopy(model)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    apply_denoiserep(model, 'all', rank=2, example_input=x)
+    fused = fuse_model(randomise(model))
+    assert relative(fused(x)[0], model(x)[0]) < 1e-9
+    assert relative(vanilla(x)[0], model(x)[0]) > 1e-2
+    assert [key for key, _ in fused.named_parameters()] == [key for key, _ in vanilla.named_parameters()]
+
+    for name, parameter in model.named_parameters():
+        if '.denoiser.' in name and '.lora_' not in name:  # the layers of the base model are frozen, so these stay zero
+            parameter.data.zero_()
+    state = fuse_state_dict(model.state_dict())
+    assert list(state) == list(vanilla.state_dict())
+    vanilla.load_state_dict({key: value for key, value in model.named_parameters() if '.denoiser.' not in key}, False)
+    vanilla.load_state_dict(state, strict=False)
+    assert relative(vanilla(x)[0], model(x)[0]) < 1e-9
+
+
+def test_pruned_after_the_conversion():
+    """A layer that was pruned or parametrised since is refused by name, and fuses once that is permanent."""
+    model, x = Odd().double(), torch.randn(3, 12, dtype=torch.float64)
+    apply_denoiserep(model, 'all', rank=None, example_input=x)
+    prune.l1_unstructured(randomise(model).f, 'weight', 0.5)
+    with pytest.raises(FusionError, match=r'weight of f was pruned'):
+        fuse_model(model)
+    prune.remove(model.f, 'weight')
+    assert relative(fuse_model(model)(x), model(x)) < 1e-9
+    parametrizations.orthogonal(model.f)
+    with pytest.raises(FusionError, match=r'weight of f was'):
+        fuse_model(model)
 
 
 def test_overflow_is_refused():

@@ -1,6 +1,7 @@
 """Builds the model of a config and loads a checkpoint into it, strictly."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -13,14 +14,16 @@ from launch import stop
 from mmdenoiserep.apis.backbones import find_backbones
 from mmdenoiserep.core import CheckpointError, fuse_state_dict, read_checkpoint
 from mmdenoiserep.core.checkpoint import make_vanilla, split_checkpoint
-from mmdenoiserep.core.fuse import DENOISER_KEY
+from mmdenoiserep.core.fuse import denoiser_keys
 
 
 def build(cfg: Config, config: str, denoised: bool) -> nn.Module:
     """Returns the model of a config in eval mode, with its denoisers or without, as mmengine's runner builds it.
 
+    It is built from a copy, for some models (DINO) write into their config, and would not be built a second time.
+
     Args:
-        cfg: The config.
+        cfg: The config; it is not changed.
         config: Its path, to blame for what goes wrong.
         denoised: Whether to keep what DenoiseRepBackbone adds.
     """
@@ -28,9 +31,10 @@ def build(cfg: Config, config: str, denoised: bool) -> nn.Module:
         if not cfg.get('model'):
             stop(f'{config} has no model')
         set_default_scope(cfg)
+        model = deepcopy(cfg.model)
         if 'data_preprocessor' in cfg:
-            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-        return MODELS.build(cfg.model if denoised else without_denoising(cfg.model)).eval()
+            model.setdefault('data_preprocessor', deepcopy(cfg.data_preprocessor))
+        return MODELS.build(model if denoised else without_denoising(model)).eval()
 
 
 def load(
@@ -57,7 +61,7 @@ def load(
     state, meta = split_checkpoint(read_checkpoint(checkpoint, allow_pickle), Path(checkpoint), [])
     if denoisers != 'keep':
         make_vanilla(meta, [])
-    has_some = any(map(DENOISER_KEY.fullmatch, state))
+    has_some = bool(denoiser_keys(state))
     if has_some and denoisers == 'refuse':
         raise CheckpointError(
             f'{checkpoint} has denoisers; fold them into the weights first: '
@@ -67,7 +71,7 @@ def load(
     find_backbones(model)
     if denoisers == 'keep':
         start = model.state_dict()
-        state = state if has_some else state | {key: start[key] for key in start if DENOISER_KEY.fullmatch(key)}
+        state = state if has_some else state | {key: start[key] for key in denoiser_keys(start)}
     elif has_some:
         state = fuse_state_dict(state)
     load_strictly(model, state, checkpoint, 'denoised' if denoisers == 'keep' else 'vanilla')

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..core import DenoiseLayer, InputError
 from ..core.checkpoint import STAMP, find_weights
-from ..core.fuse import DENOISER_KEY
+from ..core.fuse import denoiser_keys
 
 HARDLY = 0.1
 """A start of a training that gives less of the model, and uses less of the file, is no start."""
@@ -70,12 +70,10 @@ class Loading:
         Raises:
             InputError: The weights are not of a model such as this one: one has denoisers and the other has none.
         """
-        state = checkpoint['state_dict']
-        self.shapes = {
-            re.sub(r'^module\.', '', str(name)): getattr(value, 'shape', None) for name, value in state.items()
-        }
+        state = {re.sub(r'^module\.', '', str(name)): value for name, value in checkpoint['state_dict'].items()}
+        self.shapes = {name: getattr(value, 'shape', None) for name, value in state.items()}
         known = _tensors(self.model)
-        unknown = [name for name in self.shapes if DENOISER_KEY.fullmatch(name) and name not in known]
+        unknown = sorted(name for name in denoiser_keys(state) if name not in known)
         is_denoised = any(isinstance(module, DenoiseLayer) for module in self.model.modules())
         if unknown and not is_denoised:
             raise InputError(

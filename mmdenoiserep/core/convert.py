@@ -1,15 +1,18 @@
 """Puts denoisers onto the target layers of a model, in place, and reports what was done."""
 
+import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .denoiser import DEFAULT_RANK
-from .layers import DENOISE_CLASSES, DenoiseLayer, convert_layer, restore_layer
-from .probe import Execution, probe_execution
+from .layers import DENOISE_CLASSES, DenoiseLayer, convert_layer, reserved_names, restore_layer
+from .probe import Execution, overlap, probe_execution, storage_of
 from .schedule import NoiseSchedule
 from .table import format_table
 from .targets import Target, Targets, compile_pattern, near_names, parse_targets
@@ -21,6 +24,11 @@ EXACT_CLASSES = {
     'mmcv.cnn.bricks.wrappers.Conv2d',
 }
 """The classes that are converted: those whose forward is the plain layer's. Others may compute something else."""
+
+PLAIN_MODULES = {name.rpartition('.')[0] for name in EXACT_CLASSES}
+
+FORWARDS = ('forward', '_conv_forward')
+"""What computes the output of a layer: as its class defines it there, or the layer is no plain one."""
 
 OPTIONS = ('rank', 'bias')
 
@@ -94,7 +102,8 @@ def apply_denoiserep(
 
     Timesteps count down in execution order: the first of N layers gets t = N, the last one t = 1. The order comes from
     one run on a dummy image, which also finds the layers that are never called or whose weight a parent reads by
-    itself (``nn.MultiheadAttention``, SwinV2's ``qkv``): those can't be fused exactly and are skipped.
+    itself (``nn.MultiheadAttention``, SwinV2's ``qkv``): those can't be fused exactly and are skipped, as is every
+    layer that is not plainly one of its class.
 
     Args:
         module: The model; it stays the same object, and every parameter keeps its name.
@@ -125,11 +134,11 @@ def apply_denoiserep(
     names = _layer_names(module)
     layers = {aliases[0]: module.get_submodule(aliases[0]) for aliases in names}
     execution = probe_execution(
-        module, {n: m for n, m in layers.items() if _plain_weight(m) and 'forward' not in m.__dict__}, example_input
+        module, {n: m for n, m in layers.items() if _own_parameters(m) and 'forward' not in m.__dict__}, example_input
     )
-    owners = _weight_owners(module)
+    shared = _shared_parameters(module)
 
-    chosen, skipped = _choose(names, layers, parsed, excluded, lambda layer: _why_not(layer, execution, owners))
+    chosen, skipped = _choose(names, layers, parsed, excluded, lambda layer: _why_not(layer, execution, shared))
     if not execution.failure:
         position = {key: place for place, key in enumerate(execution.order)}
         chosen = dict(sorted(chosen.items(), key=lambda item: position[id(layers[item[0]])]))
@@ -205,35 +214,59 @@ def _layer_names(module: nn.Module) -> list[list[str]]:
     return list(names.values())
 
 
-def _plain_weight(layer: nn.Module) -> bool:
-    return layer._parameters.get('weight') is not None
+def _own_parameters(layer: nn.Module) -> bool:
+    """Whether the weight and the bias, where there is one, are parameters of the layer."""
+    if not isinstance(layer._parameters.get('weight'), nn.Parameter):
+        return False
+    return isinstance(layer._parameters.get('bias'), nn.Parameter) or getattr(layer, 'bias', None) is None
 
 
-def _weight_owners(module: nn.Module) -> dict[int, int]:
-    """Counts, for every parameter, the modules that hold it."""
-    owners: dict[int, int] = {}
+def _shared_parameters(module: nn.Module) -> set[int]:
+    """Returns, by ``id``, the parameters that several modules hold, or whose memory others have a part in."""
+    held: dict[int, list[Tensor]] = {}
     for child in module.modules():
-        for parameter in child._parameters.values():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return owners
+        for tensor in (*child._parameters.values(), *child._buffers.values()):
+            if tensor is not None and not is_lazy(tensor):
+                held.setdefault(storage_of(tensor), []).append(tensor)
+    shared = set()
+    for tensors in held.values():
+        for one, other in itertools.combinations(tensors, 2):
+            if overlap(one, other):
+                shared |= {id(one), id(other)}
+    return shared
 
 
-def _why_not(layer: nn.Module, execution: Execution, owners: Mapping[int, int]) -> str:
+def _why_not(layer: nn.Module, execution: Execution, shared: Container[int]) -> str:
     """Returns why a layer can't get a denoiser that fuses exactly; empty if it can."""
-    if any(owners[id(p)] > 1 for p in layer._parameters.values() if p is not None):
+    if any(id(p) in shared for p in layer._parameters.values()):
         return 'its weight or bias is shared with another layer'
     if id(layer) in execution.bypassed:
         return 'bypassed: its weight or bias is used outside of its own forward'
     vanilla = f'{type(layer).__module__}.{type(layer).__qualname__}'
     if vanilla not in EXACT_CLASSES:
         return f'{vanilla} may compute something else than the plain layer'
-    if 'forward' in layer.__dict__:
-        return 'its forward was replaced on the object'
-    if not _plain_weight(layer):
-        return 'its weight is not a parameter of its own (weight norm or a parametrisation)'
+    for name in FORWARDS:
+        defined = getattr(type(layer), name, None)
+        if name in layer.__dict__:
+            return f'its {name} was replaced on the object'
+        if defined is not None and getattr(defined, '__module__', '') not in PLAIN_MODULES:
+            return f'the {name} of its class was replaced'
+    if not _own_parameters(layer):
+        return 'its weight or bias is not a parameter of its own (pruned, weight norm or a parametrisation)'
+    if not all(_is_ordinary(p) for p in layer._parameters.values() if p is not None):
+        return 'its weight or bias is no ordinary tensor of floating-point numbers'
+    own = {*layer.__dict__, *layer._parameters, *layer._buffers, *layer._modules}
+    if taken := reserved_names(layer) & (own | execution.attributes.get(id(layer), set())):
+        return f'it has attributes that a denoised layer needs for itself: {", ".join(sorted(taken))}'
+    if id(layer) in execution.past_hooks:
+        return 'it is called by its forward, or with its input by keyword, which hooks on it do not see'
     if not execution.failure and id(layer) not in execution.order:
         return 'not executed on the dummy image'
     return ''
+
+
+def _is_ordinary(parameter: nn.Parameter) -> bool:
+    return type(parameter.data) is Tensor and parameter.is_floating_point() and parameter.layout is torch.strided
 
 
 def _refuse_switch_to_deploy(module: nn.Module) -> None:

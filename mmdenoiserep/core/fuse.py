@@ -7,18 +7,22 @@ import copy
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .convert import fuse_before_deploy
 from .denoiser import fold
 from .errors import InputError
 from .layers import DenoiseLayer, restore_layer
 
-DENOISER_KEY = re.compile(r'(?P<layer>(?:.*\.)?)denoiser\.(?P<name>weight|scale|up|down|bias)')
-"""Matches a whole state-dict key of a denoiser; ``layer`` is the prefix of the layer's own keys."""
+DENOISER_KEY = re.compile(r'(?P<layer>(?:.*\.)?)denoiser\.(?P<name>[^.]+)')
+"""Matches a whole state-dict key that may be one of a denoiser; ``layer`` is the prefix of the layer's own keys."""
 
+DIMENSIONS = dict(weight=3, scale=1, up=3, down=3, bias=1)
+"""Names of what a denoiser holds, and how many dimensions each has."""
 
 PART = 2**19
 """Elements of a weight that are folded at a time: 4 MiB in float64, which the cache may hold."""
@@ -44,61 +48,134 @@ def fuse_state_dict(state: Mapping[str, Tensor], changes: dict[str, float] | Non
     Raises:
         FusionError: There is no denoiser, a shape does not fit, or a value is not finite.
     """
-    denoisers: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        if match := DENOISER_KEY.fullmatch(key):
-            denoisers.setdefault(match['layer'], {})[match['name']] = value
+    denoisers = find_denoisers(state)
     if not denoisers:
-        raise FusionError('there is no denoiser in it (no key with .denoiser.), so there is nothing to fuse')
+        own = next((f' ({key} is of another module)' for key in state if DENOISER_KEY.fullmatch(key)), '')
+        raise FusionError(f'there is no denoiser in it{own}, so there is nothing to fuse')
 
-    fused = OrderedDict((key, value) for key, value in state.items() if not DENOISER_KEY.fullmatch(key))
+    ours = denoiser_keys(state)
+    fused = OrderedDict((key, value) for key, value in state.items() if key not in ours)
     for layer, parameters in denoisers.items():
         if foreign := [key for key in fused if key.startswith(f'{layer}denoiser.')]:
             raise FusionError(f'{foreign[0]} is nothing that a denoiser of this package holds')
         name = layer.rstrip('.') or 'the model'
-        weight, bias, change = _fold(name, state, layer, parameters)
+        weight, bias = state.get(f'{layer}weight'), state.get(f'{layer}bias')
+        if not isinstance(weight, Tensor):
+            raise FusionError(f'{name} has a denoiser but no weight; the file is incomplete')
+        weight, bias, change = _fold(name, weight, bias, parameters)
         if changes is not None:
             changes[name] = change
         fused[f'{layer}weight'] = weight
         if bias is not None:
             fused[f'{layer}bias'] = bias
     if hasattr(state, '_metadata'):  # versions of the modules, which torch keeps beside the entries
-        versions = ((key, value) for key, value in state._metadata.items() if not f'.{key}'.endswith('.denoiser'))
+        gone = {f'{layer}denoiser' for layer in denoisers}
+        versions = ((key, value) for key, value in state._metadata.items() if key not in gone)
         fused._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
     return fused
+
+
+def find_denoisers(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Returns the denoisers in a state dict: for the prefix of each layer, the tensors of its denoiser by name.
+
+    A module of the user's own may be called ``denoiser`` as well. Ours stands beside the weight of a Linear layer or a
+    convolution, and holds matrices for groups of channels: a weight of any but three dimensions is the user's, and so
+    are kernels of ``nn.Conv1d``. Where the weight of the layer is missing, what looks like ours throughout is ours, so
+    that a damaged file is not taken for a vanilla one.
+
+    Args:
+        state: Values by name, of which not all need to be tensors.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for key, value in state.items():
+        if match := DENOISER_KEY.fullmatch(key):
+            groups.setdefault(match['layer'], {})[match['name']] = value
+    found = {}
+    for layer, group in groups.items():
+        ours = {name: value for name, value in group.items() if name in DIMENSIONS and isinstance(value, Tensor)}
+        if ours and _is_denoiser(state.get(f'{layer}weight'), ours):
+            found[layer] = ours
+    return found
+
+
+def denoiser_keys(state: Mapping[str, Any]) -> set[str]:
+    """Returns the keys of a state dict that :func:`find_denoisers` finds; empty where it has no denoiser."""
+    return {f'{layer}denoiser.{name}' for layer, group in find_denoisers(state).items() for name in group}
+
+
+def _is_denoiser(weight: Any, entries: Mapping[str, Tensor]) -> bool:
+    """Whether entries called ``denoiser.*`` are ours, damaged or not, and not those of a module of the user's."""
+    matrix = entries.get('weight')
+    if matrix is not None and (
+        matrix.dim() in (1, 2, 4, 5) or (matrix.dim() == 3 and matrix.shape[1] != matrix.shape[2])
+    ):
+        return False  # a norm, a Linear layer, a convolution
+    if isinstance(weight, Tensor):
+        return weight.dim() in (2, 4) or matrix is not None or {'up', 'down'} <= set(entries)
+    # without its layer: all of it has to look like ours
+    if any(value.dim() != DIMENSIONS[name] for name, value in entries.items()):
+        return False
+    if matrix is not None:
+        groups, size, _ = matrix.shape  # of nn.Conv1d, the bias would have one number for each of the first dimension
+        return len(entries) == 1 or ('bias' in entries and size > 1 and len(entries['bias']) == groups * size)
+    return {'up', 'down'} <= set(entries)
 
 
 def fuse_model(module: nn.Module) -> nn.Module:
     """Returns a vanilla copy of a denoised model with the denoisers folded into its weights.
 
-    The copy has the classes, names, shapes and dtypes of the model before :func:`apply_denoiserep`.
+    The copy has the classes, names, shapes and dtypes of the model before :func:`apply_denoiserep`. What its state dict
+    holds plays no part: that of a LoRA model lacks most weights.
 
     Args:
         module: A model with denoisers; it is not changed.
 
     Raises:
-        FusionError: The model has no denoiser, or a value is not finite.
+        FusionError: The model has no denoiser, a layer was pruned or parametrised since, or a value is not finite.
     """
-    state = fuse_state_dict(module.state_dict())
-    fused = copy.deepcopy(module)
-    for name, child in fused.named_modules():
-        if isinstance(child, DenoiseLayer):
-            restore_layer(child)
-            prefix = f'{name}.' if name else ''
-            with torch.no_grad():
-                for parameter, value in child.named_parameters(recurse=False):
-                    value.copy_(state[f'{prefix}{parameter}'])
+    layers = {name: child for name, child in module.named_modules() if isinstance(child, DenoiseLayer)}
+    if not layers:
+        raise FusionError('there is no denoiser in the model, so there is nothing to fuse')
+    folded = {}
+    for name, layer in layers.items():
+        parameters = dict(layer.named_parameters(recurse=False))
+        if is_parametrized(layer) or 'weight' not in parameters:
+            raise FusionError(
+                f'the weight of {name or "the model"} was pruned or parametrised after the conversion; make that '
+                'permanent (torch.nn.utils.prune.remove, remove_parametrizations) and fuse then'
+            )
+        denoiser = dict(layer.denoiser.named_parameters())
+        weight, bias, _ = _fold(name or 'the model', layer.weight, parameters.get('bias'), denoiser)
+        folded[name] = dict(weight=weight) if bias is None else dict(weight=weight, bias=bias)
+    fused = _copy(module)
+    for name, values in folded.items():
+        twin = fused.get_submodule(name)
+        restore_layer(twin)  # type: ignore[arg-type]
+        with torch.no_grad():
+            for key, value in values.items():
+                twin.get_parameter(key).copy_(value)
+    for child in fused.modules():
         if child.__dict__.get('switch_to_deploy') is fuse_before_deploy:
             del child.switch_to_deploy
         _drop_own_hooks(child)
     return fused
 
 
-def _fold(name: str, state: Mapping[str, Tensor], prefix: str, parameters: dict) -> tuple[Tensor, Tensor | None, float]:
+def _copy(module: nn.Module) -> nn.Module:
+    """Returns a deep copy, also of a model with pruned or weight-normed layers, which hold results of operations."""
+    results = [
+        value
+        for part in module.modules()
+        for value in part.__dict__.values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    return copy.deepcopy(module, {id(value): value.detach().clone() for value in results})
+
+
+def _fold(
+    name: str, weight: Tensor, bias: Tensor | None, parameters: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor | None, float]:
     """Returns the fused weight and bias of one layer and the change of its weight; a FusionError names the layer."""
-    weight, bias = state.get(f'{prefix}weight'), state.get(f'{prefix}bias')
-    if weight is None:
-        raise FusionError(f'{name} has a denoiser but no weight; the file is incomplete')
     kinds = set(parameters) - {'bias'}
     if kinds not in ({'weight'}, {'scale', 'up', 'down'}):
         raise FusionError(f'the denoiser of {name} is incomplete: it has only {", ".join(sorted(parameters))}')

@@ -6,10 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .denoiser import Denoiser, fold
+from .errors import InputError
 from .loss import denoise_loss
 from .sample import Sample
 from .schedule import NoiseSchedule, ReverseStep
@@ -48,16 +50,25 @@ class DenoiseLayer(nn.Module):
         """The constants of this layer's timestep."""
         return self.schedule.reverse_step(self.timestep)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to the denoised input, in training and in evaluation alike.
 
         ``W (x - (B x + b~)) + b = (W - W B) x + (b - W b~)``: B is multiplied by the weight or by the input, whichever
         has fewer elements. It is a constant here: a label loss trains the layer through its denoiser, but never the
         denoiser.
+
+        Raises:
+            InputError: torch.fx traces the layer, which a branch on sizes does not allow.
         """
-        if x.numel() > self.weight.numel():
-            return self.forward_plain(x, *self._fold())
-        return self.forward_by_definition(x)
+        if isinstance(input, torch.fx.Proxy):
+            raise InputError(
+                'a model with denoisers cannot be traced by torch.fx, nor trained with efficient_conv_bn_eval of '
+                'mmengine, which traces it and computes convolutions without their denoisers: leave '
+                'efficient_conv_bn_eval out of the config, and trace the fused model'
+            )
+        if input.numel() > self.weight.numel():
+            return self.forward_plain(input, *self._fold())
+        return self.forward_by_definition(input)
 
     def forward_by_definition(self, x: Tensor) -> Tensor:
         """Applies the layer to :meth:`correct`, whatever that costs."""
@@ -215,13 +226,17 @@ class DenoiseConv2d(DenoiseLayer, nn.Conv2d):
 
     def forward_plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Applies ``nn.Conv2d`` with some weight and bias."""
-        return self._conv_forward(x, weight, bias)
+        return super()._conv_forward(x, weight, bias)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Applies another weight and bias to the denoised input: mmcv's ``efficient_conv_bn_eval`` scales them."""
+        return self.forward_plain(self.correct(input), weight, bias)
 
     def _project(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, matrix.flatten(0, 1)[..., None, None], bias, groups=matrix.shape[0])
 
     def _scale(self, x: Tensor, scale: Tensor) -> Tensor:
-        return x * scale.repeat_interleave(self.in_channels // self.groups)[:, None, None]
+        return x * scale.repeat_interleave(self.weight.shape[1])[:, None, None]
 
 
 DENOISE_CLASSES: dict[type[nn.Module], type[DenoiseLayer]] = {nn.Linear: DenoiseLinear, nn.Conv2d: DenoiseConv2d}
@@ -270,9 +285,17 @@ def restore_layer(layer: DenoiseLayer) -> None:
     layer.__class__ = vanilla  # type: ignore[assignment]
 
 
+def reserved_names(layer: nn.Module) -> set[str]:
+    """Returns what a denoised layer defines beside the plain one: names that the plain layer must not use itself."""
+    base, denoised = next((b, d) for b, d in DENOISE_CLASSES.items() if isinstance(layer, b))
+    names = {name for kind in (DenoiseLayer, denoised) for name in (*vars(kind), *kind.__annotations__)}
+    return names - set(dir(base)) - {'weight', 'bias'}
+
+
 def input_channels(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
-    """Returns (input channels, groups) of a layer; a Linear layer has one group."""
-    return (layer.in_features, 1) if isinstance(layer, nn.Linear) else (layer.in_channels, layer.groups)
+    """Returns (input channels, groups) of a layer, those of its weight; a Linear layer has one group."""
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    return layer.weight.shape[1] * groups, groups
 
 
 def can_fuse_denoiser_bias(layer: nn.Linear | nn.Conv2d) -> bool:

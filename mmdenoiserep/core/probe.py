@@ -1,6 +1,9 @@
 """Runs a model once on a dummy image, to see which layers run, in which order, and whose weight is read by others."""
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,7 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .randomness import equal_draws
+from .tensors import tensors_in
 
 
 @dataclass
@@ -19,11 +26,16 @@ class Execution:
         order: The layers in the order of their first call, by ``id``.
         bypassed: The layers whose weight or bias was used outside of their own forward, by ``id``: a denoiser in the
             layer's forward would be skipped there, but would be in the weight once it is fused.
+        past_hooks: The layers that were called by ``.forward``, or with their input by keyword, by ``id``: hooks on a
+            layer, which training and fits need, do not see that input.
+        attributes: The names of the attributes that the forward set on the layers, by ``id``.
         failure: Why there was no pass, empty if there was one.
     """
 
     order: dict[int, None] = field(default_factory=dict)
     bypassed: set[int] = field(default_factory=set)
+    past_hooks: set[int] = field(default_factory=set)
+    attributes: dict[int, set[str]] = field(default_factory=dict)
     failure: str = ''
 
 
@@ -54,6 +66,20 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+def run(module: nn.Module, example_input: Any) -> Any:
+    """Calls a module with an input, and with None for whatever its forward requires besides.
+
+    The backbones of masked image modelling (SimMIM, MaskFeat, BEiT) require a mask, of which None means no mask.
+    """
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())[1:]
+    except ValueError:  # a forward that is not written in Python has no signature
+        parameters = []
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in optional]
+    return module(example_input, **dict.fromkeys(required))
+
+
 def probe_execution(module: nn.Module, layers: Mapping[str, nn.Module], example_input: Any = None) -> Execution:
     """Runs the module once in eval mode; nothing about it, nor the global random state, is different afterwards.
 
@@ -71,43 +97,68 @@ def probe_execution(module: nn.Module, layers: Mapping[str, nn.Module], example_
     if example_input is None:
         generator = torch.Generator().manual_seed(0)
         example_input = torch.randn(1, 3, 224, 224, generator=generator).to(reference)
-    stores = [part._buffers for part in module.modules()]
-    buffers = [(store, name, buffer) for store in stores for name, buffer in store.items() if buffer is not None]
-    values = [buffer.clone() for _, _, buffer in buffers]
-    devices = [reference.device] if reference.is_cuda else []
     try:
-        for layer in layers.values():
-            layer.forward = partial(watch.run, layer, layer.forward)
-        with torch.random.fork_rng(devices), watch, evaluating(module):
-            module(example_input)
+        with untouched(module):
+            for layer in layers.values():
+                layer.forward = partial(watch.run, layer, layer.forward)
+            with equal_draws(), watch, evaluating(module):
+                run(module, example_input)
+            execution.attributes = {id(layer): set(layer.__dict__) for layer in layers.values()}
     except Exception as error:  # any model may fail on an input that is not made for it, in any way
         return Execution(failure=f'{type(error).__name__}: {error}'.strip().splitlines()[0])
-    finally:
-        for layer in layers.values():
-            layer.__dict__.pop('forward', None)
-        for (store, name, buffer), value in zip(buffers, values, strict=True):
-            store[name] = buffer
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)  # only where needed: expanded buffers can't be written
     return execution
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Puts back what happens to a module while it lasts: attributes, what is registered, parameters and buffers.
+
+    A forward may set flags, make or resize buffers and caches, and initialise weights from the first batch.
+    """
+    parts = list(module.modules())
+    attributes = [(part, dict(part.__dict__)) for part in parts]
+    stores: list[dict] = [store for part in parts for store in (part._parameters, part._buffers, part._modules)]
+    registered = [(store, dict(store)) for store in stores]
+    tensors = {id(t): t for _, entries in registered for t in entries.values() if isinstance(t, Tensor)}
+    values = [(t, t.detach().clone()) for t in tensors.values() if not is_lazy(t) and not t.is_meta]
+    try:
+        yield
+    finally:
+        for part, before in attributes:
+            part.__dict__.clear()
+            part.__dict__.update(before)
+        for store, entries in registered:
+            store.clear()
+            store.update(entries)
+        with torch.no_grad():
+            for tensor, value in values:
+                if not torch.equal(tensor, value):  # only where needed: expanded buffers can't be written
+                    tensor.resize_(value.shape).copy_(value) if tensor.shape != value.shape else tensor.copy_(value)
 
 
 class _WeightWatch(TorchDispatchMode):
     """Notes every operation that makes a tensor from a watched weight or bias outside of their own layer.
 
     It watches below torch's functions and around the forward of layers, since a mode for functions or a hook would
-    switch off the fast path of ``nn.TransformerEncoderLayer``, which reads the weights of its children.
+    switch off the fast path of ``nn.TransformerEncoderLayer``, which reads the weights of its children. A weight is
+    known by its memory: a view of it that the model keeps elsewhere is the weight as well.
     """
 
-    def __init__(self, layers, execution: Execution) -> None:
+    def __init__(self, layers: Iterable[nn.Module], execution: Execution) -> None:
         super().__init__()
-        self.owners = {id(p): id(layer) for layer in layers for p in (layer.weight, layer.bias) if p is not None}
+        self.owners: dict[int, list[tuple[Tensor, int]]] = defaultdict(list)
+        for layer in layers:
+            for parameter in (layer.weight, layer.bias):
+                if parameter is not None:
+                    self.owners[storage_of(parameter)].append((parameter, id(layer)))  # type: ignore[arg-type]
         self.execution = execution
         self.running: list[int] = []
 
     def run(self, layer: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the forward of a layer."""
         self.execution.order.setdefault(id(layer))
+        if kwargs or sys._getframe(1).f_globals is not nn.modules.module.__dict__:  # where Module.__call__ is
+            self.execution.past_hooks.add(id(layer))
         self.running.append(id(layer))
         try:
             return forward(*args, **kwargs)
@@ -118,21 +169,41 @@ class _WeightWatch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if _holds_tensor(result):  # reading a number such as the version of a weight is harmless
             for value in tensors_in(args, kwargs or {}):
-                owner = self.owners.get(id(value))
-                if owner is not None and owner not in self.running:
-                    self.execution.bypassed.add(owner)
+                for parameter, owner in self.owners.get(storage_of(value), ()):
+                    if owner not in self.running and overlap(parameter, value):
+                        self.execution.bypassed.add(owner)
         return result
 
 
-def tensors_in(*values: Any) -> Iterator[Tensor]:
-    """Yields every tensor in nested dicts, lists and tuples."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, dict):
-            yield from tensors_in(*value.values())
-        elif isinstance(value, list | tuple):
-            yield from tensors_in(*value)
+def storage_of(tensor: Tensor) -> int:
+    """Returns the address of the memory that a tensor is a part of; where it has none, a number of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr() or -id(tensor)
+    except (NotImplementedError, RuntimeError):  # sparse tensors, and other kinds without memory of their own
+        return -id(tensor)
+
+
+def overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of the same storage have an element in common; parts of one flat buffer have none."""
+    if one is other:
+        return True
+    if storage_of(one) != storage_of(other) or not one.numel() or not other.numel():
+        return False
+    (start, end), (other_start, other_end) = _extent(one), _extent(other)
+    if end <= other_start or other_end <= start:
+        return False
+    if one.dtype != other.dtype or (one.is_contiguous() and other.is_contiguous()):
+        return True
+    used = torch.zeros(one.untyped_storage().nbytes() // one.element_size(), dtype=torch.bool)
+    used.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
+    return bool(used.as_strided(other.shape, other.stride(), other.storage_offset()).any())
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Returns the first byte of a tensor and the one behind its last, in its storage."""
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    return start, start + int(steps + 1) * tensor.element_size()
 
 
 def _holds_tensor(value: Any) -> bool:
@@ -144,5 +215,9 @@ def image_channels(module: nn.Module) -> int:
 
     More than four are not believed: the convolution that is registered first need not be the one that runs first.
     """
-    channels = next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), 3)
+    first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None:
+        return 3
+    known = isinstance(first.weight, Tensor) and not is_lazy(first.weight)
+    channels = first.weight.shape[1] * first.groups if known else first.in_channels  # the weight may be a new one
     return channels if channels <= 4 else 3

@@ -1,16 +1,17 @@
 """Runs a denoised and a fused model on the same input and compares what comes out."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .fuse import fuse_model
+from .fuse import FusionError, fuse_model
 from .layers import DenoiseLayer, forwarding
-from .probe import evaluating
+from .probe import evaluating, run
+from .randomness import equal_draws
 from .table import format_table
+from .tensors import named_tensors
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Largest relative difference of a whole model by the dtype of its weights: rounding, amplified by depth."""
@@ -65,53 +66,62 @@ def verify_fusion(
 ) -> Verification:
     """Compares a denoised model with its fused counterpart, both in eval mode; their own modes come back afterwards.
 
-    The denoisers are applied to the features, as they are defined, and not to the weights, as a forward may do.
+    The denoisers are applied to the features, as they are defined, and not to the weights, as a forward may do. Both
+    models see the same random numbers, for some draw them in eval mode too; the program's own stay as they were.
 
     Args:
         denoised: The model with denoisers.
         fused: The vanilla model to compare with; None fuses the denoised one.
         example_input: What to call both with; None takes two random images, (2, 3, 224, 224).
-        tolerance: Largest relative difference; None takes :data:`TOLERANCES` for the dtype of the fused weights.
+        tolerance: Largest relative difference; None takes :data:`TOLERANCES` for the dtype of the denoised weights.
 
     Returns:
-        A :class:`Verification`.
+        A :class:`Verification` of every floating-point tensor that the models return.
 
     Raises:
-        FusionError: ``fused`` is None and the model can't be fused.
-        ValueError: The models return different structures.
+        FusionError: There is no denoiser, ``fused`` is None and the model can't be fused, or the models return
+            different structures or no floating-point tensor.
     """
-    fused = fuse_model(denoised) if fused is None else fused
-    reference = next(fused.parameters())
-    if tolerance is None:
-        tolerance = TOLERANCES[reference.dtype]
-    if example_input is None:
-        example_input = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(reference)
     layers = [layer for layer in denoised.modules() if isinstance(layer, DenoiseLayer)]
+    if not layers:
+        raise FusionError('there is no denoiser in the model, so there is nothing to compare')
+    fused = fuse_model(denoised) if fused is None else fused
+    if tolerance is None:
+        tolerance = max(TOLERANCES[layer.weight.dtype] for layer in layers)
+    if example_input is None:
+        generator = torch.Generator().manual_seed(0)
+        example_input = torch.randn(2, 3, 224, 224, generator=generator).to(next(denoised.parameters()))
     with evaluating(denoised, fused), forwarding(layers, DenoiseLayer.forward_by_definition):
-        expected = dict(_named_tensors(denoised(example_input)))
-        actual = dict(_named_tensors(fused(example_input)))
+        with equal_draws():
+            returned = run(denoised, example_input)
+        with equal_draws():
+            actual = _numbers(run(fused, example_input))
+    expected = _numbers(returned)
     if expected.keys() != actual.keys():
-        raise ValueError(f'the models return different outputs: {sorted(expected)} and {sorted(actual)}')
+        raise FusionError(f'the models return different outputs: {sorted(expected)} and {sorted(actual)}')
+    if not expected:
+        raise FusionError(
+            f'the model returns no floating-point tensor that could be compared, but a {type(returned).__name__}'
+        )
     return Verification(tuple(_compare(name, expected[name], actual[name], tolerance) for name in expected))
 
 
 def _compare(name: str, expected: Tensor, actual: Tensor, tolerance: float) -> Difference:
     if expected.shape != actual.shape:
-        raise ValueError(f'{name} has shape {tuple(expected.shape)} denoised and {tuple(actual.shape)} fused')
-    expected, actual = expected.double(), actual.double()
-    max_abs = (expected - actual).abs().max().item() if expected.numel() else 0.0
-    scale = expected.abs().max().item() if expected.numel() else 0.0
+        raise FusionError(f'{name} has shape {tuple(expected.shape)} denoised and {tuple(actual.shape)} fused')
+    expected, actual = _wide(expected), _wide(actual)
+    apart = (expected - actual).abs().where(expected != actual, 0)  # infinities, which masks put in, may agree
+    sizes = expected.abs()
+    sizes = sizes[sizes.isfinite()]
+    max_abs = apart.max().item() if apart.numel() else 0.0
+    scale = sizes.max().item() if sizes.numel() else 0.0
     return Difference(name, max_abs, max_abs / scale if scale else max_abs, tolerance)
 
 
-def _named_tensors(value: Any, name: str = 'output') -> Iterator[tuple[str, Tensor]]:
-    """Yields every floating-point tensor of a nested result with its place in it."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield name, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _named_tensors(item, f'{name}[{key!r}]')
-    elif isinstance(value, list | tuple):
-        for place, item in enumerate(value):
-            yield from _named_tensors(item, f'{name}[{place}]')
+def _numbers(value: Any) -> dict[str, Tensor]:
+    """Returns the tensors of a result that hold real or complex numbers, by their place in it."""
+    return {name: x for name, x in named_tensors(value) if x.is_floating_point() or x.is_complex()}
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to_dense().to(torch.complex128 if values.is_complex() else torch.float64)

@@ -1,0 +1,238 @@
+"""Tests of the verification: random forwards, and outputs of any kind."""
+
+import collections
+import copy
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData, PixelData
+from mmpretrain.models.selfsup import (
+    BEiTPretrainViT,
+    MAEViT,
+    MaskFeatViT,
+    MixMIMPretrainTransformer,
+    SimMIMSwinTransformer,
+)
+from torch import nn
+
+from helpers import randomise, relative
+from mmdenoiserep import apply_denoiserep, fuse_model, verify_fusion
+from mmdenoiserep.core import FusionError
+from mmdenoiserep.core.randomness import equal_draws
+from mmdenoiserep.core.tensors import named_tensors, tensors_in
+
+X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class Net(nn.Module):
+    """Two layers around a function of the features."""
+
+    def __init__(self, between=torch.relu, pack=lambda x: x):
+        super().__init__()
+        self.f, self.g = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.between = between
+        self.pack = pack
+
+    def forward(self, x):
+        """Run them."""
+        return self.pack(self.g(self.between(self.f(x))))
+
+
+def make(between=torch.relu, pack=lambda x: x):
+    """A converted Net with random denoisers, and the same without."""
+    torch.manual_seed(0)
+    vanilla = Net(between, pack).double().eval()
+    model = copy.deepcopy(vanilla)
+    apply_denoiserep(model, 'all', rank=3, example_input=X)
+    return randomise(model), vanilla
+
+
+def states():
+    """The states of all generators."""
+    return str(torch.get_rng_state().tolist()), random.getstate(), str(np.random.get_state())
+
+
+# Random numbers
+
+
+@pytest.mark.parametrize(
+    'between',
+    [
+        lambda x: x * (torch.rand(x.shape) > 0.5),
+        lambda x: x * torch.from_numpy(np.random.permutation(8)),
+        lambda x: x * random.random(),
+        lambda x: torch.dropout(x, 0.5, True),
+        lambda x: x + torch.randn_like(x) * np.random.rand() * random.gauss(0, 1),
+        lambda x: x[:, torch.multinomial(torch.ones(5), 3)],
+    ],
+    ids=['mask', 'numpy', 'python', 'dropout', 'all', 'sampled tokens'],
+)
+def test_random_forward(between):
+    """Both models see the same random numbers of every generator, and the program's own stay as they were."""
+    model, vanilla = make(between)
+    before = states()
+    result = verify_fusion(model, example_input=X)
+    assert result.ok, str(result)
+    assert result.differences[0].tolerance == 1e-9
+    assert not verify_fusion(model, vanilla, X).ok
+    assert states() == before
+
+
+VIT = {'embed_dims': 16, 'num_layers': 2, 'num_heads': 2, 'feedforward_channels': 32}
+SWIN = {'embed_dims': 16, 'depths': [1, 1, 1, 1], 'num_heads': [1, 2, 4, 8]}
+
+
+@pytest.mark.parametrize(
+    'backbone, size',
+    [
+        (lambda: MAEViT(VIT, img_size=32, patch_size=8), 32),
+        (lambda: MixMIMPretrainTransformer(SWIN, img_size=64, window_size=[2] * 4, mask_ratio=0.5), 64),
+        (lambda: SimMIMSwinTransformer(SWIN, img_size=56, pad_small_map=True), 56),
+        (lambda: MaskFeatViT(VIT, img_size=32, patch_size=8, out_type='raw'), 32),
+        (lambda: BEiTPretrainViT(VIT, img_size=32, patch_size=8, out_type='raw'), 32),
+    ],
+    ids=['MAE', 'MixMIM', 'SimMIM', 'MaskFeat', 'BEiT'],
+)
+def test_masked_image_models(backbone, size):
+    """Backbones that hide patches in eval mode too, or require a mask, are verified; a difference is found."""
+    torch.manual_seed(0)
+    vanilla = backbone()
+    vanilla.init_weights()
+    for parameter in vanilla.double().parameters():  # some start at zero
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model = copy.deepcopy(vanilla)
+    x = torch.randn(1, 3, size, size, dtype=torch.float64)
+    assert not apply_denoiserep(model, 'all', rank=2, example_input=x).probe_failure
+    fused = fuse_model(randomise(model))
+    result = verify_fusion(model, fused, x)
+    assert result.ok, str(result)
+    assert not verify_fusion(model, vanilla, x).ok
+
+
+def test_equal_draws():
+    """Every generator starts at the seed and is as it was afterwards, also after an error."""
+    before = states()
+    with equal_draws(3):
+        first = torch.rand(2).tolist(), np.random.rand(), random.random()
+    with pytest.raises(KeyError), equal_draws(3):
+        assert (torch.rand(2).tolist(), np.random.rand(), random.random()) == first
+        raise KeyError
+    with equal_draws(4):
+        assert (torch.rand(2).tolist(), np.random.rand(), random.random()) != first
+    assert states() == before
+
+
+# Outputs
+
+
+@dataclass
+class Output:
+    """A plain dataclass."""
+
+    last: Any
+    note: str = 'text'
+
+
+class Slots:
+    """An object without a dict."""
+
+    __slots__ = ('features', 'missing')
+
+    def __init__(self, features):
+        self.features = features
+
+
+def sample(x):
+    """What a detector returns."""
+    instances = InstanceData(scores=x.flatten(1)[:, 0], labels=torch.ones(2, dtype=torch.long))
+    return [DetDataSample(pred_instances=instances, metainfo={'img_path': 'a.png'}), PixelData(data=x[:1])]
+
+
+Pair = collections.namedtuple('Pair', 'first second')
+PACKINGS = {
+    'dataclass': Output,
+    'dataclass of lists': lambda x: Output([x, Output(x + 1)]),
+    'namedtuple': lambda x: Pair(x, None),
+    'dict': lambda x: {'a': x, 2: (x,), ('b', 1): [x]},
+    'mapping': lambda x: collections.UserDict(a=x),
+    'object': lambda x: type('Anything', (), {})() or None,
+    'slots': Slots,
+    'data elements': sample,
+    'distribution': lambda x: torch.distributions.Normal(x, 1, validate_args=False),
+    'complex': lambda x: torch.complex(x, x + 1),
+    'sparse': lambda x: x.to_sparse(),
+    'masked with -inf': lambda x: x.masked_fill(torch.ones(5, 8).triu().bool(), -torch.inf),
+    'nested': lambda x: {'outputs': [Pair(Output(x), sample(x))]},
+}
+
+
+def attached(x):
+    """An object with attributes."""
+    thing = type('Anything', (), {})()
+    thing.parts, thing.itself = [x], thing
+    return thing
+
+
+PACKINGS['object'] = attached
+
+
+@pytest.mark.parametrize('kind', PACKINGS)
+def test_outputs_of_any_kind(kind):
+    """The tensors of every output are found and compared; a difference in them is one."""
+    model, vanilla = make(pack=PACKINGS[kind])
+    result = verify_fusion(model, example_input=X)
+    assert result.differences
+    assert result.ok, str(result)
+    assert not verify_fusion(model, vanilla, X).ok
+    assert list(tensors_in(PACKINGS[kind](X)))
+
+
+@pytest.mark.parametrize(
+    'pack, kind',
+    [
+        (lambda x: None, 'NoneType'),
+        (lambda x: x.tolist(), 'list'),
+        (lambda x: Output('text'), 'Output'),
+        (lambda x: x.argmax(-1), 'Tensor'),
+        (lambda x: {}, 'dict'),
+    ],
+)
+def test_outputs_without_numbers(pack, kind):
+    """Nothing to compare is a failure with a sentence, not an empty table."""
+    model, _ = make(pack=pack)
+    with pytest.raises(FusionError, match=f'no floating-point tensor.* a {kind}'):
+        verify_fusion(model, example_input=X)
+
+
+def test_a_model_without_denoisers():
+    """There is nothing to verify."""
+    model, vanilla = make()
+    with pytest.raises(FusionError, match='no denoiser'):
+        verify_fusion(vanilla, vanilla, X)
+    assert verify_fusion(model, example_input=X).ok
+
+
+def test_places():
+    """Each tensor has the name of its place, and one in a cycle is found once."""
+    value = {'a': [X, Output(X)], 2: Pair(X, Slots(X))}
+    value['self'] = value
+    names = [name for name, _ in named_tensors(value, 'out')]
+    assert names == ["out['a'][0]", "out['a'][1].last", 'out[2][0]', 'out[2][1].features']
+    assert [name for name, _ in named_tensors(sample(X))][0] == 'output[0]._pred_instances.scores'
+
+
+def test_mixed_dtypes():
+    """The tolerance is that of the layers with denoisers, whatever the first parameter of the model is."""
+    model, _ = make()
+    model.float()
+    model.register_parameter('scale', nn.Parameter(torch.ones(1, dtype=torch.float64)))
+    model._parameters.move_to_end('scale', last=False) if hasattr(model._parameters, 'move_to_end') else None
+    result = verify_fusion(model, example_input=X.float())
+    assert result.ok
+    assert result.differences[0].tolerance == 1e-4
+    assert relative(fuse_model(model)(X.float()), model(X.float())) < 1e-4
