@@ -180,3 +180,56 @@ def test_a_bug_of_the_user_keeps_its_traceback(bug, name, folder):
 def test_a_mistake_in_the_config_is_a_sentence(option):
     """It goes through libraries alone."""
     assert 'config.py' in sentence('train', 'config.py', options=[option])
+
+
+OUTER = """
+import torch
+from mmengine.registry import MODELS
+@MODELS.register_module(force=True)
+class Outer(torch.nn.Module):
+    def __init__(self, detector, data_preprocessor=None):
+        super().__init__()
+        self.detector = MODELS.build(dict(detector, data_preprocessor=data_preprocessor))
+        self.data_preprocessor = self.detector.data_preprocessor
+"""
+
+
+def test_a_backbone_within_another_model_is_calibrated(folder):
+    """As in soft teacher, whose model is in its detector; the file has the names of the whole model, and is vanilla."""
+    start = torch.load(weights(), weights_only=True)['state_dict']
+    (folder / 'mine.py').write_text(OUTER)
+    imports = "custom_imports['imports'].append('mine')\n"
+    Path('config.py').write_text(f"{CONFIG}{imports}model = dict(type='Outer', detector=model)\n")
+    from mmengine.config import Config
+
+    wrap = "model['detector']['backbone'] = dict(type='DenoiseRepBackbone', backbone=vit)\n"
+    Path('den.py').write_text(Path('config.py').read_text() + wrap)
+    state = {f'detector.{key}': value for key, value in start.items()}
+    torch.save(dict(meta=dict(cfg=Config.fromfile('den.py').pretty_text), state_dict=state), 'outer.pth')
+    tool('calibrate', 'config.py', 'outer.pth', 'moments.pth', '--mode', 'moments', '--images', 'images')
+    fit = [
+        '--mode',
+        'domain',
+        '--source',
+        'moments.pth',
+        '--images',
+        'images',
+        '--layers',
+        'all',
+        '--fit',
+        'covariance',
+    ]
+    for path in Path('images').rglob('*.png'):
+        cv2.imwrite(str(path), 255 - cv2.imread(str(path)) // 2)
+    tool('calibrate', 'config.py', 'outer.pth', 'fitted.pth', *fit)
+    fitted = torch.load('fitted.pth', weights_only=True)
+    assert fitted['state_dict'].keys() == state.keys()
+    assert not torch.equal(
+        fitted['state_dict']['detector.backbone.patch_embed.projection.weight'],
+        state['detector.backbone.patch_embed.projection.weight'],
+    )
+    vanilla = Config.fromstring(fitted['meta']['cfg'], '.py')
+    assert vanilla.model.detector.backbone.type == 'VisionTransformer'
+    assert 'does not fit' in sentence(
+        'calibrate', 'config.py', 'start.pth', 'x.pth', '--mode', 'moments', '--images', 'images'
+    )
