@@ -1,5 +1,6 @@
 """tools/train.py and tools/test.py within this process: resuming, other runners, and whose fault an error is."""
 
+import importlib
 import itertools
 import json
 import runpy
@@ -233,3 +234,101 @@ def test_a_backbone_within_another_model_is_calibrated(folder):
     assert 'does not fit' in sentence(
         'calibrate', 'config.py', 'start.pth', 'x.pth', '--mode', 'moments', '--images', 'images'
     )
+
+
+def load_strictly(model, state):
+    """Loads a state dict as the tools do that take all of it."""
+    opening = runpy.run_path(str(ROOT / 'tools/opening.py'))
+    opening['load_strictly'](model, state, 'in.pth', 'vanilla')
+    return model
+
+
+def small():
+    """A model with BatchNorm and a state of its own."""
+
+    class Counting(torch.nn.Linear):
+        seen = 0
+
+        def get_extra_state(self):
+            return dict(seen=self.seen)
+
+        def set_extra_state(self, state):
+            self.seen = state['seen']
+
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), Counting(4, 4))
+
+
+def test_all_of_a_model_is_loaded():
+    """Values, statistics and state of a module; batch counters, which old files lack, may be missing."""
+    trained = small()
+    trained[1].running_var.uniform_(0.5, 2)
+    trained[2].seen = 5
+    state = trained.state_dict()
+    model = load_strictly(small(), {key: value for key, value in state.items() if 'tracked' not in key})
+    assert torch.equal(model[1].running_var, state['1.running_var']) and model[2].seen == 5
+    assert torch.equal(model[2].weight, state['2.weight'])
+
+
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        (lambda key: None if 'running' in key else key, ['1.running_mean', 'BatchNorm']),
+        (lambda key: f'model.{key}', ['8 tensors besides: 0.weight', 'model.0.weight']),
+        (lambda key: None if key == '2.bias' else key, ['1 tensors besides: 2.bias', 'nothing besides']),
+    ],
+)
+def test_weights_that_are_not_all_of_a_model(change, words):
+    """The sentence has the first names of both sides, and says what statistics are."""
+    from mmdenoiserep.core import CheckpointError
+
+    state = {change(key): value for key, value in small().state_dict().items() if change(key)}
+    with pytest.raises(CheckpointError) as caught:
+        load_strictly(small(), state)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_weights_of_another_shape():
+    """Both shapes are told."""
+    from mmdenoiserep.core import CheckpointError
+
+    with pytest.raises(CheckpointError, match=r'2.weight is \(5, 4\) in the file and \(4, 4\) in the model'):
+        load_strictly(small(), small().state_dict() | {'2.weight': torch.zeros(5, 4)})
+
+
+def test_weights_under_a_key_become_a_checkpoint():
+    """convert_checkpoint plain takes those of several that --key names; train.py starts from the result."""
+    path = weights(3.0, student=dict(w=torch.zeros(1)), args=dict(lr=1))
+    content = torch.load(path, weights_only=True)
+    content['run'] = dict(teacher={f'module.{key}': value for key, value in content.pop('state_dict').items()})
+    content['other'] = dict(w=torch.zeros(1))
+    torch.save(content, 'released.pth')
+    plain = ['plain', 'released.pth', 'out.pth']
+    argv = sys.argv
+    for args, code in (
+        ([*plain, '--key', 'run.teacher'], None),
+        (plain, 'student, other'),
+        (['vmamba', *plain[1:], '--key', 'a'], 2),
+    ):
+        sys.argv = ['convert_checkpoint.py', *args]
+        try:
+            runpy.run_path(str(ROOT / 'tools/convert_checkpoint.py'), run_name='__main__')
+        except SystemExit as error:
+            assert code == error.code or code in str(error.code)
+        finally:
+            sys.argv = argv
+        Path('out.pth').rename('kept.pth') if code is None else None
+    tool('train', 'config.py', '--work-dir', 'a', options=['load_from=kept.pth'])
+    assert token('a/epoch_1.pth') == 3
+
+
+def test_the_command_is_not_a_package_of_that_name(folder, monkeypatch, capsys):
+    """denoiserep-test runs tools/test.py where Python's own package "test" was imported, or comes first."""
+    (folder / 'test').mkdir()
+    (folder / 'test/__init__.py').write_text('')
+    (folder / 'test/__main__.py').write_text('print("the tests of Python")')
+    monkeypatch.setitem(sys.modules, 'test', importlib.import_module('test'))
+    monkeypatch.setattr(sys, 'argv', [str(folder / 'denoiserep-test'), '--help'])
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module('denoiserep_commands').main()
+    assert caught.value.code == 0 and 'Evaluates a checkpoint' in capsys.readouterr().out
