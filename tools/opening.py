@@ -13,7 +13,7 @@ from common import config_at_fault, set_default_scope, without_denoising
 from launch import stop
 from mmdenoiserep.apis.backbones import find_backbones
 from mmdenoiserep.core import CheckpointError, fuse_state_dict, read_checkpoint
-from mmdenoiserep.core.checkpoint import make_vanilla, split_checkpoint
+from mmdenoiserep.core.checkpoint import EXTRA_STATE, make_vanilla, split_checkpoint
 from mmdenoiserep.core.fuse import denoiser_keys
 
 
@@ -92,8 +92,9 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], path: str, ki
     """
     known = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     expected = model.state_dict()  # of a model with LoRA, only a part of what it knows
-    missing = [name for name in expected if name not in weights and not name.endswith('num_batches_tracked')]
-    unknown = [name for name in weights if name not in expected and name not in known]
+    may_differ = ('num_batches_tracked', EXTRA_STATE)
+    missing = [name for name in expected if name not in weights and not name.endswith(may_differ)]
+    unknown = [name for name in weights if name not in expected and name not in known and not name.endswith(may_differ)]
     if missing or unknown:
         raise CheckpointError(
             f'{path} does not fit the {kind} model of the config, which {_describe(missing, "has", "besides")}; '
@@ -101,7 +102,7 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], path: str, ki
         )
     for name, value in weights.items():
         shape = getattr(expected.get(name, known.get(name)), 'shape', None)
-        if shape != getattr(value, 'shape', None):
+        if shape != getattr(value, 'shape', None) and not name.endswith(may_differ):
             raise CheckpointError(
                 f'{path} does not fit the {kind} model of the config: {name} is {tuple(getattr(value, "shape", ()))} '
                 f'in the file and {tuple(shape or ())} in the model'

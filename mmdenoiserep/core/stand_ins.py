@@ -142,6 +142,14 @@ INERT = (
     'omegaconf.base.ContainerMetadata',
     *(f'omegaconf.nodes.{kind}Node' for kind in ('Any', 'String', 'Integer', 'Float', 'Boolean', 'Bytes', 'Path')),
     'typing.Any',
+    'decimal.Decimal',
+    'fractions.Fraction',
+    'uuid.UUID',
+    'time.struct_time',
+    're._compile',
+    '_io.BytesIO',
+    *(f'numpy.{kind}' for kind in ('bool', 'bool_', 'str_', 'float16', 'float32', 'float64')),
+    *(f'numpy.{sign}int{bits}' for sign in ('', 'u') for bits in (8, 16, 32, 64)),
     # as factories of a defaultdict, or as types; never called, for range(10**12) in a list would fill the memory
     *(f'builtins.{kind}' for kind in ('bool', 'int', 'float', 'str', 'list', 'tuple', 'dict', 'range', 'slice')),
 )
