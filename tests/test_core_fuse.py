@@ -1,6 +1,8 @@
 """Tests of the fusion: exact per layer and for whole backbones, and never touching the live model."""
 
 import copy
+import functools
+import types
 from collections import OrderedDict
 
 import pytest
@@ -536,6 +538,24 @@ def test_lora_model():
     vanilla.load_state_dict({key: value for key, value in model.named_parameters() if '.denoiser.' not in key}, False)
     vanilla.load_state_dict(state, strict=False)
     assert relative(vanilla(x)[0], model(x)[0]) < 1e-9
+
+
+def test_a_forward_that_holds_the_model():
+    """A copy would go on to call the denoised layers: refused; a bound method goes with the copy."""
+    x = torch.randn(3, 12, dtype=torch.float64)
+    for replace in (
+        lambda model: lambda x: model.g(model.f(x)),
+        lambda model: functools.partial(type(model).forward, model),
+    ):
+        model = Odd().double()
+        model.forward = replace(model)
+        apply_denoiserep(model, 'all', example_input=x)
+        if isinstance(model.forward, types.FunctionType):
+            with pytest.raises(FusionError, match='forward of the model'):
+                fuse_model(randomise(model))
+        else:
+            assert relative(fuse_model(randomise(model))(x), model(x)) < 1e-9
+            assert not any(isinstance(part, DenoiseLayer) for part in fuse_model(model).forward.args[0].modules())
 
 
 def test_pruned_after_the_conversion():

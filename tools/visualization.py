@@ -70,10 +70,7 @@ class Spoiled(Dataset):
 
     def spoil(self, image: np.ndarray, index: int) -> np.ndarray:
         """Corrupts an image as it was loaded."""
-        try:
-            self.image = corrupt(image, *self.how, index)
-        except InputError as error:
-            raise InputError(f'{self.dataset.info(index).get("img_path", f"image {index}")}: {error}') from None
+        self.image = corrupt(image, *self.how, index)
         return self.image
 
 

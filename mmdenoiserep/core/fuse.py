@@ -7,6 +7,7 @@ import copy
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -131,7 +132,8 @@ def fuse_model(module: nn.Module) -> nn.Module:
         module: A model with denoisers; it is not changed.
 
     Raises:
-        FusionError: The model has no denoiser, a layer was pruned or parametrised since, or a value is not finite.
+        FusionError: The model has no denoiser, a layer was pruned or parametrised since, a forward was replaced by a
+            function that holds the model, or a value is not finite.
     """
     layers = {name: child for name, child in module.named_modules() if isinstance(child, DenoiseLayer)}
     if not layers:
@@ -154,10 +156,15 @@ def fuse_model(module: nn.Module) -> nn.Module:
         with torch.no_grad():
             for key, value in values.items():
                 twin.get_parameter(key).copy_(value)
-    for child in fused.modules():
+    for name, child in fused.named_modules():
         if child.__dict__.get('switch_to_deploy') is fuse_before_deploy:
             del child.switch_to_deploy
         _drop_own_hooks(child)
+        if _calls_the_original(child.__dict__.get('forward')):
+            raise FusionError(
+                f'the forward of {name or "the model"} was replaced by a function that holds the denoised model, which '
+                'no copy can leave; fuse its state dict (fuse_state_dict) and load that into the vanilla model'
+            )
     return fused
 
 
@@ -170,6 +177,16 @@ def _copy(module: nn.Module) -> nn.Module:
         if isinstance(value, Tensor) and not value.is_leaf
     ]
     return copy.deepcopy(module, {id(value): value.detach().clone() for value in results})
+
+
+def _calls_the_original(forward: Any) -> bool:
+    """Whether a function holds a module with denoisers, of which a fused model has none."""
+    held = []
+    for cell in getattr(forward, '__closure__', None) or ():
+        with suppress(ValueError):  # a cell that is empty
+            held.append(cell.cell_contents)
+    held = [value for value in held if isinstance(value, nn.Module)]
+    return any(isinstance(part, DenoiseLayer) for module in held for part in module.modules())
 
 
 def _fold(
