@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mmcv.transforms import BaseTransform
 from mmengine.config import Config
-from mmengine.dataset import Compose
+from mmengine.dataset import BaseDataset
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
@@ -18,7 +19,7 @@ import mmdenoiserep  # noqa: F401
 from helpers import randomise
 from mmdenoiserep.apis.corruptions import corrupt
 from mmdenoiserep.apis.folders import find_images
-from mmdenoiserep.apis.images import Folder
+from mmdenoiserep.apis.images import Folder, open_images
 from mmdenoiserep.apis.pixels import to_rgb
 from mmdenoiserep.core import InputError
 from tiny_datasets import write_fashion_mnist, write_scenes
@@ -201,21 +202,26 @@ def test_images_of_other_kinds_reach_the_model_as_they_are_loaded(kind, tmp_path
     )
     pictures = rng.integers(0, 4096 if dtype == np.uint16 else 256, (2, *shape)).astype(dtype)
 
-    class Loaded(torch.utils.data.Dataset):
-        """Loads by a step of its own behind the first, as users' data sets do."""
+    class Take(BaseTransform):
+        """Loads as users' own steps do."""
 
-        pipeline = Compose([])
+        def transform(self, results):
+            image = pictures[int(Path(results['img_path']).stem)]
+            return results | dict(img=image.astype(np.float32) if 'as float32' in kind else image)
 
-        def __len__(self):
-            return 2
+    class Pack(BaseTransform):
+        def transform(self, results):
+            return results | dict(inputs=torch.from_numpy(results['img'].astype(float)))
 
-        def __getitem__(self, index):
-            image = pictures[index].astype(np.float32) if 'as float32' in kind else pictures[index]
-            return self.pipeline(dict(img=image, img_path=f'{index}.png'))
+    class Listed(BaseDataset):
+        def load_data_list(self):
+            return [dict(img_path='0.png'), dict(img_path='1.png')]
 
-    loaded = Loaded()
-    clean, noisy = (visualization.Spoiled(loaded, *how) for how in (('clean',), ('noise', 0.01)))
+    dataset = dict(type=Listed, pipeline=[dict(type=Take), dict(type=Pack)])
+    folder = open_images(Config(dict(test_dataloader=dict(dataset=dataset))), 'test')
+    clean, noisy = (visualization.Spoiled(folder, *how) for how in (('clean',), ('noise', 0.01)))
     before = clean[1]['img']
+    assert np.array_equal(clean[1]['inputs'], before)
     assert np.array_equal(before, pictures[1]) and np.array_equal(clean.image, before)
     assert to_rgb(clean.image).shape == (32, 32, 3) and to_rgb(clean.image).std() > 50
     if 'as float32' in kind:
