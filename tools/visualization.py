@@ -23,7 +23,7 @@ from mmdenoiserep.apis.backbones import predicting_backbone
 from mmdenoiserep.apis.corruptions import corrupt, make_transform
 from mmdenoiserep.apis.images import Batches, NoImage, datasets_of, leaves, open_images, spread
 from mmdenoiserep.apis.pixels import to_rgb
-from mmdenoiserep.core import InputError, Moments, evaluating
+from mmdenoiserep.core import Moments, evaluating
 from mmdenoiserep.core.probe import tensors_in
 from mmdenoiserep.core.sample import Sample
 from mmdenoiserep.core.targets import near_names

@@ -166,7 +166,7 @@ class _Pipeline:
         try:
             return results | dict(img=self.reading.change(results['img'], self.reading.index))
         except InputError as error:
-            raise InputError(f'{name}: {error}') from None
+            raise _Missing(NoImage(f'{name}: {error}')) from None
 
 
 class Images(Dataset):
