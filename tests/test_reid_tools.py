@@ -222,7 +222,26 @@ def test_images_behind_wrappers_and_in_grey():
     entries = json.loads(Path('matches.json').read_text())
     images = draw_matches.read_images(cfg, [entries[0], *entries[0]['matches']], Path('matches.json'))
     assert np.array_equal(images[0], cv2.imread('strips/00_1_0.png', cv2.IMREAD_GRAYSCALE))
-    assert draw_matches.draw(entries[:1], images).axes[0].images[0].get_array().ndim == 2
+    shown = draw_matches.draw(entries[:1], images).axes[0].images[0].get_array()
+    assert np.array_equal(shown, np.repeat(images[0][..., None], 3, 2))
+
+
+@pytest.mark.parametrize(
+    ('pixels', 'colour'),
+    [
+        (np.full((8, 4, 4), [255, 0, 0, 9], np.uint8), [0, 0, 255]),
+        (np.full((8, 4, 3), [255.0, 0, 0], np.float32), [0, 0, 255]),
+        (np.full((8, 4, 3), [4095, 0, 0], np.uint16), [0, 0, 255]),
+        (np.full((8, 4, 6), [255, 0, 0, 9, 9, 9], np.uint8), [0, 0, 255]),
+        (np.full((8, 4), 4095, np.uint16), [255, 255, 255]),
+    ],
+)
+def test_images_of_other_kinds_are_drawn_as_people_see_them(pixels, colour):
+    """Blue with alpha, as floats, in 12 bits, with more channels; and grey in 12 bits."""
+    entries = json.loads(Path('matches.json').read_text())
+    images = {image['sample_idx']: pixels for entry in entries[:1] for image in (entry, *entry['matches'])}
+    for axes in draw_matches.draw(entries[:1], images).axes[:2]:
+        assert (axes.images[0].get_array() == colour).all()
 
 
 def changed(change):
@@ -269,7 +288,7 @@ def test_bad_arguments_of_the_picture():
     text = sentence(draw_matches, 'config.py', 'matches.json', 'no.png', '--cfg-options', 'test_dataloader=None')
     assert text == 'the config has no test_dataloader'
     root = 'test_dataloader.dataset.type=Nothing'
-    assert 'test data set of the config' in sentence(
+    assert 'the data set of test_dataloader cannot be read' in sentence(
         draw_matches, 'config.py', 'matches.json', 'no.png', '--cfg-options', root
     )
 
