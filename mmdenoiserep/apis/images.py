@@ -19,6 +19,7 @@ from typing import Any
 
 import mmcv
 import numpy as np
+import torch
 from mmcv.transforms import Compose as NestedCompose
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose, RepeatDataset, pseudo_collate
@@ -345,7 +346,7 @@ class Batches:
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset, batch_size: int, workers: int = 0) -> None:
-        self.model = model
+        self.preprocessor: Any = model.data_preprocessor
         self.dataset = dataset
         self.batch_size = batch_size
         self.loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=list)
@@ -387,7 +388,11 @@ class Batches:
 
     def _batch(self, same: list[tuple[int, Any]]) -> Tensor:
         self.order += [number for number, _ in same]
-        return self.model.data_preprocessor(pseudo_collate([item for _, item in same]))['inputs']
+        packed: Any = pseudo_collate([item for _, item in same])
+        images = self.preprocessor(packed)['inputs']
+        if not isinstance(images, Tensor):  # that of self-supervised models takes a list for views of one image
+            images = self.preprocessor(packed | dict(inputs=torch.stack(packed['inputs'])))['inputs']
+        return images
 
 
 def spread(dataset: Dataset, count: int, rank: int = 0, world: int = 1) -> Subset:
@@ -479,9 +484,9 @@ def _held(dataset: Any) -> dict[str, Any]:
 def _is_config(value: Any) -> bool:
     if not isinstance(value, dict):
         return _is_built(value)
-    kind = dict.get(value, 'type')
+    kind = value.get('type')  # in lazy configs the object
     if isinstance(kind, str):
-        with DATASETS.switch_scope_and_registry(dict.get(value, '_scope_')) as registry:
+        with DATASETS.switch_scope_and_registry(value.get('_scope_')) as registry:
             kind = registry.get(kind)
     return kind is not None and ('pipeline' in value or bool(_held(value)) or _is_kind(kind))
 
@@ -643,7 +648,7 @@ def _suffixes(cfg: Config) -> tuple[str, ...]:
 
 
 def _name(dataset: Any) -> str:
-    kind = dict.get(dataset, 'type', '') if isinstance(dataset, dict) else type(dataset)
+    kind = dataset.get('type', '') if isinstance(dataset, dict) else type(dataset)
     return getattr(kind, '__name__', str(kind))
 
 
