@@ -82,6 +82,13 @@ def test_no_name_fits(purpose, rename):
     assert 'in.pth' in str(caught.value) and '0 of 12 parameters' in str(caught.value)
 
 
+@pytest.mark.parametrize('content', [dict(state_dict={}), dict(state_dict=[1]), dict(state_dict=None), dict(epoch=3)])
+def test_no_weights(content):
+    """A file without weights does not pass for a start from nothing."""
+    with pytest.raises(InputError, match='in.pth has no'):
+        load(Net(), content, 'start')
+
+
 @pytest.mark.parametrize('purpose', PURPOSES)
 def test_hardly_any_name_fits(purpose):
     """One name that fits by chance among forty is no start either."""

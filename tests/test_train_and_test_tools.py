@@ -231,6 +231,11 @@ def test_a_backbone_within_another_model_is_calibrated(folder):
     )
     vanilla = Config.fromstring(fitted['meta']['cfg'], '.py')
     assert vanilla.model.detector.backbone.type == 'VisionTransformer'
+    torch.save(state, 'bare.pth')
+    tool('calibrate', 'den.py', 'bare.pth', 'again.pth', *fit)
+    again = torch.load('again.pth', weights_only=True)
+    assert all(torch.equal(value, again['state_dict'][key]) for key, value in fitted['state_dict'].items())
+    assert Config.fromstring(again['meta']['cfg'], '.py').model == vanilla.model
     assert 'does not fit' in sentence(
         'calibrate', 'config.py', 'start.pth', 'x.pth', '--mode', 'moments', '--images', 'images'
     )

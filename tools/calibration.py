@@ -33,6 +33,7 @@ from mmdenoiserep.core import (
     save_moments,
 )
 from mmdenoiserep.core.checkpoint import STAMP, write_atomically
+from mmdenoiserep.core.config_text import vanilla_text
 from mmdenoiserep.core.gather import denoised_layers, sum_processes
 from mmdenoiserep.core.safety import early_half
 from mmdenoiserep.core.transport import RANKED
@@ -167,6 +168,8 @@ class Calibration:
             self._verify(before, report)
         chosen = {key: value for key, value in options.items() if key != 'layers'}
         self.meta[STAMP] = dict(fused=True, layers=len(report.layers), mode='domain', images=report.images, **chosen)
+        if 'cfg' not in self.meta:  # for the libraries' inferencers
+            self.meta['cfg'] = vanilla_text(self.cfg.pretty_text)
         self._finish(report, self.model.cpu().state_dict(), every, source)
 
     def _verify(self, before: nn.Module, report: CalibrationReport) -> None:

@@ -59,8 +59,9 @@ class Loading:
         """
         notes: list[str] = []
         state = find_weights(checkpoint, Path(self.path), notes)
-        if not isinstance(state, Mapping):
-            raise InputError(f'{self.path} has no weights: its state_dict is a {type(state).__name__}')
+        if not isinstance(state, Mapping) or not state:
+            kind = type(state).__name__ if state else 'empty'
+            raise InputError(f'{self.path} has no weights: its state_dict is {kind}; take another checkpoint')
         checkpoint['state_dict'] = copy.copy(state) if state is checkpoint else state
         for note in notes:
             print_log(f'{self.path}: {note}', logger='current')

@@ -150,6 +150,11 @@ INERT = (
     '_io.BytesIO',
     *(f'numpy.{kind}' for kind in ('bool', 'bool_', 'str_', 'float16', 'float32', 'float64')),
     *(f'numpy.{sign}int{bits}' for sign in ('', 'u') for bits in (8, 16, 32, 64)),
+    *(f'numpy.random._pickle.__{kind}_ctor' for kind in ('randomstate', 'generator', 'bit_generator')),
+    'numpy.random._mt19937.MT19937',
+    'numpy.random._pcg64.PCG64',
+    'numpy.random.bit_generator.SeedSequence',
+    'numpy.random.bit_generator.__pyx_unpickle_SeedSequence',
     # as factories of a defaultdict, or as types; never called, for range(10**12) in a list would fill the memory
     *(f'builtins.{kind}' for kind in ('bool', 'int', 'float', 'str', 'list', 'tuple', 'dict', 'range', 'slice')),
 )
