@@ -15,4 +15,6 @@ def main() -> None:
     """Runs the tool that the command is named after, as a script beside the modules that it shares with others."""
     name = Path(sys.argv[0]).stem.removeprefix('denoiserep-').replace('-', '_')
     sys.path.insert(0, str(TOOLS))
-    runpy.run_module(name, run_name='__main__')
+    runpy.run_path(
+        str(TOOLS / f'{name}.py'), run_name='__main__'
+    )  # by name, Python's own package "test" may come first

@@ -18,15 +18,16 @@ from mmengine.dataset import BaseDataset
 from mmengine.model import ImgDataPreprocessor
 from mmengine.registry import DATASETS, TRANSFORMS, init_default_scope
 from mmpretrain.datasets import CustomDataset, PackInputs
+from mmpretrain.models import SelfSupDataPreprocessor
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from mmdenoiserep.apis import images as images_module
+from mmdenoiserep.apis.folders import find_images
 from mmdenoiserep.apis.images import (
     Batches,
     NoImage,
     datasets_of,
-    find_images,
     image_channels,
     open_images,
     spread,
@@ -341,6 +342,34 @@ def test_test_images_are_those_of_the_wrapped_data_set(root, name):
     assert names(open_images(config(wrapped))) == expected
 
 
+def test_lazy_configs(root, tmp_path):
+    """In which the types are objects that are imported when they are needed."""
+    (tmp_path / 'lazy.py').write_text(
+        'from mmengine.dataset import ConcatDataset, RepeatDataset\n'
+        'from mmpretrain.datasets import CustomDataset, KFoldDataset, LoadImageFromFile, PackInputs, RandomFlip\n'
+        'from mmpretrain.models import ResNet\n'
+        'pipeline = [dict(type=LoadImageFromFile), dict(type=PackInputs)]\n'
+        'data = dict(type=CustomDataset, data_root=ROOT, pipeline=pipeline)\n'
+        'flip = [dict(type=LoadImageFromFile), dict(type=RandomFlip, prob=1.0), dict(type=PackInputs)]\n'
+        'fold = dict(type=KFoldDataset, dataset=dict(data, pipeline=flip), fold=0, num_splits=4)\n'
+        'repeat = dict(type=RepeatDataset, dataset=dict(data, pipeline=flip), times=2)\n'
+        'train_dataloader = dict(dataset=dict(type=ConcatDataset, datasets=[fold, repeat]))\n'
+        'test_dataloader = dict(dataset=data)\n'
+        'model = dict(backbone=dict(type=ResNet, in_channels=5))\n'.replace('ROOT', repr(str(root)))
+    )
+    cfg = Config.fromfile(tmp_path / 'lazy.py')
+    all_of = order(root)
+    for images, expected in (
+        (open_images(cfg, 'train'), all_of[2:] + all_of),
+        (open_images(cfg), all_of),
+        (open_images(cfg, folder=root), all_of),
+    ):
+        assert names(images) == expected
+        path = images[0]['data_samples'].img_path
+        assert np.array_equal(images[0]['inputs'].permute(1, 2, 0).numpy(), cv2.imread(path))
+    assert image_channels(cfg, nn.Identity()) == 5
+
+
 def test_a_list_of_data_loaders(root):
     """As loops over several test sets have; each part keeps its own pipeline."""
     negative = [dict(type='LoadNegative'), PIPELINE[1]]
@@ -598,6 +627,15 @@ def test_images_of_many_sizes_do_not_pile_up(tmp_path, monkeypatch):
         given += len(batch)
         assert len(read) - given <= 2 * images_module.HELD + 2
     assert given == 30
+
+
+def test_the_preprocessor_of_self_supervised_models_gets_images_not_views(root):
+    model = Model()
+    model.data_preprocessor = SelfSupDataPreprocessor(mean=[1.0, 2, 3], std=[4.0, 5, 6], to_rgb=True)
+    images = open_images(config(custom(root)))
+    expected = torch.stack([images[i]['inputs'] for i in range(4)])[:, [2, 1, 0]].float()
+    expected = (expected - torch.tensor([1.0, 2, 3]).view(3, 1, 1)) / torch.tensor([4.0, 5, 6]).view(3, 1, 1)
+    assert torch.equal(next(iter(Batches(model, images, 4))), expected)
 
 
 def test_one_size_comes_in_the_order_of_the_data_set(root):

@@ -92,4 +92,5 @@ def test_nothing_runs(tmp_path):
 def test_no_python(text):
     """A text that can't be parsed is a ValueError, however deep."""
     with pytest.raises(ValueError, match='no Python'):
-        vanilla_text(text)
+        vanilla_text(f'denoiser = {text}')
+    assert vanilla_text(text) == text, 'nothing in it is ours'

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from helpers import randomise, relative
-from mmdenoiserep.core import apply_denoiserep, calibrate, collect_moments, explicit_maps, fuse_model
+from mmdenoiserep.core import apply_denoiserep, calibrate, collect_moments, explicit_maps, fuse_model, verify_fusion
 
 TOKENS, PIXELS = (5, 8), (8, 6, 6)
 
@@ -451,3 +451,19 @@ def test_a_feature_that_the_model_keeps_is_read_by_others():
     assert difference < 1e-9 and notes(report).keys() == {'conv'}
     difference, report = gap(lambda: Cycles(None), PIXELS)
     assert difference < 1e-9 and not notes(report)
+
+
+def test_maps_run_in_a_model_with_denoisers_too():
+    """Also while :func:`verify_fusion` runs them by their definition; afterwards nothing is left on the layers."""
+    before = built(lambda: Hooked(gate), torch.float64)
+    apply_denoiserep(before, 'all', example_input=data(PIXELS, 1))
+    fitted = copy.deepcopy(before)
+    source = collect_moments(fitted, [data(PIXELS, seed=1)])
+    report = calibrate(fitted, [data(PIXELS, seed=2, noisy=True)], 'domain', source)
+    maps = {row.name: (row.linear, row.constant) for row in report.layers}
+    assert not verify_fusion(before, fuse_model(fitted), data(PIXELS)).ok
+    with explicit_maps(before, maps):
+        assert verify_fusion(before, fuse_model(fitted), data(PIXELS)).ok
+        with torch.no_grad():
+            assert relative(before(data(PIXELS)), fuse_model(fitted)(data(PIXELS))) < 1e-9
+    assert all('forward' not in layer.__dict__ and 'forward_plain' not in layer.__dict__ for layer in before.modules())

@@ -8,7 +8,6 @@ import tarfile
 import zipfile
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from torch import nn
@@ -85,6 +84,7 @@ def jit(path):
 
 def onnx_model(path):
     """An ONNX file, under a name that does not tell."""
+    onnx = pytest.importorskip('onnx')
     graph = onnx.helper.make_graph([], 'g', [], [])
     onnx.save(onnx.helper.make_model(graph, producer_name='pytorch'), path)
 

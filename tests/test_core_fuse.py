@@ -1,6 +1,8 @@
 """Tests of the fusion: exact per layer and for whole backbones, and never touching the live model."""
 
 import copy
+import functools
+import types
 from collections import OrderedDict
 
 import pytest
@@ -536,6 +538,56 @@ def test_lora_model():
     vanilla.load_state_dict({key: value for key, value in model.named_parameters() if '.denoiser.' not in key}, False)
     vanilla.load_state_dict(state, strict=False)
     assert relative(vanilla(x)[0], model(x)[0]) < 1e-9
+
+
+@pytest.mark.parametrize(
+    'tie',
+    [
+        lambda head, layer: setattr(head, 'weight', layer.weight),
+        lambda head, layer: setattr(head, 'weight', nn.Parameter(layer.weight.data.t())),
+        lambda head, layer: setattr(head, 'bias', nn.Parameter(layer.bias.data[:3])),
+        lambda head, layer: head.register_buffer('kept', layer.weight.data[2:4]),
+    ],
+    ids=['one parameter', 'transposed', 'part of a bias', 'buffer'],
+)
+@pytest.mark.parametrize('denoised_head', [False, True])
+def test_weights_that_are_tied_after_the_conversion(tie, denoised_head, tmp_path):
+    """A head that is built later may share a weight of the backbone: fusing it would change the head."""
+    model = nn.ModuleDict({'backbone': Odd(), 'head': nn.Linear(12, 12)})
+    apply_denoiserep(model['backbone'], 'all', example_input=torch.randn(3, 12))
+    if denoised_head:
+        convert_layer(model['head'], 1, None, None, None)
+    assert fuse_model(randomise(model))
+    assert fuse_state_dict(model.state_dict())
+    tie(model['head'], model['backbone'].f)
+    with pytest.raises(FusionError, match=r'of backbone\.f is shared'):
+        fuse_model(model)
+    torch.save(model.state_dict(), tmp_path / 'state.pth')
+    for state in (
+        model.state_dict(),
+        torch.load(tmp_path / 'state.pth'),
+        torch.load(tmp_path / 'state.pth', mmap=True),
+    ):
+        with pytest.raises(FusionError, match=r'(backbone\.f|head)\.\w+ is shared with (head|backbone\.f)\.'):
+            fuse_state_dict(state)
+
+
+def test_a_forward_that_holds_the_model():
+    """A copy would go on to call the denoised layers: refused; a bound method goes with the copy."""
+    x = torch.randn(3, 12, dtype=torch.float64)
+    for replace in (
+        lambda model: lambda x: model.g(model.f(x)),
+        lambda model: functools.partial(type(model).forward, model),
+    ):
+        model = Odd().double()
+        model.forward = replace(model)
+        apply_denoiserep(model, 'all', example_input=x)
+        if isinstance(model.forward, types.FunctionType):
+            with pytest.raises(FusionError, match='forward of the model'):
+                fuse_model(randomise(model))
+        else:
+            assert relative(fuse_model(randomise(model))(x), model(x)) < 1e-9
+            assert not any(isinstance(part, DenoiseLayer) for part in fuse_model(model).forward.args[0].modules())
 
 
 def test_pruned_after_the_conversion():

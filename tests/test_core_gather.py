@@ -229,6 +229,9 @@ def test_an_expert_that_few_vectors_reach_is_skipped(chunks):
     assert [row.name for row in report.layers] == ['experts.0', 'o']
     assert report.skipped.keys() == {'experts.1', 'experts.2'} and '3 vectors' in report.skipped['experts.1']
     assert torch.equal(fitted.experts[1].weight, plain.experts[1].weight)
+    report = calibrate(fitted, list(few.chunk(chunks)))
+    assert [row.name for row in report.layers] == ['experts.0', 'o']
+    assert '3 vectors' in report.skipped['experts.1'] and not fitted.experts[1].denoiser.weight.any()
 
 
 def test_a_single_vector_is_no_covariance():

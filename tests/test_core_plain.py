@@ -141,6 +141,7 @@ def test_items_are_left_out_one_by_one(tmp_path):
         when=np.datetime64('2024-05-06'),
         deep=dict(one=1, other=dict(odd=odd)),
         loop=loop,
+        empty=b'',
     )
     torch.save(dict(meta=dict(epoch=3, dataset_meta=dataset_meta), state_dict=denoised_state()), source)
     result = fuse_checkpoint(source, target)
@@ -149,7 +150,7 @@ def test_items_are_left_out_one_by_one(tmp_path):
     assert meta['dataset_meta'] == dict(
         classes=('cat', 'dog'), keypoints=[dict(name='nose', id=0), dict(name='eye', id=1)], deep=dict(one=1)
     )
-    left_out = {f'dataset_meta.{name}' for name in ('palette', 'skeleton', 'when', 'deep.other', 'loop')}
+    left_out = {f'dataset_meta.{name}' for name in ('palette', 'skeleton', 'when', 'deep.other', 'loop', 'empty')}
     assert set(result.notes[0].partition(': ')[2].split(', ')) == left_out
 
 

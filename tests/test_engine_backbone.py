@@ -1,6 +1,7 @@
 """The factory: DenoiseRepBackbone in the registries, loading, freezing and optimizers of the OpenMMLab libraries."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import mmdet.engine
 import mmdet.models
@@ -14,6 +15,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.model import BaseModule, revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.structures import InstanceData
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -494,6 +496,17 @@ def test_training_without_the_loss_hook_is_refused(backbone):
     with pytest.raises(RuntimeError) as error:
         loss.backward()
     assert "custom_hooks = [dict(type='DenoiseLossHook')]" in message(error)
+
+
+@pytest.mark.parametrize('pack', [lambda x: SimpleNamespace(features=x), lambda x: InstanceData(features=x)])
+def test_outputs_that_are_objects_are_guarded_too(pack):
+    """A backbone may return an object: training it without the hook is an error all the same."""
+    module = MODELS.build(denoised())
+    module.train()
+    forward = module.forward
+    module.forward = lambda x: pack(forward(x)[0])
+    with pytest.raises(RuntimeError, match='without the loss of its denoisers'):
+        module(images(9)).features.sum().backward()
 
 
 def test_other_uses_without_the_loss_hook_are_not_refused():

@@ -1,7 +1,9 @@
 """What allow_training_checkpoints lets through weights_only, and what it does not."""
 
+import importlib
 import os
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
@@ -9,9 +11,13 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.model import initialize
+from mmengine.runner import CheckpointLoader, load_checkpoint
 
 from engine_helpers import inner, make_runner, runner_case, snapshot, tiny_model
+from mmdenoiserep.core import InputError
 from mmdenoiserep.engine.resume import allow_training_checkpoints
+from test_core_file_kinds import write_safetensors
 
 JOINT = dict(type='DenoiseLossHook')
 
@@ -157,3 +163,50 @@ def test_real_getattr_is_never_on_the_list():
     stand_in = [entry[0] for entry in entries if isinstance(entry, tuple) and entry[1] == 'builtins.getattr']
     assert len(stand_in) == 1 and stand_in[0] is not getattr
     assert stand_in[0](HistoryBuffer, 'mean') is HistoryBuffer.mean
+
+
+def test_numpy_before_its_module_was_renamed(checkpoint, monkeypatch):
+    """numpy below 1.26 has no numpy._core, and no list of dtypes: neither is asked for."""
+    path, _ = checkpoint
+    monkeypatch.setitem(sys.modules, 'numpy._core', None)
+    monkeypatch.delattr(np, 'dtypes')
+    with pytest.raises(ImportError):
+        importlib.import_module('numpy._core')
+    importlib.reload(sys.modules[allow_training_checkpoints.__module__]).allow_training_checkpoints()
+    history = torch.load(path, weights_only=True)['message_hub']['log_scalars']['train/loss_denoise']
+    assert len(history.data[0]) == 2
+
+
+@pytest.mark.parametrize('kind', ['safetensors', 'model', 'web page'])
+def test_mmengine_reads_what_the_tools_read(kind, tmp_path):
+    """init_cfg and load_from take a safetensors file; one that is no checkpoint is named."""
+    state = {'weight': torch.randn(2, 3), 'bias': torch.randn(2)}
+    path = tmp_path / 'weights.bin'
+    allow_training_checkpoints()
+    if kind == 'web page':
+        path.write_text('<html>Sign in</html>')
+        with pytest.raises(InputError, match='is a web page'):
+            load_checkpoint(torch.nn.Linear(3, 2), str(path))
+        return
+    if kind == 'safetensors':
+        write_safetensors(path, state)
+    else:
+        torch.save(state, path)
+    model = torch.nn.Linear(3, 2)
+    initialize(model, dict(type='Pretrained', checkpoint=str(path)))
+    assert torch.equal(model.weight, state['weight']) and torch.equal(model.bias, state['bias'])
+
+
+def test_objects_that_the_user_allows(tmp_path):
+    """What the process allows besides stays allowed."""
+    path = tmp_path / 'in.pth'
+    torch.save(dict(state_dict={}, mine=Mine()), path)
+    allow_training_checkpoints()
+    with pytest.raises(InputError, match='Mine'):
+        CheckpointLoader.load_checkpoint(str(path))
+    torch.serialization.add_safe_globals([Mine])
+    assert type(CheckpointLoader.load_checkpoint(str(path))['mine']) is Mine
+
+
+class Mine:
+    """A class of the user."""

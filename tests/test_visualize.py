@@ -18,7 +18,8 @@ from torch import nn
 import mmdenoiserep  # noqa: F401
 from helpers import randomise
 from mmdenoiserep.apis.corruptions import corrupt
-from mmdenoiserep.apis.images import Folder, find_images, open_images
+from mmdenoiserep.apis.folders import find_images
+from mmdenoiserep.apis.images import Folder, open_images
 from mmdenoiserep.apis.pixels import to_rgb
 from mmdenoiserep.core import InputError
 from tiny_datasets import write_fashion_mnist, write_scenes

@@ -126,7 +126,6 @@ def test_without_mmengine_a_checkpoint_can_be_fused(run, tmp_path):
         ('extract_features', ['config.py', 'in.pth', '.', 'out.npz']),
         ('draw_matches', ['config.py', 'in.pth', 'out.png']),
         ('convert_checkpoint', ['vmamba', 'in.pth', 'out.pth']),
-        ('corrupt_images', ['.', 'out', 'noise']),
         ('visualize', ['config.py', 'in.pth', 'in.pth', '--out', 'out']),
     ],
 )
@@ -137,11 +136,17 @@ def test_without_mmengine_the_tools_say_so(tool, args, run, tmp_path):
     assert line.endswith(': pip install mmengine')
 
 
+def test_without_mmengine_images_are_corrupted(run, tmp_path):
+    cv2.imwrite(str(tmp_path / 'a.png'), np.zeros((8, 8, 3), np.uint8))
+    assert run(PACKAGES, 'corrupt_images', '.', tmp_path / 'new/out', 'blur', cwd=tmp_path).returncode == 0
+    assert (tmp_path / 'new/out/a.png').exists()
+
+
 @pytest.mark.parametrize(
     ('library', 'package', 'tool', 'args'),
     [
         ('sklearn', 'scikit-learn', 'visualize', ['config.py', 'in.pth', 'in.pth', '--out', 'out']),
-        ('albumentations', 'albumentations', 'corrupt_images', ['.', 'out', 'noise']),
+        ('albumentations', 'albumentations', 'corrupt_images', ['in', 'out', 'noise']),
         ('albumentations', 'albumentations', 'visualize', ['c.py', 'in.pth', 'in.pth', '--out', 'out']),
         ('onnxruntime', 'onnxruntime', 'export_onnx', ['config.py', 'in.pth', 'out.onnx']),
         ('tqdm', 'tqdm', 'calibrate', ['config.py', 'in.pth', 'out.pth', '--mode', 'moments']),
@@ -149,12 +154,13 @@ def test_without_mmengine_the_tools_say_so(tool, args, run, tmp_path):
 )
 def test_what_only_some_tools_need(library, package, tool, args, run, tmp_path):
     """It is named, and nothing is left."""
-    cv2.imwrite(str(tmp_path / 'a.png'), np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / 'in').mkdir()
+    cv2.imwrite(str(tmp_path / 'in/a.png'), np.zeros((8, 8, 3), np.uint8))
     (tmp_path / 'c.py').write_text('model = dict(backbone=dict())')
     line = sentence(run([library], tool, *args, cwd=tmp_path))
     assert line.startswith(f'{tool}: this tool needs {library}, which is not installed; ')
     assert line.endswith(f': pip install {package}')
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != '__pycache__') == ['a.png', 'c.py']
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != '__pycache__') == ['c.py', 'in']
 
 
 def read(run, library, *configs, cwd):

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 import verify
 from calibration_report import LARGE, draw_spectra, verify_maps, warnings_of
-from common import type_name
 from launch import stop
+from mmdenoiserep.apis.backbones import denoised_configs, predicting_backbone
 from mmdenoiserep.apis.images import Batches, open_images, spread
 from mmdenoiserep.core import (
     CalibrationReport,
@@ -33,6 +33,7 @@ from mmdenoiserep.core import (
     save_moments,
 )
 from mmdenoiserep.core.checkpoint import STAMP, write_atomically
+from mmdenoiserep.core.config_text import vanilla_text
 from mmdenoiserep.core.gather import denoised_layers, sum_processes
 from mmdenoiserep.core.safety import early_half
 from mmdenoiserep.core.transport import RANKED
@@ -59,7 +60,7 @@ class Calibration:
     def __init__(self, args: argparse.Namespace, cfg: Config) -> None:
         self.args = args
         self.cfg = cfg
-        if args.mode == 'schedule' and type_name(cfg.get('model', {}).get('backbone') or {}) != 'DenoiseRepBackbone':
+        if args.mode == 'schedule' and not denoised_configs(cfg.get('model')):
             stop(
                 f'{args.config} has no DenoiseRepBackbone, which --mode schedule needs; '
                 'wrap the backbone as docs/own-model.md shows'
@@ -68,6 +69,7 @@ class Calibration:
         self.model, self.meta = load(cfg, args.config, args.checkpoint, **how)
         if args.mode == 'schedule' and STAMP in self.meta:
             stop(f'{args.checkpoint} is fused already; take the vanilla checkpoint that its training began with')
+        self.name = predicting_backbone(self.model)
         self.weights = fingerprint(self.backbone.state_dict())
         to_device(self.model, args.device)
         self.images = self._open_images()
@@ -79,7 +81,7 @@ class Calibration:
     @property
     def backbone(self) -> nn.Module:
         """The part that is calibrated."""
-        return self.model.backbone
+        return self.model.get_submodule(self.name)
 
     @property
     def total(self) -> int:
@@ -161,11 +163,13 @@ class Calibration:
                 'or very different light; look at the images, and if they are right, say what may change with '
                 '--representative, or with --layers and --fit'
             )
-        self.model.backbone = fuse_model(self.backbone)
+        self.model.set_submodule(self.name, fuse_model(self.backbone))
         if before is not None:
             self._verify(before, report)
         chosen = {key: value for key, value in options.items() if key != 'layers'}
         self.meta[STAMP] = dict(fused=True, layers=len(report.layers), mode='domain', images=report.images, **chosen)
+        if 'cfg' not in self.meta:  # for the libraries' inferencers
+            self.meta['cfg'] = vanilla_text(self.cfg.pretty_text)
         self._finish(report, self.model.cpu().state_dict(), every, source)
 
     def _verify(self, before: nn.Module, report: CalibrationReport) -> None:

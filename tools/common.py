@@ -242,6 +242,8 @@ def use_tta(cfg: Config) -> None:
 
     for dataset in datasets_of(cfg, 'test'):
         for leaf in leaves(dataset):
+            if not isinstance(leaf, dict):
+                stop(f'--tta needs the config of the test data set, not a {type(leaf).__name__} that is built already')
             leaf['pipeline'] = cfg.tta_pipeline
     cfg.model = ConfigDict(cfg.tta_model, module=cfg.model)
 

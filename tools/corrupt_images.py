@@ -46,7 +46,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from mmdenoiserep.apis.corruptions import corrupt, make_transform
-    from mmdenoiserep.apis.images import find_images
+    from mmdenoiserep.apis.folders import find_images
     from mmdenoiserep.apis.pixels import read_stored
     from mmdenoiserep.core import InputError
     from outputs import check_folder, folder_written_whole

@@ -1,5 +1,6 @@
 """The images of mmdenoiserep.apis, under the names that they had here."""
 
-from mmdenoiserep.apis.images import Folder, Unlabelled, find_images, open_images
+from mmdenoiserep.apis.folders import find_images
+from mmdenoiserep.apis.images import Folder, Unlabelled, open_images
 
 __all__ = ['Folder', 'Unlabelled', 'find_images', 'open_images']

@@ -1,6 +1,7 @@
 """Builds the model of a config and loads a checkpoint into it, strictly."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -12,15 +13,17 @@ from common import config_at_fault, set_default_scope, without_denoising
 from launch import stop
 from mmdenoiserep.apis.backbones import find_backbones
 from mmdenoiserep.core import CheckpointError, fuse_state_dict, read_checkpoint
-from mmdenoiserep.core.checkpoint import make_vanilla, split_checkpoint
+from mmdenoiserep.core.checkpoint import EXTRA_STATE, make_vanilla, split_checkpoint
 from mmdenoiserep.core.fuse import denoiser_keys
 
 
 def build(cfg: Config, config: str, denoised: bool) -> nn.Module:
     """Returns the model of a config in eval mode, with its denoisers or without, as mmengine's runner builds it.
 
+    It is built from a copy, for some models (DINO) write into their config, and would not be built a second time.
+
     Args:
-        cfg: The config.
+        cfg: The config; it is not changed.
         config: Its path, to blame for what goes wrong.
         denoised: Whether to keep what DenoiseRepBackbone adds.
     """
@@ -28,9 +31,10 @@ def build(cfg: Config, config: str, denoised: bool) -> nn.Module:
         if not cfg.get('model'):
             stop(f'{config} has no model')
         set_default_scope(cfg)
+        model = deepcopy(cfg.model)
         if 'data_preprocessor' in cfg:
-            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-        return MODELS.build(cfg.model if denoised else without_denoising(cfg.model)).eval()
+            model.setdefault('data_preprocessor', deepcopy(cfg.data_preprocessor))
+        return MODELS.build(model if denoised else without_denoising(model)).eval()
 
 
 def load(
@@ -88,8 +92,9 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], path: str, ki
     """
     known = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     expected = model.state_dict()  # of a model with LoRA, only a part of what it knows
-    missing = [name for name in expected if name not in weights and not name.endswith('num_batches_tracked')]
-    unknown = [name for name in weights if name not in expected and name not in known]
+    may_differ = ('num_batches_tracked', EXTRA_STATE)
+    missing = [name for name in expected if name not in weights and not name.endswith(may_differ)]
+    unknown = [name for name in weights if name not in expected and name not in known and not name.endswith(may_differ)]
     if missing or unknown:
         raise CheckpointError(
             f'{path} does not fit the {kind} model of the config, which {_describe(missing, "has", "besides")}; '
@@ -97,7 +102,7 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], path: str, ki
         )
     for name, value in weights.items():
         shape = getattr(expected.get(name, known.get(name)), 'shape', None)
-        if shape != getattr(value, 'shape', None):
+        if shape != getattr(value, 'shape', None) and not name.endswith(may_differ):
             raise CheckpointError(
                 f'{path} does not fit the {kind} model of the config: {name} is {tuple(getattr(value, "shape", ()))} '
                 f'in the file and {tuple(shape or ())} in the model'

@@ -1,8 +1,9 @@
-"""Prints which layers of a config's backbone get a denoiser, and which can't, without training or loading anything."""
+"""Prints which layers of a config's backbones get a denoiser, and which can't, without training or loading anything."""
 
 import argparse
+from copy import deepcopy
 
-from launch import launch, stop
+from launch import launch
 
 
 def parse_args() -> argparse.Namespace:
@@ -22,32 +23,35 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Builds the backbone and prints the table of its conversion."""
+    """Builds the backbones, one after the other, and prints the table of each conversion."""
     args = parse_args()
     from mmengine.logging import MMLogger
     from mmengine.registry import MODELS
 
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone for configs that do not import it)
-    from common import config_at_fault, load_config, set_default_scope, without_denoising
+    from common import config_at_fault, load_config, set_default_scope
+    from mmdenoiserep.apis.backbones import backbone_configs, denoised_configs
     from mmdenoiserep.engine.backbone import find_guards
 
     cfg = load_config(args)
-    options = dict(targets=args.targets, exclude=args.exclude)
+    options = {key: value for key, value in dict(targets=args.targets, exclude=args.exclude).items() if value}
+    if args.rank is not None:
+        options['rank'] = args.rank or None
     MMLogger.get_current_instance().setLevel('ERROR')  # the table is printed once, below
     with config_at_fault(args.config):
-        if not cfg.get('model', {}).get('backbone'):
-            stop(f'{args.config} has no model.backbone')
         set_default_scope(cfg)
-        inner = without_denoising(cfg.model.backbone)
-        denoised = inner != cfg.model.backbone
-        backbone = cfg.model.backbone if denoised else dict(type='DenoiseRepBackbone', backbone=inner)
-        backbone.update({key: value for key, value in options.items() if value is not None})
-        if args.rank is not None:
-            backbone['rank'] = args.rank or None
-        model = MODELS.build(backbone)
-    for _, module, guard in find_guards(model):
-        print(f'{type(module).__module__}.{type(module).__qualname__}')
-        print(guard.report)
+        configs = deepcopy(backbone_configs(cfg.get('model') or {}))
+        if not any(denoised_configs(config) for config in configs.values()):
+            configs = {path: dict(type='DenoiseRepBackbone', backbone=config) for path, config in configs.items()}
+        for config in configs.values():
+            for denoised in denoised_configs(config):
+                denoised.update(options)
+        models = {path: MODELS.build(config) for path, config in configs.items() if denoised_configs(config)}
+    for path, model in models.items():
+        for _, module, guard in find_guards(model):
+            place = f'model.{path}: ' if len(models) > 1 else ''
+            print(f'{place}{type(module).__module__}.{type(module).__qualname__}')
+            print(guard.report)
 
 
 if __name__ == '__main__':

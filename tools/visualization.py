@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from calibration import choose_every, measure_flows
 from launch import stop
+from mmdenoiserep.apis.backbones import predicting_backbone
 from mmdenoiserep.apis.corruptions import corrupt, make_transform
 from mmdenoiserep.apis.images import Batches, NoImage, datasets_of, leaves, open_images, spread
 from mmdenoiserep.apis.pixels import to_rgb
-from mmdenoiserep.core import InputError, Moments, evaluating
+from mmdenoiserep.core import Moments, evaluating
 from mmdenoiserep.core.probe import tensors_in
 from mmdenoiserep.core.sample import Sample
 from mmdenoiserep.core.targets import near_names
@@ -69,10 +70,7 @@ class Spoiled(Dataset):
 
     def spoil(self, image: np.ndarray, index: int) -> np.ndarray:
         """Corrupts an image as it was loaded."""
-        try:
-            self.image = corrupt(image, *self.how, index)
-        except InputError as error:
-            raise InputError(f'{self.dataset.info(index).get("img_path", f"image {index}")}: {error}') from None
+        self.image = corrupt(image, *self.how, index)
         return self.image
 
 
@@ -139,6 +137,11 @@ class View:
     prediction: np.ndarray | None
 
 
+def backbone_of(model: nn.Module) -> nn.Module:
+    """Returns the backbone that the predictions of a model come from."""
+    return model.get_submodule(predicting_backbone(model))
+
+
 class Visualization:
     """Two sets of weights of a model, and images.
 
@@ -169,11 +172,11 @@ class Visualization:
         self.labels = None if None in labels else labels or None
         self.visualizer = self._build_visualizer(cfg, metas['before'].get('dataset_meta'))
         example = next(iter(self._batches('clean', self._chosen)))
-        names = list(run(self.models['before'].backbone, example)[0])
+        names = list(run(backbone_of(self.models['before']), example)[0])
         if wrong := set(args.spectra or ()) - set(names):
             stop(f'the backbone has no layer {min(wrong)}{near_names(min(wrong), names)}')
         self.spectra = args.spectra or pick(names, MOST_SPECTRA)
-        self.every = choose_every(measure_flows(self.models['before'].backbone, names, example), len(self._chosen))
+        self.every = choose_every(measure_flows(backbone_of(self.models['before']), names, example), len(self._chosen))
 
     def _build_visualizer(self, cfg: Config, dataset_meta: Mapping[str, Any] | None) -> Any:
         if not cfg.get('visualizer'):
@@ -207,7 +210,7 @@ class Visualization:
                 batches = dict(clean=clean, corrupted=corrupted)
                 features = {}
                 for which, images in VARIANTS:
-                    backbone = self.models[which].backbone
+                    backbone = backbone_of(self.models[which])
                     features[which, images], embedding = run(backbone, batches[images], self.every)
                     if not embedding.isfinite().all():
                         stop(f'the features of {getattr(self.args, which)} hold NaN or Inf; look at its weights')
@@ -222,7 +225,7 @@ class Visualization:
                 bar.update(len(clean))
         if self.labels:
             curves.labels = [self.labels[number] for number in pairs[0].order]
-        backbone = self.models['before'].backbone
+        backbone = backbone_of(self.models['before'])
         curves.types = {name: type(backbone.get_submodule(name)).__name__ for name in curves.ratios['before']}
         curves.embeddings = {key: torch.cat(parts) for key, parts in embeddings.items()}
         return curves
@@ -242,7 +245,7 @@ class Visualization:
         model, dataset = self.models[which], self.images[images]
         (batch,) = self._batches(images, [index])
         image = to_rgb(dataset.image)
-        return View(image, *watch(model.backbone, batch), self._predict(model, dataset[index], image))
+        return View(image, *watch(backbone_of(model), batch), self._predict(model, dataset[index], image))
 
     def _predict(self, model: nn.Module, packed: Any, image: np.ndarray) -> np.ndarray | None:
         """Returns the image with what the whole model predicts, drawn by the library's own visualizer."""
@@ -261,7 +264,7 @@ class Visualization:
     def missing(self, views: Sequence[Mapping[tuple[str, str], View]]) -> list[str]:
         """Returns a sentence for each figure that there is not."""
         seen = views[0]['before', 'clean']
-        kind = type(self.models['before'].backbone).__name__
+        kind = type(backbone_of(self.models['before'])).__name__
         sentences = [] if seen.attention is not None else [f'no attention.png: {kind} attends nowhere to a whole image']
         return sentences + ([] if self.visualizer else ['no predictions.png: the config has no visualizer'])
 

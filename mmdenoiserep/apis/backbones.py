@@ -6,7 +6,7 @@ builds one config twice: soft teacher has ``detector.backbone`` in its config, a
 ``teacher.backbone``.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -80,27 +80,39 @@ def predicting_backbone(model: nn.Module) -> str:
     """
     names = list(find_backbones(model))
     if len(names) > 1 and hasattr(model, 'semi_test_cfg'):
-        part = (model.semi_test_cfg or {}).get('predict_on', 'teacher')  # type: ignore[operator, union-attr]
+        settings: Any = model.semi_test_cfg or {}
+        part = settings.get('predict_on', 'teacher')
         names = [name for name in names if name.startswith(f'{part}.')] or names
     if len(names) > 1:
         raise InputError(f'the model ({type(model).__name__}) has several backbones: {", ".join(names)}')
     return names[0]
 
 
+def denoised_configs(config: Any) -> list[Any]:
+    """Returns every ``DenoiseRepBackbone`` in a config, itself included: the objects of the config."""
+    inner = [found for _, item in _items(config) for found in denoised_configs(item)]
+    return [config, *inner] if isinstance(config, Mapping) and _is_denoised(_type(config)) else inner
+
+
 def _configs(value: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if isinstance(value, Mapping):
-        key = path.rpartition('.')[2]
-        kind = dict.get(value, 'type') if isinstance(value, dict) else value.get('type')
-        if kind is not None and (_is_backbone(key) or _is_denoised(kind)):
+        kind = _type(value)
+        if kind is not None and (_is_backbone(path.rpartition('.')[2]) or _is_denoised(kind)):
             yield path, value
             return
-        items: Any = dict.items(value) if isinstance(value, dict) else value.items()  # lazy stays lazy
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    else:
-        return
-    for key, item in items:
+    for key, item in _items(value):
         yield from _configs(item, f'{path}.{key}' if path else str(key))
+
+
+def _items(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Returns what a dict, a list or a tuple holds; lazy objects stay lazy."""
+    if isinstance(value, Mapping):
+        return dict.items(value) if isinstance(value, dict) else value.items()
+    return enumerate(value) if isinstance(value, list | tuple) else ()
+
+
+def _type(config: Mapping[str, Any]) -> Any:
+    return dict.get(config, 'type') if isinstance(config, dict) else config.get('type')
 
 
 def _is_backbone(name: str) -> bool:

@@ -11,7 +11,6 @@ import os
 import sys
 import sysconfig
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +19,10 @@ from typing import Any
 
 import mmcv
 import numpy as np
+import torch
 from mmcv.transforms import Compose as NestedCompose
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose, RepeatDataset, pseudo_collate
-from mmengine.dist import get_rank
 from mmengine.registry import DATASETS, MODELS, TRANSFORMS, DefaultScope
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
@@ -31,9 +30,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from ..core import InputError, probe
 from ..core.errors import printable
 from .backbones import backbone_configs
+from .folders import SUFFIXES, find_images
 
-SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
-"""Names of images in a folder, in small or capital letters; a config may name others (``img_suffix``)."""
 ANNOTATIONS = {
     'FilterAnnotations',
     'LoadAnnotations',
@@ -51,58 +49,6 @@ HELD = 4
 
 Change = Callable[[np.ndarray, int], np.ndarray]
 """Takes an image as it was loaded, (H, W, C) or (H, W), and its number; returns what the pipeline goes on with."""
-
-
-def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
-    """Returns the paths of all images in a folder and the folders in it, also behind links, sorted.
-
-    Hidden files and folders, and files of other suffixes, are left out; one line on stderr counts them.
-
-    Args:
-        folder: The folder.
-        suffixes: Ends of the names of images, in lower case.
-
-    Raises:
-        InputError: It is no folder, can't be listed, has no images, or one of them is no file.
-    """
-    if not os.path.isdir(folder):
-        raise InputError(f'{folder} is not a folder')
-    paths: list[Path] = []
-    left_out: Counter[str] = Counter()
-    for entry in _walk(str(folder), ()):
-        if _is_hidden(entry.name):
-            left_out['hidden'] += 1
-        elif not entry.name.lower().endswith(suffixes):
-            left_out[Path(entry.name).suffix.lower() or 'without a suffix'] += 1
-        elif not entry.is_file():  # a pipe would be waited for
-            link = f' but a link to {os.readlink(entry.path)}' if entry.is_symlink() else ''
-            raise InputError(f'{entry.path} is not a file{link}; remove it, or rename it')
-        else:
-            paths.append(Path(entry.path))
-    others = ', '.join(f'{count:,} {kind}' for kind, count in left_out.most_common())
-    if not paths:
-        raise InputError(f'{folder} has no images ({", ".join(suffixes)})' + (f'; it has {others}' if others else ''))
-    if others and not get_rank():
-        print(printable(f'{folder}: {len(paths):,} images; left out: {others}'), file=sys.stderr)
-    return sorted(paths)
-
-
-def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[os.DirEntry]:
-    """Yields all but folders that are not hidden; a link to a folder above itself is not followed."""
-    try:
-        about = os.stat(folder)
-        here = about.st_dev, about.st_ino
-        for entry in os.scandir(folder) if here not in above else ():
-            if entry.is_dir() and not _is_hidden(entry.name):
-                yield from _walk(entry.path, (*above, here))
-            else:
-                yield entry
-    except OSError as error:
-        raise InputError(f'{folder} cannot be listed: {error.strerror}') from None
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith('.') or name == '@eaDir'  # thumbnails of network drives
 
 
 @dataclass
@@ -221,7 +167,7 @@ class _Pipeline:
         try:
             return results | dict(img=self.reading.change(results['img'], self.reading.index))
         except InputError as error:
-            raise InputError(f'{name}: {error}') from None
+            raise _Missing(NoImage(f'{name}: {error}')) from None
 
 
 class Images(Dataset):
@@ -400,7 +346,7 @@ class Batches:
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset, batch_size: int, workers: int = 0) -> None:
-        self.model = model
+        self.preprocessor: Any = model.data_preprocessor
         self.dataset = dataset
         self.batch_size = batch_size
         self.loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=list)
@@ -442,7 +388,11 @@ class Batches:
 
     def _batch(self, same: list[tuple[int, Any]]) -> Tensor:
         self.order += [number for number, _ in same]
-        return self.model.data_preprocessor(pseudo_collate([item for _, item in same]))['inputs']
+        packed: Any = pseudo_collate([item for _, item in same])
+        images = self.preprocessor(packed)['inputs']
+        if not isinstance(images, Tensor):  # that of self-supervised models takes a list for views of one image
+            images = self.preprocessor(packed | dict(inputs=torch.stack(packed['inputs'])))['inputs']
+        return images
 
 
 def spread(dataset: Dataset, count: int, rank: int = 0, world: int = 1) -> Subset:
@@ -534,9 +484,9 @@ def _held(dataset: Any) -> dict[str, Any]:
 def _is_config(value: Any) -> bool:
     if not isinstance(value, dict):
         return _is_built(value)
-    kind = dict.get(value, 'type')
+    kind = value.get('type')  # in lazy configs the object
     if isinstance(kind, str):
-        with DATASETS.switch_scope_and_registry(dict.get(value, '_scope_')) as registry:
+        with DATASETS.switch_scope_and_registry(value.get('_scope_')) as registry:
             kind = registry.get(kind)
     return kind is not None and ('pipeline' in value or bool(_held(value)) or _is_kind(kind))
 
@@ -698,7 +648,7 @@ def _suffixes(cfg: Config) -> tuple[str, ...]:
 
 
 def _name(dataset: Any) -> str:
-    kind = dict.get(dataset, 'type', '') if isinstance(dataset, dict) else type(dataset)
+    kind = dataset.get('type', '') if isinstance(dataset, dict) else type(dataset)
     return getattr(kind, '__name__', str(kind))
 
 

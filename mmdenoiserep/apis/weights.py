@@ -36,8 +36,12 @@ class Loading:
     """
 
     def __init__(self, model: nn.Module, path: str, purpose: Literal['start', 'resume', 'test', 'features']) -> None:
+        kinds = list(type(model).__mro__)
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
+            kinds += type(model).__mro__
+        # of a model that is spread over processes, none has the tensors of the file
+        self.is_sharded = any(re.search('(?i)shard|deepspeed', kind.__name__) for kind in kinds)
         self.model = model
         self.path = path
         self.purpose = purpose
@@ -55,8 +59,9 @@ class Loading:
         """
         notes: list[str] = []
         state = find_weights(checkpoint, Path(self.path), notes)
-        if not isinstance(state, Mapping):
-            raise InputError(f'{self.path} has no weights: its state_dict is a {type(state).__name__}')
+        if not isinstance(state, Mapping) or not state:
+            kind = type(state).__name__ if state else 'empty'
+            raise InputError(f'{self.path} has no weights: its state_dict is {kind}; take another checkpoint')
         checkpoint['state_dict'] = copy.copy(state) if state is checkpoint else state
         for note in notes:
             print_log(f'{self.path}: {note}', logger='current')
@@ -96,6 +101,8 @@ class Loading:
             InputError: The file hardly fits the model; it has parameters of another shape, and the model is tested or
                 resumed; or it lacks statistics of BatchNorm layers, and the model is not trained.
         """
+        if self.is_sharded:
+            return
         given = {
             name
             for name, tensor in _tensors(self.model).items()

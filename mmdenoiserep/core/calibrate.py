@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .closed_form import closed_form
 from .denoiser import correction_matrix
 from .domain import DomainFit
-from .gather import denoised_layers, empty_moments, gather
+from .gather import denoised_layers, empty_moments, gather, too_few
 from .layers import DenoiseLayer
 from .moments import CalibrationError, Moments
 from .table import format_table
@@ -157,7 +157,8 @@ def calibrate(
             raise CalibrationError(
                 f'the moments of {name} in source are of {given.numel()} channels, not {expected.numel()}'
             )
-        if not (given.isfinite().all() and source[name].scatter.isfinite().all()):
+        here = source[name].to(layer.weight.device)
+        if not (here.mean.isfinite().all() and here.scatter.isfinite().all()):
             raise CalibrationError(f'the moments of {name} in source hold NaN or Inf; gather them again')
         if not layer.denoiser.is_zero():
             raise CalibrationError(f'the denoiser of {name} is not zero; fuse the model and convert it again')
@@ -191,8 +192,8 @@ def _fit_schedule(
         raise CalibrationError('there is no image to calibrate with')
     rows, skipped = [], {}
     for name, seen in moments.items():
-        if not seen.count:
-            skipped[name] = 'none of the images reaches it'
+        if reason := too_few(seen, every, images):
+            skipped[name] = reason
             continue
         layer = layers[name]
         step, denoiser = layer.reverse_step, layer.denoiser

@@ -123,7 +123,8 @@ def _reason(path: Path, error: Exception, allow_pickle: bool) -> str:
     if isinstance(error, pickle.UnpicklingError) and needs_code:
         return (
             f'can only be read by running code that it brings ({needs_code[1]}); '
-            'if you trust whoever made it, the tools that convert or fuse a checkpoint read it with --allow-pickle'
+            'if you trust whoever made it, write a file that all tools take: '
+            f'tools/convert_checkpoint.py plain {path} OUT --allow-pickle'
         )
     if allow_pickle and isinstance(error, ImportError | AttributeError):
         return f'needs what is not installed here: {error}'
@@ -132,7 +133,8 @@ def _reason(path: Path, error: Exception, allow_pickle: bool) -> str:
     if not allow_pickle and (protocol := pickle_protocol(path) or 0) > 2:
         return (
             f'was saved with pickle protocol {protocol}, which can only be read by running code that it brings; '
-            'save it again without pickle_protocol, or if you trust whoever made it, read it with --allow-pickle'
+            'save it again without pickle_protocol, or if you trust whoever made it, write a file that all tools take: '
+            f'tools/convert_checkpoint.py plain {path} OUT --allow-pickle'
         )
     return 'is truncated or no PyTorch checkpoint; copy or download it again'
 

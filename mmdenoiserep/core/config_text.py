@@ -22,8 +22,10 @@ def vanilla_text(text: str) -> str:
         The text; statements that do not change stay as they are, to the letter.
 
     Raises:
-        ValueError: The text is no Python file.
+        ValueError: The text speaks of denoising and is no Python file.
     """
+    if 'denoise' not in text.lower():
+        return text
     try:
         module = ast.parse(text)
         old = [ast.get_source_segment(text, statement) or '' for statement in module.body]

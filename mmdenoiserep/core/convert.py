@@ -1,6 +1,5 @@
 """Puts denoisers onto the target layers of a model, in place, and reports what was done."""
 
-import itertools
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from .denoiser import DEFAULT_RANK
 from .layers import DENOISE_CLASSES, DenoiseLayer, convert_layer, reserved_names, restore_layer
-from .probe import Execution, overlap, probe_execution, storage_of
+from .probe import Execution, probe_execution, shared_parameters
 from .schedule import NoiseSchedule
 from .table import format_table
 from .targets import Target, Targets, compile_pattern, near_names, parse_targets
@@ -136,7 +134,7 @@ def apply_denoiserep(
     execution = probe_execution(
         module, {n: m for n, m in layers.items() if _own_parameters(m) and 'forward' not in m.__dict__}, example_input
     )
-    shared = _shared_parameters(module)
+    shared = shared_parameters(module)
 
     chosen, skipped = _choose(names, layers, parsed, excluded, lambda layer: _why_not(layer, execution, shared))
     if not execution.failure:
@@ -219,21 +217,6 @@ def _own_parameters(layer: nn.Module) -> bool:
     if not isinstance(layer._parameters.get('weight'), nn.Parameter):
         return False
     return isinstance(layer._parameters.get('bias'), nn.Parameter) or getattr(layer, 'bias', None) is None
-
-
-def _shared_parameters(module: nn.Module) -> set[int]:
-    """Returns, by ``id``, the parameters that several modules hold, or whose memory others have a part in."""
-    held: dict[int, list[Tensor]] = {}
-    for child in module.modules():
-        for tensor in (*child._parameters.values(), *child._buffers.values()):
-            if tensor is not None and not is_lazy(tensor):
-                held.setdefault(storage_of(tensor), []).append(tensor)
-    shared = set()
-    for tensors in held.values():
-        for one, other in itertools.combinations(tensors, 2):
-            if overlap(one, other):
-                shared |= {id(one), id(other)}
-    return shared
 
 
 def _why_not(layer: nn.Module, execution: Execution, shared: Container[int]) -> str:

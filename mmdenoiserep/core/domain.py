@@ -20,6 +20,7 @@ from .gather import (
     fitted_on_output,
     gather,
     sum_processes,
+    too_few,
     without_zero_denoisers,
 )
 from .intercept import intercepting
@@ -58,12 +59,14 @@ def explicit_maps(module: nn.Module, maps: Mapping[str, tuple[Tensor, Tensor]]) 
     layers = {name: module.get_submodule(name) for name in maps}
 
     def run(name: str, forward: Callable, *args: Tensor, **keywords: Tensor) -> Tensor:
-        (x,) = (*args, *keywords.values())
+        x, *rest = (*args, *keywords.values())
         if fitted_on_output(layers[name]):
-            return apply_map(layers[name], forward(x), *maps[name])
-        return forward(apply_map(layers[name], x, *maps[name]))
+            return apply_map(layers[name], forward(x, *rest), *maps[name])
+        return forward(apply_map(layers[name], x, *maps[name]), *rest)
 
-    with intercepting(layers, run):
+    denoised = {name: layer for name, layer in layers.items() if isinstance(layer, DenoiseLayer)}
+    plain = {name: layer for name, layer in layers.items() if name not in denoised}
+    with intercepting(plain, run), intercepting(denoised, run, 'forward_plain'):  # verify_fusion replaces their forward
         yield
 
 
@@ -312,19 +315,19 @@ class DomainFit:
         """Returns why the moments of a layer are not enough to fit it; empty if they are."""
         size = target.mean.shape[1]
         accuracy = (4 * torch.finfo(torch.promote_types(layer.weight.dtype, torch.float32)).eps) ** 2
-        for seen, place in ((source, 'training images'), (target, 'these images')):
+        for seen, place in ((source, 'the training images'), (target, 'these images')):
             if not seen.count:
-                return f'none of the {place} reaches it'
+                return f'none of {place} reaches it'
             if self.fit == 'mean':
                 continue  # all it needs
             if seen.count == 1:
-                return f'a single vector of the {place} reaches it, which has no variance'
+                return f'a single vector of {place} reaches it, which has no variance'
             if seen.covariance.diagonal(dim1=1, dim2=2).sum() <= accuracy * seen.mean.square().sum():
-                return f'it has no variance on the {place}'
+                return f'it has no variance on {place}'
         if self.fit == 'mean':
             return ''
-        if target.count <= size and target.count * self.every < self.images:
-            return f'{target.count} vectors of some of these images are too few for {size} channels'
+        if reason := too_few(target, self.every, self.images):
+            return reason
         if source.count <= size < target.count:
             return f'{source.count} vectors of the training images are too few for {size} channels'
         return ''

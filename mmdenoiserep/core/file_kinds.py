@@ -75,7 +75,8 @@ def _describe_json(path: Path) -> str | None:
 
 def _describe_archive(path: Path) -> str | None:
     try:
-        names = zipfile.ZipFile(path).namelist()
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return None
     inside = [name for name in names if name.endswith(('.pth', '.pt', '.ckpt', '.bin', '.safetensors'))]

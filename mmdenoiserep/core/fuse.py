@@ -7,6 +7,7 @@ import copy
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .convert import fuse_before_deploy
 from .denoiser import fold
 from .errors import InputError
 from .layers import DenoiseLayer, restore_layer
+from .probe import overlap, shared_parameters, storage_of
 
 DENOISER_KEY = re.compile(r'(?P<layer>(?:.*\.)?)denoiser\.(?P<name>[^.]+)')
 """Matches a whole state-dict key that may be one of a denoiser; ``layer`` is the prefix of the layer's own keys."""
@@ -46,13 +48,15 @@ def fuse_state_dict(state: Mapping[str, Tensor], changes: dict[str, float] | Non
         A new dict in the same order, without the denoisers; the entries of other layers are shared with the input.
 
     Raises:
-        FusionError: There is no denoiser, a shape does not fit, or a value is not finite.
+        FusionError: There is no denoiser, a shape does not fit, a weight is shared with another layer, or a value is
+            not finite.
     """
     denoisers = find_denoisers(state)
     if not denoisers:
         own = next((f' ({key} is of another module)' for key in state if DENOISER_KEY.fullmatch(key)), '')
         raise FusionError(f'there is no denoiser in it{own}, so there is nothing to fuse')
 
+    _refuse_shared(state, denoisers)
     ours = denoiser_keys(state)
     fused = OrderedDict((key, value) for key, value in state.items() if key not in ours)
     for layer, parameters in denoisers.items():
@@ -121,6 +125,24 @@ def _is_denoiser(weight: Any, entries: Mapping[str, Tensor]) -> bool:
     return {'up', 'down'} <= set(entries)
 
 
+def _refuse_shared(state: Mapping[str, Any], denoisers: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raises a FusionError where a weight that is about to change is, in the same memory, that of another layer too.
+
+    One layer under two names is fine: there the denoisers are the same memory as well.
+    """
+    places: dict[int, list[str]] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            places.setdefault(storage_of(value), []).append(key)
+    memory = {layer: {key: storage_of(value) for key, value in group.items()} for layer, group in denoisers.items()}
+    owners = {f'{layer}{name}': layer for layer in denoisers for name in ('weight', 'bias')}
+    for key in sorted(owners.keys() & state.keys()):
+        for other in places.get(storage_of(state[key]), ()) if isinstance(state[key], Tensor) else ():
+            alias = other in owners and memory[owners[other]] == memory[owners[key]]
+            if not alias and overlap(state[key], state[other]):
+                raise FusionError(f'{key} is shared with {other} of another layer; exclude both from the targets')
+
+
 def fuse_model(module: nn.Module) -> nn.Module:
     """Returns a vanilla copy of a denoised model with the denoisers folded into its weights.
 
@@ -131,18 +153,25 @@ def fuse_model(module: nn.Module) -> nn.Module:
         module: A model with denoisers; it is not changed.
 
     Raises:
-        FusionError: The model has no denoiser, a layer was pruned or parametrised since, or a value is not finite.
+        FusionError: The model has no denoiser, a layer was pruned or parametrised since or shares its weight with
+            another one, a forward was replaced by a function that holds the model, or a value is not finite.
     """
     layers = {name: child for name, child in module.named_modules() if isinstance(child, DenoiseLayer)}
     if not layers:
         raise FusionError('there is no denoiser in the model, so there is nothing to fuse')
     folded = {}
+    shared = shared_parameters(module)
     for name, layer in layers.items():
         parameters = dict(layer.named_parameters(recurse=False))
         if is_parametrized(layer) or 'weight' not in parameters:
             raise FusionError(
                 f'the weight of {name or "the model"} was pruned or parametrised after the conversion; make that '
                 'permanent (torch.nn.utils.prune.remove, remove_parametrizations) and fuse then'
+            )
+        if any(id(parameter) in shared for parameter in parameters.values()):
+            raise FusionError(
+                f'the weight or bias of {name or "the model"} is shared with another layer; '
+                'exclude both from the targets'
             )
         denoiser = dict(layer.denoiser.named_parameters())
         weight, bias, _ = _fold(name or 'the model', layer.weight, parameters.get('bias'), denoiser)
@@ -154,10 +183,15 @@ def fuse_model(module: nn.Module) -> nn.Module:
         with torch.no_grad():
             for key, value in values.items():
                 twin.get_parameter(key).copy_(value)
-    for child in fused.modules():
+    for name, child in fused.named_modules():
         if child.__dict__.get('switch_to_deploy') is fuse_before_deploy:
             del child.switch_to_deploy
         _drop_own_hooks(child)
+        if _calls_the_original(child.__dict__.get('forward')):
+            raise FusionError(
+                f'the forward of {name or "the model"} was replaced by a function that holds the denoised model, which '
+                'no copy can leave; fuse its state dict (fuse_state_dict) and load that into the vanilla model'
+            )
     return fused
 
 
@@ -170,6 +204,16 @@ def _copy(module: nn.Module) -> nn.Module:
         if isinstance(value, Tensor) and not value.is_leaf
     ]
     return copy.deepcopy(module, {id(value): value.detach().clone() for value in results})
+
+
+def _calls_the_original(forward: Any) -> bool:
+    """Whether a function holds a module with denoisers, of which a fused model has none."""
+    held = []
+    for cell in getattr(forward, '__closure__', None) or ():
+        with suppress(ValueError):  # a cell that is empty
+            held.append(cell.cell_contents)
+    held = [value for value in held if isinstance(value, nn.Module)]
+    return any(isinstance(part, DenoiseLayer) for module in held for part in module.modules())
 
 
 def _fold(

@@ -112,6 +112,25 @@ def empty_moments(layer: DenoiseLayer, inputs: bool = False) -> Moments:
     return Moments(groups, channels // groups, layer.weight.device)
 
 
+def too_few(seen: Moments, every: int, images: int) -> str:
+    """Returns why moments are of too few vectors; empty if they are not.
+
+    Where every image reaches a layer, the number of images says whether they are enough. An expert or a branch that
+    some of them reach needs more vectors than channels: fewer span no covariance.
+
+    Args:
+        seen: Moments of a layer.
+        every: One in so many vectors was taken.
+        images: Images seen.
+    """
+    size = seen.mean.shape[1]
+    if not seen.count:
+        return 'none of these images reaches it'
+    if seen.count <= size and seen.count * every < images:
+        return f'{seen.count} vectors of some of these images are too few for {size} channels'
+    return ''
+
+
 def check_finite(name: str, moments: Moments) -> None:
     """Raises a CalibrationError if the features of a layer were not finite."""
     if not (moments.scatter.isfinite().all() and moments.mean.isfinite().all()):

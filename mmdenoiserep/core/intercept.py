@@ -9,7 +9,7 @@ from torch import nn
 
 
 @contextmanager
-def intercepting(layers: Mapping[str, nn.Module], run: Callable[..., Any]) -> Iterator[None]:
+def intercepting(layers: Mapping[str, nn.Module], run: Callable[..., Any], method: str = 'forward') -> Iterator[None]:
     """Calls ``run(name, forward, *args, **kwargs)`` in the place of the forward of each layer while it lasts.
 
     This is the place where the weights act: behind all forward pre-hooks, before all forward hooks, and also where a
@@ -18,14 +18,15 @@ def intercepting(layers: Mapping[str, nn.Module], run: Callable[..., Any]) -> It
     Args:
         layers: Layers by name.
         run: Called with the name of a layer, its forward and what the layer was called with; returns the output.
+        method: Another method to replace.
     """
-    replaced = {layer: layer.__dict__['forward'] for layer in layers.values() if 'forward' in layer.__dict__}
+    replaced = {layer: layer.__dict__[method] for layer in layers.values() if method in layer.__dict__}
     try:
         for name, layer in layers.items():
-            layer.forward = partial(run, name, layer.forward)
+            layer.__dict__[method] = partial(run, name, getattr(layer, method))
         yield
     finally:
         for layer in layers.values():
-            layer.__dict__.pop('forward', None)
+            layer.__dict__.pop(method, None)
         for layer, forward in replaced.items():
-            layer.forward = forward
+            layer.__dict__[method] = forward

@@ -63,6 +63,8 @@ class _Cleaner:
         return plain
 
     def _convert(self, value: Any, name: str, depth: int) -> Any:
+        if isinstance(value, bytes) and not value:
+            return LEFT_OUT  # the only plain value that torch can't read with weights_only
         if value is None or type(value) in (bool, int, float, complex, str, bytes):
             return value
         if depth > DEPTH:
@@ -118,4 +120,4 @@ class _Cleaner:
 def _is_key(key: Any) -> bool:
     if isinstance(key, tuple):
         return all(map(_is_key, key))
-    return key is None or type(key) in (bool, int, float, str, bytes)
+    return key is None or type(key) in (bool, int, float, str) or (type(key) is bytes and bool(key))

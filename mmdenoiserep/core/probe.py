@@ -1,6 +1,7 @@
 """Runs a model once on a dummy image, to see which layers run, in which order, and whose weight is read by others."""
 
 import inspect
+import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -197,6 +198,21 @@ def overlap(one: Tensor, other: Tensor) -> bool:
     used = torch.zeros(one.untyped_storage().nbytes() // one.element_size(), dtype=torch.bool)
     used.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
     return bool(used.as_strided(other.shape, other.stride(), other.storage_offset()).any())
+
+
+def shared_parameters(module: nn.Module) -> set[int]:
+    """Returns, by ``id``, the parameters that several modules hold, or whose memory others have a part in."""
+    held: dict[int, list[Tensor]] = {}
+    for child in module.modules():
+        for tensor in (*child._parameters.values(), *child._buffers.values()):
+            if tensor is not None and not is_lazy(tensor):
+                held.setdefault(storage_of(tensor), []).append(tensor)
+    shared = set()
+    for tensors in held.values():
+        for one, other in itertools.combinations(tensors, 2):
+            if overlap(one, other):
+                shared |= {id(one), id(other)}
+    return shared
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -79,9 +79,8 @@ def verify_fusion(
         A :class:`Verification` of every floating-point tensor that the models return.
 
     Raises:
-        FusionError: There is no denoiser, ``fused`` is None and the model can't be fused, or the models return no
-            floating-point tensor.
-        ValueError: The models return different structures.
+        FusionError: There is no denoiser, ``fused`` is None and the model can't be fused, or the models return
+            different structures or no floating-point tensor.
     """
     layers = [layer for layer in denoised.modules() if isinstance(layer, DenoiseLayer)]
     if not layers:
@@ -99,7 +98,7 @@ def verify_fusion(
             actual = _numbers(run(fused, example_input))
     expected = _numbers(returned)
     if expected.keys() != actual.keys():
-        raise ValueError(f'the models return different outputs: {sorted(expected)} and {sorted(actual)}')
+        raise FusionError(f'the models return different outputs: {sorted(expected)} and {sorted(actual)}')
     if not expected:
         raise FusionError(
             f'the model returns no floating-point tensor that could be compared, but a {type(returned).__name__}'
@@ -109,7 +108,7 @@ def verify_fusion(
 
 def _compare(name: str, expected: Tensor, actual: Tensor, tolerance: float) -> Difference:
     if expected.shape != actual.shape:
-        raise ValueError(f'{name} has shape {tuple(expected.shape)} denoised and {tuple(actual.shape)} fused')
+        raise FusionError(f'{name} has shape {tuple(expected.shape)} denoised and {tuple(actual.shape)} fused')
     expected, actual = _wide(expected), _wide(actual)
     apart = (expected - actual).abs().where(expected != actual, 0)  # infinities, which masks put in, may agree
     sizes = expected.abs()

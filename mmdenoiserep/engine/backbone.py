@@ -12,6 +12,7 @@ from torch import nn
 from ..core import DEFAULT_RANK, ConversionReport, NoiseSchedule, apply_denoiserep
 from ..core.probe import image_channels
 from ..core.targets import Targets
+from ..core.tensors import tensors_in
 
 
 @MODELS.register_module()
@@ -103,15 +104,9 @@ class LossHookGuard:
     def __call__(self, backbone: nn.Module, args: tuple, output: Any) -> None:
         """Makes a backward pass through the output raise, unless a DenoiseLossHook is at work."""
         if backbone.training and torch.is_grad_enabled() and not self.satisfied:
-            _guard_backward(output)
-
-
-def _guard_backward(output: Any) -> None:
-    if isinstance(output, torch.Tensor) and output.requires_grad:
-        output.register_hook(_refuse_backward)
-    elif isinstance(output, dict | list | tuple):  # some backbones return tuples of tuples
-        for value in output.values() if isinstance(output, dict) else output:
-            _guard_backward(value)
+            for value in tensors_in(output):
+                if value.requires_grad:
+                    value.register_hook(_refuse_backward)
 
 
 def _refuse_backward(grad: torch.Tensor) -> None:

@@ -26,7 +26,9 @@ class DenoiseFusionHook(Hook):
     def before_train(self, runner) -> None:
         """Finds the fused copies of an earlier part of the run."""
         self.fused: dict[Path, tuple[int, int]] = {}
-        resumed = runner._resume and (runner._load_from or find_latest_checkpoint(runner.work_dir))
+        resumed = runner._resume  # of a FlexibleRunner, perhaps the path
+        if resumed and not isinstance(resumed, str):
+            resumed = runner._load_from or find_latest_checkpoint(runner.work_dir)
         if resumed:
             for source in Path(resumed).parent.glob('*.pth'):
                 if _fused_path(source).exists():

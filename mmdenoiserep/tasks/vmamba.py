@@ -289,7 +289,7 @@ def convert_vmamba(checkpoint: Mapping[str, Any]) -> 'OrderedDict[str, Tensor]':
     Raises:
         ValueError: It holds no VMamba with its classifier.
     """
-    state = checkpoint.get('model', checkpoint)
+    state = checkpoint.get('model', checkpoint.get('state_dict', checkpoint))  # of a safetensors file: state_dict
     if not isinstance(state, Mapping):
         raise ValueError('it holds no state dict')
     named = {_rename(k): value for k, value in state.items() if isinstance(k, str) and isinstance(value, Tensor)}

@@ -1,0 +1,242 @@
+"""Loading: what a checkpoint gave a model, and which checkpoints are refused, for a start, a resumed run and a test."""
+
+import copy
+
+import pytest
+import torch
+from mmengine.model import BaseTTAModel
+from mmengine.runner.checkpoint import _load_checkpoint_to_model
+from torch import nn
+
+from helpers import randomise
+from mmdenoiserep import apply_denoiserep
+from mmdenoiserep.apis.weights import Loading
+from mmdenoiserep.core import InputError
+
+PURPOSES = ('start', 'resume', 'test', 'features')
+
+
+class Net(nn.Module):
+    """A backbone with BatchNorm, and a head."""
+
+    def __init__(self, classes=4):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, classes))
+
+
+def trained(classes=4, seed=0):
+    """The state dict of a trained model, statistics included."""
+    torch.manual_seed(seed)
+    net = Net(classes)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return net.state_dict()
+
+
+def load(model, content, purpose):
+    """Loads as the tools do: mmengine's function between what watches it."""
+    loading = Loading(model, 'in.pth', purpose)
+    content = copy.copy(content)
+    loading.unwrap(content)
+    loading.see(content)
+    _load_checkpoint_to_model(model, content, logger='silent')
+    loading.judge()
+    return model
+
+
+def without(state, *parts):
+    """Returns a state dict without the names that have one of some parts."""
+    return {key: value for key, value in state.items() if not any(part in key for part in parts)}
+
+
+@pytest.mark.parametrize('purpose', PURPOSES)
+@pytest.mark.parametrize('wrap', [None, 'state_dict', 'model', 'ema'])
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_weights_are_found(purpose, wrap, prefix):
+    """A bare state dict, and one under any key, with the prefix of DDP or not, gives the whole model."""
+    state = trained()
+    content = {prefix + key: value for key, value in state.items()}
+    content = content if wrap is None else {wrap: content, 'epoch': 3, 'args': dict(lr=0.1)}
+    model = load(Net(), content, purpose)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize('purpose', PURPOSES)
+@pytest.mark.parametrize(
+    'rename',
+    [
+        lambda key: key.replace('backbone', 'encoder').replace('head', 'classifier'),
+        lambda key: f'net._orig_mod.{key}',
+        lambda key: key.replace('.', '/'),
+    ],
+)
+def test_no_name_fits(purpose, rename):
+    """The sentence has the first names of both sides."""
+    state = trained()
+    with pytest.raises(InputError) as caught:
+        load(Net(), dict(state_dict={rename(key): value for key, value in state.items()}), purpose)
+    assert rename('backbone.0.weight') in str(caught.value) and 'needs backbone.0.weight' in str(caught.value)
+    assert 'in.pth' in str(caught.value) and '0 of 12 parameters' in str(caught.value)
+
+
+@pytest.mark.parametrize('content', [dict(state_dict={}), dict(state_dict=[1]), dict(state_dict=None), dict(epoch=3)])
+def test_no_weights(content):
+    """A file without weights does not pass for a start from nothing."""
+    with pytest.raises(InputError, match='in.pth has no'):
+        load(Net(), content, 'start')
+
+
+@pytest.mark.parametrize('purpose', PURPOSES)
+def test_hardly_any_name_fits(purpose):
+    """One name that fits by chance among forty is no start either."""
+    others = {f'blocks.{i}.weight': torch.zeros(1) for i in range(40)}
+    with pytest.raises(InputError, match='it has 1 of 12 parameters'):
+        load(Net(), {**others, 'head.1.bias': torch.zeros(4)}, purpose)
+
+
+@pytest.mark.parametrize('classes', [4, 9])
+def test_a_training_may_start_from_a_part(classes):
+    """A backbone alone, and a model with another number of classes, start a training; the rest is initialised."""
+    state = trained()
+    for part in (without(state, 'head'), state):
+        model = load(Net(classes), dict(state_dict=part), 'start')
+        assert torch.equal(model.backbone[2].weight, state['backbone.2.weight'])
+        assert torch.equal(model.backbone[3].running_var, state['backbone.3.running_var'])
+
+
+def test_a_small_backbone_of_a_large_model_is_a_start():
+    """What counts is that the file is used, where the model is much larger."""
+
+    class Large(Net):
+        def __init__(self):
+            super().__init__()
+            self.decoder = nn.Sequential(*(nn.Linear(2, 2) for _ in range(100)))
+
+    state = without(trained(), 'head')
+    model = load(Large(), dict(state_dict=state), 'start')
+    assert torch.equal(model.backbone[0].weight, state['backbone.0.weight'])
+    with pytest.raises(InputError, match='8 of 212 parameters'):
+        load(Large(), dict(state_dict=state), 'test')
+
+
+@pytest.mark.parametrize('purpose', ['resume', 'test'])
+def test_other_number_of_classes(purpose):
+    """mmengine leaves such a head as it was initialised, with a warning; the results would be noise."""
+    with pytest.raises(InputError, match=r'head.1.weight is \(9, 8\) in the file and \(4, 8\) in the model'):
+        load(Net(), dict(state_dict=trained(9)), purpose)
+    load(Net(), dict(state_dict=trained(9)), 'features')
+
+
+@pytest.mark.parametrize('lost', [('running',), ('running', 'tracked'), ('running_var',), ('backbone.3.running_mean',)])
+def test_missing_statistics(lost, caplog, capsys):
+    """They are named: an error where the model is not trained, a warning where it is."""
+    content = dict(state_dict=without(trained(), *lost))
+    for purpose in ('test', 'features'):
+        with pytest.raises(InputError, match='statistics of .* BatchNorm layers .*backbone.*running'):
+            load(Net(), content, purpose)
+    load(Net(), content, 'start')
+    load(Net(), dict(state_dict=without(trained(), 'tracked')), 'test')
+
+
+def test_new_batchnorm_of_a_new_head_is_none_of_the_files():
+    """A layer that the file does not know at all starts as it is, statistics included."""
+
+    class WithHead(Net):
+        def __init__(self):
+            super().__init__()
+            self.neck = nn.BatchNorm1d(8)
+
+    for purpose in PURPOSES:
+        load(WithHead(), dict(state_dict=trained()), purpose)
+
+
+class Resizing(Net):
+    """Loads a table of another length, as position embeddings are."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(length))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict[f'{prefix}table'] = state_dict[f'{prefix}table'][: len(self.table)]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def test_a_model_that_changes_shapes_while_it_loads():
+    """What is resized was given."""
+    state = trained() | dict(table=torch.arange(9.0))
+    model = load(Resizing(5), dict(state_dict=state), 'test')
+    assert model.table.tolist() == [0, 1, 2, 3, 4]
+
+
+class Averaging(BaseTTAModel):
+    """Test-time augmentation."""
+
+    def merge_preds(self, data_samples_list):
+        """Never called here."""
+
+
+def test_wrapped_models():
+    """A model with test-time augmentation holds the one that is loaded."""
+    net = Net()
+    net.test_step = None
+    state = trained()
+    model = load(Averaging(net), dict(state_dict=state), 'test')
+    assert torch.equal(model.module.head[0].weight, state['head.0.weight'])
+
+
+def test_lora():
+    """The state dict of a model with LoRA holds the weights of LoRA alone, which are all that is expected."""
+
+    class Lora(Net):
+        def __init__(self):
+            super().__init__()
+            self.lora_a = nn.Parameter(torch.zeros(3))
+            self._register_state_dict_hook(self.only_lora)
+
+        @staticmethod
+        def only_lora(module, state, prefix, metadata):
+            for key in [key for key in state if 'lora' not in key]:
+                del state[key]
+
+    model = load(Lora(), dict(state_dict=dict(lora_a=torch.ones(3))), 'test')
+    assert model.lora_a.tolist() == [1, 1, 1]
+
+
+def denoised(targets='all'):
+    """A model whose backbone has denoisers."""
+    net = Net()
+    apply_denoiserep(net.backbone, targets, example_input=torch.zeros(1, 3, 9, 9))
+    return randomise(net)
+
+
+def test_denoisers_on_one_side():
+    """Denoisers of a file are never dropped; a vanilla file is taken by a denoised model, a fused one to start only."""
+    state = denoised().state_dict()
+    for purpose in PURPOSES:
+        with pytest.raises(InputError, match='has denoisers and the config has none'):
+            load(Net(), dict(state_dict=state), purpose)
+        with pytest.raises(InputError, match='that the config does not make .backbone.2.denoiser'):
+            load(denoised('0'), dict(state_dict=state), purpose)
+        assert load(denoised(), dict(state_dict=state), purpose).state_dict().keys() == state.keys()
+        load(denoised(), dict(state_dict=trained()), purpose)
+    fused = dict(state_dict=trained(), meta=dict(denoiserep=dict(fused=True)))
+    load(denoised(), fused, 'start')
+    for purpose in ('test', 'features'):
+        with pytest.raises(InputError, match='is fused'):
+            load(denoised(), fused, purpose)
+
+
+def test_a_module_of_the_user_called_denoiser():
+    """It is the user's own where the model has it."""
+
+    class Own(Net):
+        def __init__(self):
+            super().__init__()
+            self.head.add_module('denoiser', nn.Linear(2, 2))
+
+    state = Own().state_dict()
+    assert torch.equal(load(Own(), dict(state_dict=state), 'test').head.denoiser.weight, state['head.denoiser.weight'])
