@@ -270,12 +270,18 @@ def test_each_trial_draws_one_image_of_each_identity():
     pids = torch.tensor([5, 3, 5, 5, 8, 3, 5])
     drawn = []
     for seed in range(200):
-        is_query = draw_queries(pids, seed)
+        is_query = draw_queries(pids, seed, 1)
         assert torch.equal(pids[~is_query].sort().values, torch.tensor([3, 5, 8]))
-        assert torch.equal(is_query, draw_queries(pids, seed))
+        assert torch.equal(is_query, draw_queries(pids, seed, 1))
         drawn.append(~is_query)
     share = torch.stack(drawn).double().mean(0)
     assert torch.allclose(share, torch.tensor([1 / 4, 1 / 2, 1 / 4, 1 / 4, 1, 1 / 2, 1 / 4]).double(), atol=0.1)
+
+
+def test_seeds_share_no_trial():
+    pids = torch.arange(30).repeat_interleave(9)
+    drawn = {draw_queries(pids, seed, trial).numpy().tobytes() for seed in range(4) for trial in range(4)}
+    assert len(drawn) == 16
 
 
 def test_figures_are_means_over_the_trials():
@@ -284,8 +290,8 @@ def test_figures_are_means_over_the_trials():
     features, pids = torch.stack([s.pred_feature for s in samples]), torch.tensor([s.pid for s in samples])
     features = F.normalize(features)
     expected = []
-    for seed in (7, 8, 9):
-        is_query = draw_queries(pids, seed)
+    for trial in range(3):
+        is_query = draw_queries(pids, 7, trial)
         values = (features, pids, is_query.long())
         rows = reference(*(value[side] for value in values for side in (is_query, ~is_query)))
         assert len(rows) == is_query.sum()
@@ -343,7 +349,7 @@ def test_fewer_matches_where_the_gallery_is_small_and_the_first_trial(tmp_path):
     evaluate(samples, matches_file=str(path), num_matches=100)
     assert {len(entry['matches']) for entry in json.loads(path.read_text())} <= set(range(40, 51))
     evaluate(samples, matches_file=str(path), trials=3, seed=2)
-    is_query = draw_queries(torch.tensor([sample.pid for sample in samples]), 2)
+    is_query = draw_queries(torch.tensor([sample.pid for sample in samples]), 2, 0)
     entries = json.loads(path.read_text())
     assert [entry['sample_idx'] for entry in entries] == is_query.nonzero().flatten().tolist()
     assert all(not is_query[match['sample_idx']] for entry in entries for match in entry['matches'])

@@ -19,7 +19,10 @@ def early_half(layers: Sequence[str]) -> tuple[str, ...]:
 
 
 def safe_fit(layers: Sequence[str], images: int, representative: bool = False) -> dict[str, Any]:
-    """Returns the options of a domain fit that were found to risk least; docs/domain.md has what they cost.
+    """Returns the options of a domain fit that were found to risk least on small models.
+
+    docs/domain.md has what they cost. On a DINOv2 ViT-S all layers with 512 images did harm, also on images of the
+    training domain (docs/which-when.md, one seed); the first case did not.
 
     Early layers carry most of what a fit recovers from noise or blur. Late layers hold classes: fitted to images of
     other classes than the training had, or to few images, they unlearn. The mean of any layer moves with the mix of

@@ -36,7 +36,7 @@ class ReIDMetric(BaseMetric):
         topk: Ranks k of the CMC, which is called ``rank<k>``.
         normalize: Whether features are divided by their length first.
         trials: Number of random galleries; None takes queries and gallery as ``is_query`` says.
-        seed: Of the first trial, the next one has the next seed.
+        seed: Of the trials, 0 or more.
         matches_file: JSON file to write after each evaluation, for ``tools/draw_matches.py``: a list with an entry
             ``{sample_idx, img_path, pid, camid, ap, matches}`` for each query that has a match in the gallery, whose
             ``matches`` are its nearest gallery entries ``{sample_idx, img_path, pid, camid, distance, correct}``
@@ -131,7 +131,7 @@ class ReIDMetric(BaseMetric):
             splits = [torch.tensor([image['is_query'] for image in images])]
             camids = torch.tensor([image['camid'] for image in images])
         else:
-            splits = (draw_queries(pids, self.seed + trial) for trial in range(self.trials))
+            splits = (draw_queries(pids, self.seed, trial) for trial in range(self.trials))
             camids = torch.arange(len(images))  # each image has its own camera, so none is removed
 
         figures: list[dict[str, float]] = []
@@ -173,14 +173,15 @@ class ReIDMetric(BaseMetric):
             raise InputError(f'ReIDMetric got {queries} queries and {gallery} gallery images: {hint}')
 
 
-def draw_queries(pids: Tensor, seed: int) -> Tensor:
+def draw_queries(pids: Tensor, seed: int, trial: int) -> Tensor:
     """Returns which images are queries, (N,), bool: all but one random image of each identity.
 
     Args:
         pids: Identities, (N,).
-        seed: Of the draw.
+        seed: Of all trials.
+        trial: Number of the trial, from 0; no trial of another seed has its draw.
     """
-    order = np.random.default_rng(seed).permutation(len(pids))
+    order = np.random.default_rng([seed, trial]).permutation(len(pids))
     _, first = np.unique(pids.numpy()[order], return_index=True)
     is_query = torch.ones(len(pids), dtype=torch.bool)
     is_query[order[first]] = False
