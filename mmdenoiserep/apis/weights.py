@@ -77,8 +77,9 @@ class Loading:
         """
         state = {re.sub(r'^module\.', '', str(name)): value for name, value in checkpoint['state_dict'].items()}
         self.shapes = {name: getattr(value, 'shape', None) for name, value in state.items()}
-        known = _tensors(self.model)
-        unknown = sorted(name for name in denoiser_keys(state) if name not in known)
+        # a semi-supervised model gives the weights of a detector to its student and its teacher
+        known = [f'.{name}' for name in _tensors(self.model)]
+        unknown = sorted(name for name in denoiser_keys(state) if not any(k.endswith(f'.{name}') for k in known))
         is_denoised = any(isinstance(module, DenoiseLayer) for module in self.model.modules())
         if unknown and not is_denoised:
             raise InputError(
