@@ -102,7 +102,7 @@ def probe_execution(module: nn.Module, layers: Mapping[str, nn.Module], example_
         with untouched(module):
             for layer in layers.values():
                 layer.forward = partial(watch.run, layer, layer.forward)
-            with equal_draws(), watch, evaluating(module):
+            with equal_draws(module), watch, evaluating(module):
                 run(module, example_input)
             execution.attributes = {id(layer): set(layer.__dict__) for layer in layers.values()}
     except Exception as error:  # any model may fail on an input that is not made for it, in any way
