@@ -584,6 +584,20 @@ def test_probe_undoes_what_the_forward_does():
     assert [set(part.__dict__) - {'timestep', 'schedule', 'vanilla_class'} for part in parts] == attributes
 
 
+def test_scripted_and_lazy_parts():
+    """A scripted part is run as it is; a lazy layer, which has no size yet, is refused with what to do."""
+    model = Chain(a=nn.Linear(8, 8), b=torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))))
+    names, report = convert(model)
+    assert (names, report.order) == (['a'], 'execution')
+    assert verify_fusion(randomise(model), example_input=X).ok
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(4))
+    with pytest.raises(ValueError, match='lazy parameters'):
+        convert(model)
+    assert type(model[1]) is nn.LazyLinear
+    model(X)
+    assert convert(model)[0] == ['0', '1']
+
+
 def test_probe_of_a_model_that_draws():
     """What a random forward reaches does not depend on the seed (processes must agree), and numpy's state stays."""
 

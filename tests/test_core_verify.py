@@ -83,6 +83,30 @@ def test_random_forward(between):
     assert states() == before
 
 
+@pytest.mark.parametrize(
+    'generator, draw',
+    [
+        (torch.Generator(), lambda g: torch.rand(8, generator=g)),
+        (random.Random(), lambda g: g.random()),
+        (np.random.RandomState(), lambda g: torch.from_numpy(g.rand(8))),
+        (np.random.default_rng(), lambda g: torch.from_numpy(g.random(8))),
+    ],
+    ids=['torch', 'python', 'RandomState', 'default_rng'],
+)
+def test_generators_of_the_models_own(generator, draw):
+    """A model that draws from a generator of its own is verified, whatever the two have drawn before."""
+    model, vanilla = make()
+    fused = fuse_model(model)
+    for each in (model, vanilla, fused):
+        each.own = copy.deepcopy(generator)
+        each.register_forward_pre_hook(lambda module, args: (args[0] * draw(module.own),))
+    model(X)
+    following = draw(copy.deepcopy(model.own))
+    assert verify_fusion(model, fused, X).ok
+    assert not verify_fusion(model, vanilla, X).ok
+    assert torch.equal(torch.as_tensor(draw(model.own)), torch.as_tensor(following))
+
+
 VIT = {'embed_dims': 16, 'num_layers': 2, 'num_heads': 2, 'feedforward_channels': 32}
 SWIN = {'embed_dims': 16, 'depths': [1, 1, 1, 1], 'num_heads': [1, 2, 4, 8]}
 
@@ -117,12 +141,12 @@ def test_masked_image_models(backbone, size):
 def test_equal_draws():
     """Every generator starts at the seed and is as it was afterwards, also after an error."""
     before = states()
-    with equal_draws(3):
+    with equal_draws(seed=3):
         first = torch.rand(2).tolist(), np.random.rand(), random.random()
-    with pytest.raises(KeyError), equal_draws(3):
+    with pytest.raises(KeyError), equal_draws(seed=3):
         assert (torch.rand(2).tolist(), np.random.rand(), random.random()) == first
         raise KeyError
-    with equal_draws(4):
+    with equal_draws(seed=4):
         assert (torch.rand(2).tolist(), np.random.rand(), random.random()) != first
     assert states() == before
 

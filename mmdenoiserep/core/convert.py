@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .denoiser import DEFAULT_RANK
 from .layers import DENOISE_CLASSES, DenoiseLayer, convert_layer, reserved_names, restore_layer
@@ -118,13 +119,14 @@ def apply_denoiserep(
         A :class:`ConversionReport`; ``print`` it for a table.
 
     Raises:
-        ValueError: The module has denoisers already, an entry of targets or exclude is malformed, an entry of targets
-            matches no convertible layer or one of exclude no layer at all, an option does not fit a layer, or there are
-            more layers than timesteps.
-            The model is then as it was.
+        ValueError: The module has denoisers already or lazy parameters, an entry of targets or exclude is malformed, an
+            entry of targets matches no convertible layer or one of exclude no layer at all, an option does not fit a
+            layer, or there are more layers than timesteps. The model is then as it was.
     """
     if any(isinstance(m, DenoiseLayer) for m in module.modules()):
         raise ValueError('the model has denoisers already; convert a model once, with all its targets')
+    if any(map(is_lazy, module.parameters())):
+        raise ValueError('the model has lazy parameters, which have no size yet; run it on an example input first')
     schedule = schedule or NoiseSchedule()
     parsed = parse_targets(targets, OPTIONS)
     excluded = [compile_pattern(text) for text in ([exclude] if isinstance(exclude, str) else exclude)]

@@ -102,7 +102,7 @@ def probe_execution(module: nn.Module, layers: Mapping[str, nn.Module], example_
         with untouched(module):
             for layer in layers.values():
                 layer.forward = partial(watch.run, layer, layer.forward)
-            with equal_draws(), watch, evaluating(module):
+            with equal_draws(module), watch, evaluating(module):
                 run(module, example_input)
             execution.attributes = {id(layer): set(layer.__dict__) for layer in layers.values()}
     except Exception as error:  # any model may fail on an input that is not made for it, in any way
@@ -116,12 +116,12 @@ def untouched(module: nn.Module) -> Iterator[None]:
 
     A forward may set flags, make or resize buffers and caches, and initialise weights from the first batch.
     """
-    parts = list(module.modules())
+    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]  # it has no dicts
     attributes = [(part, dict(part.__dict__)) for part in parts]
     stores: list[dict] = [store for part in parts for store in (part._parameters, part._buffers, part._modules)]
     registered = [(store, dict(store)) for store in stores]
     tensors = {id(t): t for _, entries in registered for t in entries.values() if isinstance(t, Tensor)}
-    values = [(t, t.detach().clone()) for t in tensors.values() if not is_lazy(t) and not t.is_meta]
+    values = [(t, t.detach().clone()) for t in tensors.values() if not t.is_meta]
     try:
         yield
     finally:

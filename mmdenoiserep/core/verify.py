@@ -92,9 +92,9 @@ def verify_fusion(
         generator = torch.Generator().manual_seed(0)
         example_input = torch.randn(2, 3, 224, 224, generator=generator).to(next(denoised.parameters()))
     with evaluating(denoised, fused), forwarding(layers, DenoiseLayer.forward_by_definition):
-        with equal_draws():
+        with equal_draws(denoised):
             returned = run(denoised, example_input)
-        with equal_draws():
+        with equal_draws(fused):
             actual = _numbers(run(fused, example_input))
     expected = _numbers(returned)
     if expected.keys() != actual.keys():
