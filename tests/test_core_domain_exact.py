@@ -376,6 +376,43 @@ def test_a_second_reader_in_a_later_batch_is_seen():
     assert relative(fuse_model(model)(x).detach(), expected) < 1e-9
 
 
+class Bright(nn.Module):
+    """Reads the output of a norm, and the weight of a layer, a second time if an image is bright."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.norm, self.fc, self.out = nn.LayerNorm(8), nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+        self.weight = weight
+
+    def forward(self, x):
+        y = self.norm(x)
+        z = self.out(torch.relu(self.fc(y)))
+        if x.max() < 50:
+            return z
+        return z + F.linear(z, self.out.weight) if self.weight else z + y
+
+
+@pytest.mark.parametrize('weight', [False, True])
+def test_a_second_reader_that_the_first_image_does_not_show(weight):
+    """One batch is fitted in turn; what it shows beyond its first image undoes that, and passes follow."""
+    torch.manual_seed(0)
+    model = Bright(weight).double()
+    before = copy.deepcopy(model)
+    apply_denoiserep(model, 'all', example_input=data(TOKENS, 1))
+    source = collect_moments(model, [data(TOKENS)])
+    images = data(TOKENS, noisy=True)
+    images[3] += 60
+    report = calibrate(model, [images], 'domain', source)
+    assert report.passes == 2
+    if weight:
+        assert report.skipped.keys() == {'out'} and torch.equal(model.out.weight, before.out.weight)
+    else:
+        assert notes(report).keys() == {'fc'} and torch.equal(model.norm.bias, before.norm.bias)
+    with torch.no_grad(), explicit_maps(before, {row.name: (row.linear, row.constant) for row in report.layers}):
+        expected = before(images)
+    assert relative(fuse_model(model)(images).detach(), expected) < 1e-9
+
+
 # Outputs that hide who reads what
 
 

@@ -176,7 +176,8 @@ class DomainFit:
     def _in_turn(self, batch: Any) -> bool:
         """Fits each layer when the batch reaches it; returns False, with nothing changed, if that is not possible.
 
-        That needs a model in which all layers run at most once, in all processes in the same order.
+        That needs a model in which all layers run at most once, in all processes in the same order, and a batch that shows
+        no more readers than its first image.
         """
         self.images = sum_processes(count_images(batch))
         if not self.images:
@@ -202,11 +203,12 @@ class DomainFit:
             if len(self.fitted) + len(self.skipped) == len(self.layers) < all_layers:
                 raise SeenAll
 
-        def measure(layer: DenoiseLayer, x: Tensor) -> Moments:
-            moments = empty_moments(layer)
-            moments.update(sample(layer, x))
+        def correct(name: str, x: Tensor) -> Tensor | None:
+            moments = empty_moments(self.layers[name])
+            moments.update(sample(self.layers[name], x))
             moments.merge_processes()
-            return moments
+            with self.readers.paused():  # what a fit writes, the model does not read
+                return self._correct(name, moments)
 
         reached: set[str] = set()
 
@@ -218,11 +220,11 @@ class DomainFit:
                 raise _OutOfTurn
             reached.add(name)
             if not fitted_on_output(layer):
-                shift = self._correct(name, measure(layer, x))
+                shift = correct(name, x)
                 end_behind_the_last()
                 return forward(x if shift is None else x + shift.flatten().to(x))
             output = forward(x)
-            self._correct(name, measure(layer, output))
+            correct(name, output)
             end_behind_the_last()
             if name in self.skipped:
                 return output
@@ -237,13 +239,17 @@ class DomainFit:
                 intercepting(self.layers, run),
                 suppress(SeenAll),
             ):
-                self.module(batch)
+                self.readers.run(self.module, batch)
                 reach('')  # the end
+            given, fitted = self.takers, self.fitted.keys() - self.skipped.keys()
+            self._find_takers()
+            if given.keys() != self.takers.keys() or fitted & self.skipped.keys():
+                raise _OutOfTurn  # the batch showed readers that one image of it did not
         except _OutOfTurn:
             with torch.no_grad():
                 for tensor, value in before:
                     tensor.copy_(value)
-            self.fitted, self.skipped = {}, {}
+            self.fitted, self.skipped, self.readers.calls = {}, {}, []
             return False
         for name in self.layers:
             if name not in reached:
@@ -254,6 +260,7 @@ class DomainFit:
     def _find_takers(self) -> None:
         """Finds the norms that take the constant of a layer without a bias, and the layers that can't be fitted."""
         self.readers.merge_processes()
+        self.takers, self.no_taker = {}, {}
         shared = shared_memory(self.module, self.owned)
         for name in self.layers:
             if name in self.readers.read_elsewhere | shared:

@@ -2,7 +2,8 @@
 
 import gc
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,6 +56,7 @@ class Readers:
         self._sources: dict[str, set[str | None]] = defaultdict(set)  # whose output is the first argument
         self._outputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._running: list[str | None] = []
+        self._watching = True
 
     def run(self, module: nn.Module, batch: Any) -> None:
         """Runs a model on a batch and watches."""
@@ -69,6 +71,15 @@ class Readers:
         for name in held:
             self._readers[name].add(None)
         del returned
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Does not watch while it lasts."""
+        self._watching = False
+        try:
+            yield
+        finally:
+            self._watching = True
 
     def merge_processes(self) -> None:
         """Makes these the readers in the runs of all processes, where there are several."""
@@ -104,6 +115,8 @@ class Readers:
 
     def _note(self, value: Tensor, result: Any) -> None:
         """Notes that an operation takes a tensor, and what comes out of it."""
+        if not self._watching:
+            return
         name = self._outputs.get(value)
         if name is not None:
             self._readers[name].add(self._running[-1])
