@@ -240,3 +240,26 @@ def test_a_module_of_the_user_called_denoiser():
 
     state = Own().state_dict()
     assert torch.equal(load(Own(), dict(state_dict=state), 'test').head.denoiser.weight, state['head.denoiser.weight'])
+
+
+class Semi(nn.Module):
+    """Gives the weights of a detector to both of its own, as mmdet's semi-supervised models do."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.student, self.teacher = make(), make()
+
+    def _load_from_state_dict(self, state_dict, *args):
+        for key in list(state_dict):
+            state_dict[f'student.{key}'] = state_dict[f'teacher.{key}'] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, *args)
+
+
+def test_a_detector_for_a_semi_supervised_model():
+    """Names that only the model itself knows to place count as given, those of denoisers too."""
+    for make in (Net, denoised):
+        state = make().state_dict()
+        model = load(Semi(make), dict(state_dict=state), 'start')
+        assert all(torch.equal(value, state[key]) for key, value in model.teacher.state_dict().items())
+    with pytest.raises(InputError, match='has denoisers and the config has none'):
+        load(Semi(Net), dict(state_dict=denoised().state_dict()), 'start')

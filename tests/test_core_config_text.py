@@ -3,8 +3,6 @@
 import pytest
 from mmengine.config import Config
 
-import mmdenoiserep.tasks.boundary_iou
-import mmdenoiserep.tasks.reid  # noqa: F401
 from mmdenoiserep.core.config_text import REGISTERED, vanilla_text
 
 INNER = dict(type='ResNet', depth=18, init_cfg=dict(type='Pretrained', checkpoint='r18.pth'))

@@ -245,12 +245,12 @@ def measure_flows(backbone: nn.Module, layers: Iterable[str], image: Tensor) -> 
 
 def choose_every(flows: Sequence[Flow], images: int) -> int:
     """Returns which share of the vectors is enough: one in so many, at most 16, but ten for each channel."""
-    return max(1, min(16, *(images * flow.vectors // (10 * flow.channels) for flow in flows)))
+    return max(1, min([16, *(images * flow.vectors // (10 * flow.channels) for flow in flows)]))
 
 
 def fits_memory(flows: Sequence[Flow], images: int, gibibytes: float) -> bool:
     """Whether a forward of all images at once takes about so much: at its peak, four times the largest flow."""
-    return 4 * images * max(flow.bytes for flow in flows) <= gibibytes * 2**30
+    return 4 * images * max((flow.bytes for flow in flows), default=0) <= gibibytes * 2**30
 
 
 @contextmanager

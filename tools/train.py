@@ -76,7 +76,7 @@ def resume(cfg: Any, checkpoint: str) -> None:
             return
         # the folder may have another name by now, or be named from another place
         moved = os.path.join(cfg.work_dir, os.path.basename(last))
-        checkpoint = moved if os.path.isfile(moved) else last
+        checkpoint = moved if os.path.isfile(moved) and not os.path.isfile(last) else last
     if '://' not in checkpoint and not os.path.isfile(os.path.expanduser(checkpoint)):
         stop(f'{checkpoint} to resume from does not exist')
     cfg.resume, cfg.load_from = True, checkpoint

@@ -75,10 +75,11 @@ class Loading:
         Raises:
             InputError: The weights are not of a model such as this one: one has denoisers and the other has none.
         """
-        state = checkpoint['state_dict']
-        values = {re.sub(r'^module\.', '', str(name)): value for name, value in state.items()}
-        self.shapes = {name: getattr(value, 'shape', None) for name, value in values.items()}
-        unknown = sorted(denoiser_keys(values) - _tensors(self.model).keys())
+        state = {re.sub(r'^module\.', '', str(name)): value for name, value in checkpoint['state_dict'].items()}
+        self.shapes = {name: getattr(value, 'shape', None) for name, value in state.items()}
+        # a semi-supervised model gives the weights of a detector to its student and its teacher
+        known = [f'.{name}' for name in _tensors(self.model)]
+        unknown = sorted(name for name in denoiser_keys(state) if not any(k.endswith(f'.{name}') for k in known))
         is_denoised = any(isinstance(module, DenoiseLayer) for module in self.model.modules())
         if unknown and not is_denoised:
             raise InputError(
