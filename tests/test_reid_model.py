@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.registry import DATA_SAMPLERS, MODELS, init_default_scope
+from mmengine.registry import DATA_SAMPLERS, DATASETS, MODELS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.runner.runner import _SlicedDataset
 from mmpretrain.structures import DataSample
@@ -259,24 +259,45 @@ def test_loaders_of_others_are_not_asked():
     check_batches(DataLoader(range(34), None))
 
 
-class Wrapped:
-    """A data set that wraps others, as ConcatDataset and RepeatDataset do."""
-
-    def __init__(self, datasets):
-        self.datasets = datasets
-
-
-@pytest.mark.parametrize('dataset', [Labels(), Wrapped([Labels()]), Wrapped([range(3), Wrapped([Labels()])])])
 @pytest.mark.parametrize('kind', ['BNNeckReIDHead', 'LinearClsHead', 'ArcFaceClsHead'])
-def test_heads_with_fewer_classes_than_identities_are_refused(kind, dataset):
-    for classes in (5, 7):
-        model = nn.Module()
-        model.head = MODELS.build(dict(type=f'mmpretrain.{kind}', num_classes=classes, in_channels=4))
-        check_classes(dataset, model)
-    model.head = MODELS.build(dict(type=f'mmpretrain.{kind}', num_classes=4, in_channels=4))
-    with pytest.raises(InputError) as error:
-        check_classes(dataset, model)
-    assert 'num_classes of the head is 4' in message(error) and '5 identities' in message(error)
+@pytest.mark.parametrize('wrapper', [None, 'RepeatDataset', 'ConcatDataset'])
+def test_heads_with_fewer_classes_than_identities_are_refused(wrapper, kind, tmp_path):
+    """Whatever head it is, with our sampler or another one, and whatever wraps the data set."""
+    write_market1501(tmp_path)
+    market = dict(type='Market1501', data_root=str(tmp_path), split='train')
+    wrapped = dict(
+        RepeatDataset=dict(type='RepeatDataset', times=2, dataset=market),
+        ConcatDataset=dict(type='ConcatDataset', datasets=[market]),
+    )
+    init_default_scope('mmpretrain')
+    dataset = DATASETS.build(wrapped.get(wrapper, market))
+    loaders = [DataLoader(dataset, 4)] + ([loader(12), DataLoader(dataset, None)] if wrapper is None else [])
+    model = nn.Module()
+    for classes in (5, 7, 4):
+        model.head = MODELS.build(dict(type=kind, num_classes=classes, in_channels=4))
+        for each in loaders:
+            if classes >= 5:
+                check_classes(each, model)
+                continue
+            with pytest.raises(InputError) as error:
+                check_classes(each, model)
+            assert 'num_classes of the head is 4' in message(error) and '5 identities' in message(error)
+
+
+def test_models_and_data_of_other_kinds_are_not_asked():
+    """Labels that a data set of another task lacks are not looked for."""
+
+    class Unlabelled:
+        def get_gt_labels(self):
+            raise KeyError('gt_label')
+
+        def __len__(self):
+            return 3
+
+    model = nn.Module()
+    check_classes(loader(12), model)
+    model.head = MODELS.build(dict(type='mmpretrain.LinearClsHead', num_classes=2, in_channels=4))
+    check_classes(DataLoader(Unlabelled(), 2), model)
 
 
 def test_a_training_is_refused_before_its_first_iteration(tmp_path):

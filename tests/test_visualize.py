@@ -1,5 +1,6 @@
 """tools/visualize.py: its figures for a classifier, a detector and a segmentor, its numbers, and bad input."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,6 @@ from mmdenoiserep.apis.corruptions import corrupt
 from mmdenoiserep.apis.folders import find_images
 from mmdenoiserep.apis.images import Folder, open_images
 from mmdenoiserep.apis.pixels import to_rgb
-from mmdenoiserep.core import InputError
 from tiny_datasets import write_fashion_mnist, write_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -225,8 +225,7 @@ def test_images_of_other_kinds_reach_the_model_as_they_are_loaded(kind, tmp_path
     assert np.array_equal(before, pictures[1]) and np.array_equal(clean.image, before)
     assert to_rgb(clean.image).shape == (32, 32, 3) and to_rgb(clean.image).std() > 50
     if 'as float32' in kind:
-        with pytest.raises(InputError, match='1.png.*float32'):
-            noisy[1]
+        assert re.search('1.png.*float32', noisy[1].sentence)
         return
     after = noisy[1]['img']
     assert after.dtype == dtype and after.shape == shape

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
 from ...core import InputError
+from .datasets import ReIDDataset
 from .sampler import PKSampler
 
 
@@ -27,10 +27,9 @@ class ReIDCheckHook(Hook):
         Raises:
             InputError: ``batch_size`` is not P x K, or the head has fewer classes than there are identities.
         """
-        loader = runner.train_dataloader
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        check_batches(loader)
-        check_classes(loader.dataset, model)
+        check_batches(runner.train_dataloader)
+        check_classes(runner.train_dataloader, model)
 
 
 def check_batches(loader: Any) -> None:
@@ -48,21 +47,25 @@ def check_batches(loader: Any) -> None:
         )
 
 
-def check_classes(dataset: Any, model: Any) -> None:
-    """Raises InputError if a model's head has fewer classes than a training set has labels."""
+def check_classes(loader: Any, model: Any) -> None:
+    """Raises InputError if a model's head has fewer classes than there are identities in a data loader's data set."""
     classes = getattr(getattr(model, 'head', None), 'num_classes', None)
-    labels = [label for part in labelled(dataset) for label in part.get_gt_labels()]
-    if classes is not None and labels and max(labels) >= classes:
+    sampler = getattr(getattr(loader, 'batch_sampler', None), 'sampler', None)
+    if isinstance(sampler, PKSampler):
+        identities = sampler.num_classes
+    else:
+        identities = max((max(part.get_gt_labels()) + 1 for part in parts_of(loader.dataset)), default=0)
+    if classes is not None and identities > classes:
         raise InputError(
-            f'num_classes of the head is {classes}, but the training set has {max(labels) + 1:,} identities: set '
-            f'model.head.num_classes to {max(labels) + 1}'
+            f'num_classes of the head is {classes}, but the training set has {identities:,} identities: set '
+            f'model.head.num_classes to {identities}'
         )
 
 
-def labelled(dataset: Any) -> Iterator[Any]:
-    """Yields the data sets with one label an image that a data set wraps, or itself."""
-    if hasattr(dataset, 'get_gt_labels') and np.ndim(dataset.get_gt_labels()) == 1:
+def parts_of(dataset: Any) -> Iterator[ReIDDataset]:
+    """Yields the data set, if it is one of re-identification, or those that it wraps."""
+    if isinstance(dataset, ReIDDataset):
         yield dataset
     else:
         for part in getattr(dataset, 'datasets', None) or filter(None, [getattr(dataset, 'dataset', None)]):
-            yield from labelled(part)
+            yield from parts_of(part)

@@ -41,6 +41,7 @@ class PKSampler(Sampler):
                 f'PKSampler needs a training set with get_gt_labels(), which {type(dataset).__name__} lacks'
             )
         labels = np.asarray(dataset.get_gt_labels())[: len(dataset)]  # fewer with num_batch_per_epoch
+        self.num_classes = int(labels.max()) + 1
         self.indices = [np.flatnonzero(labels == label) for label in np.unique(labels)]
         if len(self.indices) < num_ids:
             raise InputError(f'num_ids={num_ids} identities a batch, but the data set has only {len(self.indices)}')
