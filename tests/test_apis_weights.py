@@ -206,10 +206,10 @@ def test_lora():
     assert model.lora_a.tolist() == [1, 1, 1]
 
 
-def denoised(targets='all'):
+def denoised(targets='all', rank=None):
     """A model whose backbone has denoisers."""
     net = Net()
-    apply_denoiserep(net.backbone, targets, example_input=torch.zeros(1, 3, 9, 9))
+    apply_denoiserep(net.backbone, targets, rank=rank, example_input=torch.zeros(1, 3, 9, 9))
     return randomise(net)
 
 
@@ -223,6 +223,10 @@ def test_denoisers_on_one_side():
             load(denoised('0'), dict(state_dict=state), purpose)
         assert load(denoised(), dict(state_dict=state), purpose).state_dict().keys() == state.keys()
         load(denoised(), dict(state_dict=trained()), purpose)
+        for rank, other in ((2, 3), (2, None), (None, 2)):
+            with pytest.raises(InputError, match='denoiser'):
+                load(denoised(rank=rank), dict(state_dict=denoised(rank=other).state_dict()), purpose)
+        load(denoised(rank=2), dict(state_dict=denoised(rank=2).state_dict()), purpose)
     fused = dict(state_dict=trained(), meta=dict(denoiserep=dict(fused=True)))
     load(denoised(), fused, 'start')
     for purpose in ('test', 'features'):

@@ -110,6 +110,7 @@ class Loading:
             if (id(tensor), tensor._version) != self.before.get(name) or self.shapes.get(name) == tensor.shape
         }
         expected = self._parameters()
+        denoisers = {name for name, _ in self.model.named_parameters()} & set(denoiser_keys(self.model.state_dict()))
         fitting = [name for name in expected if name in given]
         is_whole = self.purpose in ('resume', 'test')
         least = MOST * len(expected) if is_whole else HARDLY * min(len(expected), len(self.shapes))
@@ -119,8 +120,7 @@ class Loading:
                 f'parameters; the file has {_first(name for name in self.shapes if name not in given)}, '
                 f'the model needs {_first(name for name in expected if name not in given)}'
             )
-        if is_whole:
-            self._refuse_other_shapes(expected, given)
+        self._refuse_other_shapes([*sorted(denoisers), *(expected if is_whole else ())], given)
         if missing := self._missing_statistics(given):
             sentence = (
                 f'{self.path} lacks the statistics of {len(missing)} BatchNorm layers ({_first(missing)}), '
