@@ -29,7 +29,7 @@ from .moments import CalibrationError, Moments, gather_processes
 from .norms import find_norms, taker, why_not_norm
 from .probe import evaluating
 from .sample import Sample
-from .storage import shared_memory
+from .storage import shared_parameters
 from .transport import transport
 
 
@@ -176,8 +176,8 @@ class DomainFit:
     def _in_turn(self, batch: Any) -> bool:
         """Fits each layer when the batch reaches it; returns False, with nothing changed, if that is not possible.
 
-        That needs a model in which all layers run at most once, in all processes in the same order, and a batch that shows
-        no more readers than its first image.
+        That needs a model in which all layers run at most once, in all processes in the same order, and a batch that
+        shows no more readers than its first image.
         """
         self.images = sum_processes(count_images(batch))
         if not self.images:
@@ -261,7 +261,8 @@ class DomainFit:
         """Finds the norms that take the constant of a layer without a bias, and the layers that can't be fitted."""
         self.readers.merge_processes()
         self.takers, self.no_taker = {}, {}
-        shared = shared_memory(self.module, self.owned)
+        tied = shared_parameters(self.module)
+        shared = {name for name, tensor in self.owned if id(tensor) in tied}
         for name in self.layers:
             if name in self.readers.read_elsewhere | shared:
                 self.skipped[name] = 'its weight or bias is used outside of its own forward'

@@ -18,7 +18,7 @@ from .convert import fuse_before_deploy
 from .denoiser import fold
 from .errors import InputError
 from .layers import DenoiseLayer, restore_layer
-from .probe import overlap, shared_parameters, storage_of
+from .storage import Storages, shared_parameters, storage_of
 
 DENOISER_KEY = re.compile(r'(?P<layer>(?:.*\.)?)denoiser\.(?P<name>[^.]+)')
 """Matches a whole state-dict key that may be one of a denoiser; ``layer`` is the prefix of the layer's own keys."""
@@ -130,16 +130,12 @@ def _refuse_shared(state: Mapping[str, Any], denoisers: Mapping[str, Mapping[str
 
     One layer under two names is fine: there the denoisers are the same memory as well.
     """
-    places: dict[int, list[str]] = {}
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            places.setdefault(storage_of(value), []).append(key)
+    storages = Storages(state.items())
     memory = {layer: {key: storage_of(value) for key, value in group.items()} for layer, group in denoisers.items()}
     owners = {f'{layer}{name}': layer for layer in denoisers for name in ('weight', 'bias')}
     for key in sorted(owners.keys() & state.keys()):
-        for other in places.get(storage_of(state[key]), ()) if isinstance(state[key], Tensor) else ():
-            alias = other in owners and memory[owners[other]] == memory[owners[key]]
-            if not alias and overlap(state[key], state[other]):
+        for other in storages.owners(state[key]) if isinstance(state[key], Tensor) else ():
+            if other not in owners or memory[owners[other]] != memory[owners[key]]:
                 raise FusionError(f'{key} is shared with {other} of another layer; exclude both from the targets')
 
 

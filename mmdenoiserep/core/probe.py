@@ -1,9 +1,7 @@
 """Runs a model once on a dummy image, to see which layers run, in which order, and whose weight is read by others."""
 
 import inspect
-import itertools
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .randomness import equal_draws
+from .storage import Storages
 from .tensors import tensors_in
 
 
@@ -147,11 +146,7 @@ class _WeightWatch(TorchDispatchMode):
 
     def __init__(self, layers: Iterable[nn.Module], execution: Execution) -> None:
         super().__init__()
-        self.owners: dict[int, list[tuple[Tensor, int]]] = defaultdict(list)
-        for layer in layers:
-            for parameter in (layer.weight, layer.bias):
-                if parameter is not None:
-                    self.owners[storage_of(parameter)].append((parameter, id(layer)))  # type: ignore[arg-type]
+        self.owned = Storages((id(layer), p) for layer in layers for p in (layer.weight, layer.bias))
         self.execution = execution
         self.running: list[int] = []
 
@@ -170,56 +165,8 @@ class _WeightWatch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if _holds_tensor(result):  # reading a number such as the version of a weight is harmless
             for value in tensors_in(args, kwargs or {}):
-                for parameter, owner in self.owners.get(storage_of(value), ()):
-                    if owner not in self.running and overlap(parameter, value):
-                        self.execution.bypassed.add(owner)
+                self.execution.bypassed.update(set(self.owned.owners(value)).difference(self.running))
         return result
-
-
-def storage_of(tensor: Tensor) -> int:
-    """Returns the address of the memory that a tensor is a part of; where it has none, a number of its own."""
-    try:
-        return tensor.untyped_storage().data_ptr() or -id(tensor)
-    except (NotImplementedError, RuntimeError):  # sparse tensors, and other kinds without memory of their own
-        return -id(tensor)
-
-
-def overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of the same storage have an element in common; parts of one flat buffer have none."""
-    if one is other:
-        return True
-    if storage_of(one) != storage_of(other) or not one.numel() or not other.numel():
-        return False
-    (start, end), (other_start, other_end) = _extent(one), _extent(other)
-    if end <= other_start or other_end <= start:
-        return False
-    if one.dtype != other.dtype or (one.is_contiguous() and other.is_contiguous()):
-        return True
-    used = torch.zeros(one.untyped_storage().nbytes() // one.element_size(), dtype=torch.bool)
-    used.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
-    return bool(used.as_strided(other.shape, other.stride(), other.storage_offset()).any())
-
-
-def shared_parameters(module: nn.Module) -> set[int]:
-    """Returns, by ``id``, the parameters that several modules hold, or whose memory others have a part in."""
-    held: dict[int, list[Tensor]] = {}
-    for child in module.modules():
-        for tensor in (*child._parameters.values(), *child._buffers.values()):
-            if tensor is not None and not is_lazy(tensor):
-                held.setdefault(storage_of(tensor), []).append(tensor)
-    shared = set()
-    for tensors in held.values():
-        for one, other in itertools.combinations(tensors, 2):
-            if overlap(one, other):
-                shared |= {id(one), id(other)}
-    return shared
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Returns the first byte of a tensor and the one behind its last, in its storage."""
-    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = int(tensor.storage_offset()) * tensor.element_size()
-    return start, start + int(steps + 1) * tensor.element_size()
 
 
 def _holds_tensor(value: Any) -> bool:
