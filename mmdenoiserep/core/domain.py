@@ -176,8 +176,8 @@ class DomainFit:
     def _in_turn(self, batch: Any) -> bool:
         """Fits each layer when the batch reaches it; returns False, with nothing changed, if that is not possible.
 
-        That needs a model in which all layers run at most once, in all processes in the same order, and a batch that shows
-        no more readers than its first image.
+        That needs a model in which all layers run at most once, in all processes in the same order, and a batch that
+        shows no more readers than its first image.
         """
         self.images = sum_processes(count_images(batch))
         if not self.images:
