@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
 
 import mmdenoiserep  # noqa: F401
 from helpers import randomise
@@ -144,6 +144,19 @@ def state_of(path):
 
 
 # Every kind of model
+
+
+def test_a_model_whose_state_dict_leaves_weights_out_is_refused(tmp_path):
+    """What is fitted to the weights behind LoRA would not be in the file."""
+    cfg = Config.fromfile(DEMO / 'vit_fashion-mnist.py')
+    lora = dict(type='LoRAModel', module=cfg.model.backbone, alpha=1, rank=2, targets=[dict(type='qkv')])
+    cfg.merge_from_dict(dict(model=dict(backbone=dict(_delete_=True, **lora))))
+    cfg.dump(tmp_path / 'lora.py')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(cfg.model)
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'lora.pth')
+    text = sentence(tmp_path / 'lora.py', tmp_path / 'lora.pth', tmp_path / 'out.pth', '--mode', 'moments')
+    assert 'LoRA' in text and not (tmp_path / 'out.pth').exists()
 
 
 @pytest.mark.parametrize('name', CONFIGS)

@@ -43,6 +43,30 @@ class Branch(nn.Module):
         return self.o(self.a(x) + (self.b(x) if x.shape[1] > 5 else 0))
 
 
+class Masked(nn.Module):
+    """Requires a mask besides the images, as the backbones of masked image modelling do; None means none."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, mask):
+        return self.o(torch.tanh(self.a(x if mask is None else x * mask)))
+
+
+@pytest.mark.parametrize('batches', [1, 2])
+def test_a_backbone_that_requires_a_mask_is_fitted(batches):
+    torch.manual_seed(0)
+    model, clean, noisy = Masked().double(), data(6, 9, 8), data(6, 9, 8, seed=1, noisy=True)
+    source = collect_moments(converted(model, clean), [clean])
+    target = converted(model, clean)
+    report = calibrate(target, noisy.split(6 // batches), 'domain', source)
+    assert [row.name for row in report.layers] == ['a', 'o']
+    with torch.no_grad(), explicit_maps(model, {row.name: (row.linear, row.constant) for row in report.layers}):
+        assert relative(fuse_model(target)(noisy, None), model(noisy, None)) < 1e-9
+        assert relative(model(noisy, None), copy.deepcopy(model)(clean, None)) > 1e-3
+
+
 class Loop(nn.Module):
     """Layers that run as often as the content asks for, 1 to 3 times."""
 

@@ -264,6 +264,22 @@ def test_dummy_image_has_the_asked_size(arguments, size, expected):
     assert seen == [(1, 5, *expected)]
 
 
+def test_dummy_image_has_the_channels_by_any_name():
+    """A backbone of six channels that calls them in_chans, as timm's do, is run, not left in registration order."""
+
+    @MODELS.register_module(force=True)
+    class Chans(BaseModule):
+        def __init__(self, in_chans=6):
+            super().__init__()
+            self.late, self.conv = nn.Conv2d(2, 2, 1), nn.Conv2d(in_chans, 2, 1)
+
+        def forward(self, x):
+            return self.late(self.conv(x))
+
+    backbone = MODELS.build(dict(type='DenoiseRepBackbone', backbone=dict(type='Chans'), image_size=8))
+    assert backbone.conv.timestep == 2 and backbone.late.timestep == 1
+
+
 @pytest.mark.parametrize(('scope', 'name', 'channels'), [('mmpretrain', 'LeNet5', 1), ('mmdet', 'CSPDarknet', 3)])
 def test_dummy_image_has_the_channels_that_the_backbone_takes(scope, name, channels):
     """LeNet5 takes grey images, and the first convolution of CSPDarknet twelve channels of an image of three."""

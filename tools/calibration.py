@@ -35,6 +35,7 @@ from mmdenoiserep.core import (
 from mmdenoiserep.core.checkpoint import STAMP, write_atomically
 from mmdenoiserep.core.config_text import vanilla_text
 from mmdenoiserep.core.gather import denoised_layers, sum_processes
+from mmdenoiserep.core.probe import run_model
 from mmdenoiserep.core.safety import early_half
 from mmdenoiserep.core.transport import RANKED
 from opening import build, load, load_strictly, to_device
@@ -70,6 +71,12 @@ class Calibration:
         if args.mode == 'schedule' and STAMP in self.meta:
             stop(f'{args.checkpoint} is fused already; take the vanilla checkpoint that its training began with')
         self.name = predicting_backbone(self.model)
+        saved = self.model.state_dict()
+        if lost := [name for name, _ in self.model.named_parameters() if name not in saved]:
+            stop(
+                f'a state dict of the model of {args.config} leaves out {lost[0]} and {len(lost) - 1} others (LoRA?), '
+                'so what is fitted to them would be lost; merge the adapters into the weights first'
+            )
         self.weights = fingerprint(self.backbone.state_dict())
         to_device(self.model, args.device)
         self.images = self._open_images()
@@ -236,7 +243,7 @@ def measure_flows(backbone: nn.Module, layers: Iterable[str], image: Tensor) -> 
     handles = [backbone.get_submodule(name).register_forward_hook(note) for name in layers]
     try:
         with evaluating(backbone):
-            backbone(image)
+            run_model(backbone, image)
     finally:
         for handle in handles:
             handle.remove()

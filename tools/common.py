@@ -2,8 +2,6 @@
 
 import argparse
 import os
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -17,6 +15,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import init_default_scope
 
 from launch import describe_missing, stop
+from mmdenoiserep.apis.tracebacks import is_from_user
 
 
 @contextmanager
@@ -148,28 +147,6 @@ def start(runner, run: Callable[[], object], config: str, checkpoint: str | None
         if begun or is_from_user(error):
             raise  # code of the model or of the data: its author wants the traceback
         stop_for_config(config, error)
-
-
-LIBRARIES = ('mmdenoiserep', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'torch')
-
-
-def is_from_user(error: BaseException | None) -> bool:
-    """Whether code of the user raised an error, or called what raised it: a module or model of their own.
-
-    That is a file that is no config, and belongs neither to Python's own library nor to an installed package nor to
-    this project.
-    """
-    paths = [sysconfig.get_path(kind) for kind in ('stdlib', 'platstdlib', 'purelib', 'platlib')]
-    installed = [Path(path).resolve() for path in {*paths, Path(__file__).parent}]
-    while error:
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            package = frame.f_globals.get('__name__', '').partition('.')[0]
-            path = Path(frame.f_code.co_filename)
-            is_module = frame.f_globals.get('__spec__') and path.is_file()  # a config is executed without a spec
-            if is_module and package not in LIBRARIES and not any(map(path.resolve().is_relative_to, installed)):
-                return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def set_default_scope(cfg: Config) -> None:

@@ -24,7 +24,7 @@ from mmdenoiserep.apis.corruptions import corrupt, make_transform
 from mmdenoiserep.apis.images import Batches, NoImage, datasets_of, leaves, open_images, spread
 from mmdenoiserep.apis.pixels import to_rgb
 from mmdenoiserep.core import Moments, evaluating
-from mmdenoiserep.core.probe import tensors_in
+from mmdenoiserep.core.probe import run_model, tensors_in
 from mmdenoiserep.core.sample import Sample
 from mmdenoiserep.core.targets import near_names
 from opening import load, to_device
@@ -296,7 +296,7 @@ def run(backbone: nn.Module, images: Tensor, every: int = 1) -> tuple[dict[str, 
     handles = [listen(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     try:
         with evaluating(backbone):
-            *_, last = tensors_in(backbone(images))
+            *_, last = tensors_in(run_model(backbone, images))
     finally:
         for handle in handles:
             handle.remove()
@@ -349,7 +349,7 @@ def watch(backbone: nn.Module, image: Tensor) -> tuple[dict[str, Tensor], Tensor
     handles = [listen(name, part) for name, part in backbone.named_modules() if STAGE.fullmatch(name)]
     try:
         with evaluating(backbone), AttentionWatch() as attention:
-            output = backbone(image)
+            output = run_model(backbone, image)
     finally:
         for handle in handles:
             handle.remove()

@@ -9,7 +9,6 @@ import copy
 import inspect
 import os
 import sys
-import sysconfig
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +28,10 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from ..core import InputError, probe
 from ..core.errors import printable
+from ..engine.backbone import CHANNELS
 from .backbones import backbone_configs
 from .folders import SUFFIXES, find_images
+from .tracebacks import is_from_user
 
 ANNOTATIONS = {
     'FilterAnnotations',
@@ -146,7 +147,7 @@ class _Pipeline:
                 try:
                     results = step(results)
                 except Exception as error:
-                    if not isinstance(error, OSError) and _is_users(error) and not _is_broken(name):
+                    if not isinstance(error, OSError) and is_from_user(error) and not _is_broken(name):
                         raise  # a slip in the user's own step: they want the traceback
                     reason = f'{type(error).__name__}: {error}'
                     raise _Missing(NoImage(f'{name} cannot be read ({reason})')) from None
@@ -409,7 +410,7 @@ def image_channels(cfg: Config, model: nn.Module) -> int:
     config normalises with, if it is more than one; what the first convolution of the model takes, up to four; three.
     """
     arguments = backbone_arguments(cfg)
-    for key in ('in_channels', 'in_chans', 'input_channels'):
+    for key in CHANNELS:
         if isinstance(channels := arguments.get(key), int):
             return channels
     preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
@@ -573,7 +574,7 @@ def _build(dataset: Any, steps: list[Callable] | None, reading: _Reading, what: 
         except Exception as error:  # data sets fail in many ways
             if 'at least one array to concatenate' in str(error):
                 raise InputError(f'{what} is empty: its annotations name no image, or its filter leaves none') from None
-            if _is_users(error) and not isinstance(error, OSError):
+            if is_from_user(error) and not isinstance(error, OSError):
                 raise
             raise InputError(f'{what} cannot be read ({type(error).__name__}: {error})') from None
     while isinstance(dataset, RepeatDataset):
@@ -662,18 +663,6 @@ def _is_of_library(step: Callable) -> bool:
 
 def _loads_annotations(step: Callable) -> bool:
     return any(base.__name__ in ANNOTATIONS and base.__module__.startswith(LIBRARIES) for base in type(step).__mro__)
-
-
-def _is_users(error: Exception) -> bool:
-    """Whether an error came through code that is neither Python's, nor installed, nor of the libraries, nor ours."""
-    homes = (*(sysconfig.get_path(name) for name in ('stdlib', 'purelib', 'platlib')), '<')
-    place = error.__traceback__
-    while place:
-        frame, place = place.tb_frame, place.tb_next
-        module = frame.f_globals.get('__name__', '')
-        if not module.startswith((*LIBRARIES, 'mmdenoiserep.')) and not frame.f_code.co_filename.startswith(homes):
-            return True
-    return False
 
 
 def _is_broken(path: Any) -> bool:

@@ -27,7 +27,7 @@ from .intercept import intercepting
 from .layers import DenoiseLayer
 from .moments import CalibrationError, Moments, gather_processes
 from .norms import find_norms, taker, why_not_norm
-from .probe import evaluating
+from .probe import evaluating, run_model
 from .sample import Sample
 from .storage import shared_parameters
 from .transport import transport
@@ -160,10 +160,16 @@ class DomainFit:
         """Fits each layer with a pass of its own; the first one runs to its end, and shows who reads what."""
         calls: list[Counter[str]] = []
         for name, layer in self.layers.items():
-            watched = None if self.passes else self.readers.run
+            watched = not self.passes
             known = [seen[name] for seen in calls]
             moments, self.images = gather(
-                self.module, batches, {name: layer}, False, self.every, run=watched, calls=known
+                self.module,
+                batches,
+                {name: layer},
+                False,
+                self.every,
+                run=self.readers.run if watched else run_model,
+                calls=known,
             )
             if not self.images:
                 raise CalibrationError('there is no image to calibrate with')

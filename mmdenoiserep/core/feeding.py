@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .intercept import intercepting
 from .moments import gather_processes
-from .probe import evaluating, tensors_in
+from .probe import evaluating, run_model, tensors_in
 from .storage import Storages
 
 
@@ -63,7 +63,7 @@ class Readers:
         self.calls.append(Counter())
         self._outputs, self._running = WeakTensorKeyDictionary(), [None]
         with intercepting(self.layers, self._run), _Watch(self._note):
-            returned = module(batch)
+            returned = run_model(module, batch)
         held = list(self._outputs.values())
         if any(None not in self._readers[name] for name in held):
             gc.collect()  # a reference cycle holds tensors that nobody can read any more

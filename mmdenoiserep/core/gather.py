@@ -10,7 +10,7 @@ from .batches import count_images
 from .intercept import intercepting
 from .layers import DenoiseLayer, forwarding, input_channels
 from .moments import CalibrationError, Moments, gather_processes
-from .probe import evaluating
+from .probe import evaluating, run_model
 from .sample import Sample
 
 
@@ -58,7 +58,7 @@ def gather(
     layers: Mapping[str, DenoiseLayer],
     inputs: bool,
     every: int,
-    run: Callable[[nn.Module, Any], None] | None = None,
+    run: Callable[[nn.Module, Any], Any] = run_model,
     calls: Sequence[int] = (),
 ) -> tuple[dict[str, Moments], int]:
     """Does the pass of :func:`collect_moments` for some layers; returns the number of images too.
@@ -96,7 +96,7 @@ def gather(
             images += count_images(batch)
             done = 0
             with suppress(SeenAll):
-                run(module, batch) if run else module(batch)
+                run(module, batch)
             number += 1
     for name, seen in moments.items():
         seen.merge_processes()

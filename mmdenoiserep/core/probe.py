@@ -66,7 +66,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def run(module: nn.Module, example_input: Any) -> Any:
+def run_model(module: nn.Module, example_input: Any) -> Any:
     """Calls a module with an input, and with None for whatever its forward requires besides.
 
     The backbones of masked image modelling (SimMIM, MaskFeat, BEiT) require a mask, of which None means no mask.
@@ -102,7 +102,7 @@ def probe_execution(module: nn.Module, layers: Mapping[str, nn.Module], example_
             for layer in layers.values():
                 layer.forward = partial(watch.run, layer, layer.forward)
             with equal_draws(module), watch, evaluating(module):
-                run(module, example_input)
+                run_model(module, example_input)
             execution.attributes = {id(layer): set(layer.__dict__) for layer in layers.values()}
     except Exception as error:  # any model may fail on an input that is not made for it, in any way
         return Execution(failure=f'{type(error).__name__}: {error}'.strip().splitlines()[0])

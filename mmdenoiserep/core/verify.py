@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .fuse import FusionError, fuse_model
 from .layers import DenoiseLayer, forwarding
-from .probe import evaluating, run
+from .probe import evaluating, run_model
 from .randomness import equal_draws
 from .table import format_table
 from .tensors import named_tensors
@@ -93,9 +93,9 @@ def verify_fusion(
         example_input = torch.randn(2, 3, 224, 224, generator=generator).to(next(denoised.parameters()))
     with evaluating(denoised, fused), forwarding(layers, DenoiseLayer.forward_by_definition):
         with equal_draws(denoised):
-            returned = run(denoised, example_input)
+            returned = run_model(denoised, example_input)
         with equal_draws(fused):
-            actual = _numbers(run(fused, example_input))
+            actual = _numbers(run_model(fused, example_input))
     expected = _numbers(returned)
     if expected.keys() != actual.keys():
         raise FusionError(f'the models return different outputs: {sorted(expected)} and {sorted(actual)}')

@@ -14,6 +14,9 @@ from ..core.probe import image_channels
 from ..core.targets import Targets
 from ..core.tensors import tensors_in
 
+CHANNELS = ('in_channels', 'in_chans', 'input_channels')
+"""What backbones call the number of channels of their images."""
+
 
 @MODELS.register_module()
 def DenoiseRepBackbone(
@@ -40,7 +43,7 @@ def DenoiseRepBackbone(
         bias: Likewise.
         schedule: Arguments of :class:`mmdenoiserep.NoiseSchedule`; None takes the official ones.
         image_size: Side or (height, width) of the dummy image for the dry run, in pixels; None takes ``img_size`` of
-            the backbone, or 224. It has the ``in_channels`` of the backbone, else those that its first
+            the backbone, or 224. It has the ``in_channels`` (``in_chans``) of the backbone, else those that its first
             convolution takes (up to four), else three.
         pretrained: Handed to the inner backbone (mmseg's segmentors set it from their own ``pretrained``).
 
@@ -55,7 +58,8 @@ def DenoiseRepBackbone(
     arguments = {name: p.default for name, p in inspect.signature(type(module)).parameters.items()} | config
     size = image_size or arguments.get('img_size') or 224
     height, width = (size, size) if isinstance(size, int) else size
-    shape = (1, arguments.get('in_channels') or image_channels(module), height, width)
+    channels = next((arguments[key] for key in CHANNELS if isinstance(arguments.get(key), int)), image_channels(module))
+    shape = (1, channels, height, width)
     report = apply_denoiserep(
         module,
         targets,
