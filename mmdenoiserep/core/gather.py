@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .batches import count_images
 from .intercept import intercepting
-from .layers import DenoiseLayer, forwarding, input_channels
+from .layers import DenoiseLayer, input_channels
 from .moments import CalibrationError, Moments, gather_processes
 from .probe import evaluating, run_model
 from .sample import Sample
@@ -142,8 +142,12 @@ def check_finite(name: str, moments: Moments) -> None:
 @contextmanager
 def without_zero_denoisers(module: nn.Module) -> Iterator[None]:
     """Leaves denoisers that are zero out of the forward while it lasts: they cost as much as any other."""
-    idle = [m for m in module.modules() if isinstance(m, DenoiseLayer) and m.denoiser.is_zero()]
-    with forwarding(idle, lambda layer, x: layer.forward_plain(x, layer.weight, layer.bias)):
+    idle = {n: m for n, m in module.named_modules() if isinstance(m, DenoiseLayer) and m.denoiser.is_zero()}
+
+    def plain(name: str, forward: Callable, x: Tensor) -> Tensor:
+        return idle[name].forward_plain(x, idle[name].weight, idle[name].bias)
+
+    with intercepting(idle, plain):
         yield
 
 

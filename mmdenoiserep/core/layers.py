@@ -1,8 +1,6 @@
 """Embedding layers with a denoiser on their input: ``y = W x' + b`` with ``x' = x - (B x + b~)``."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -268,19 +266,6 @@ def convert_layer(
         restore_layer(layer)
         raise
     return layer
-
-
-@contextmanager
-def forwarding(layers: Iterable[DenoiseLayer], forward: Callable[[DenoiseLayer, Tensor], Tensor]) -> Iterator[None]:
-    """Lets layers run another forward, called with the layer and its input, while it lasts."""
-    layers = list(layers)
-    try:
-        for layer in layers:
-            layer.forward = partial(forward, layer)  # type: ignore[method-assign]
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop('forward', None)
 
 
 def restore_layer(layer: DenoiseLayer) -> None:

@@ -1,5 +1,6 @@
 """Runs a denoised and a fused model on the same input and compares what comes out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .fuse import FusionError, fuse_model
-from .layers import DenoiseLayer, forwarding
+from .intercept import intercepting
+from .layers import DenoiseLayer
 from .probe import evaluating, run_model
 from .randomness import equal_draws
 from .table import format_table
@@ -82,16 +84,20 @@ def verify_fusion(
         FusionError: There is no denoiser, ``fused`` is None and the model can't be fused, or the models return
             different structures or no floating-point tensor.
     """
-    layers = [layer for layer in denoised.modules() if isinstance(layer, DenoiseLayer)]
+    layers = {name: layer for name, layer in denoised.named_modules() if isinstance(layer, DenoiseLayer)}
     if not layers:
         raise FusionError('there is no denoiser in the model, so there is nothing to compare')
     fused = fuse_model(denoised) if fused is None else fused
     if tolerance is None:
-        tolerance = max(TOLERANCES[layer.weight.dtype] for layer in layers)
+        tolerance = max(TOLERANCES[layer.weight.dtype] for layer in layers.values())
     if example_input is None:
         generator = torch.Generator().manual_seed(0)
         example_input = torch.randn(2, 3, 224, 224, generator=generator).to(next(denoised.parameters()))
-    with evaluating(denoised, fused), forwarding(layers, DenoiseLayer.forward_by_definition):
+
+    def by_definition(name: str, forward: Callable, x: Tensor) -> Tensor:
+        return layers[name].forward_by_definition(x)
+
+    with evaluating(denoised, fused), intercepting(layers, by_definition):
         with equal_draws(denoised):
             returned = run_model(denoised, example_input)
         with equal_draws(fused):
