@@ -335,11 +335,14 @@ def test_a_training_is_refused_before_its_first_iteration(tmp_path):
 
 
 def test_a_part_of_the_data_is_sampled_with_num_batch_per_epoch():
-    """mmengine hands the sampler a slice that has the labels of all images."""
-    sliced = _SlicedDataset(Labels(), 20)
+    """mmengine hands the sampler a slice of all images: an epoch has so many batches, of any identities."""
+    labels = Labels()
     options = dict(type='PKSampler', num_ids=2, num_instances=2, seed=0)
-    indices = list(DATA_SAMPLERS.build(options, default_args=dict(dataset=sliced)))
-    assert indices and max(indices) < 20
+    whole, short = (
+        list(DATA_SAMPLERS.build(options, default_args=dict(dataset=dataset)))
+        for dataset in (labels, _SlicedDataset(labels, 3 * 4))
+    )
+    assert short == whole[: 3 * 4] and max(short) >= 3 * 4 and len(whole) > len(short)
 
 
 # Position encodings

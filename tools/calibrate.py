@@ -117,7 +117,7 @@ def main() -> None:
 
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone and VMamba)
     from calibration import Calibration
-    from common import load_config, start_gloo
+    from common import config_at_fault, load_config, start_gloo
     from mmdenoiserep.core import CalibrationError
     from mmdenoiserep.core.checkpoint import check_target
     from outputs import check_output
@@ -132,7 +132,9 @@ def main() -> None:
             init_dist(args.launcher)
         MMLogger.get_current_instance().setLevel('ERROR')  # the table of the conversion is not news here
         with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere if get_rank() else sys.stdout):
-            getattr(Calibration(args, cfg), args.mode)()
+            with config_at_fault(args.config):
+                calibration = Calibration(args, cfg)
+            getattr(calibration, args.mode)()
     except CalibrationError as error:
         stop(f'{args.checkpoint} cannot be calibrated: {error}')
 

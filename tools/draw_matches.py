@@ -87,9 +87,11 @@ def read_images(cfg: Any, wanted: list[dict[str, Any]], path: Path) -> dict[int,
         wanted: Entries with ``sample_idx`` and ``img_path``.
         path: The file that they come from.
     """
+    from common import config_at_fault
     from mmdenoiserep.apis.images import open_images
 
-    dataset = open_images(cfg, 'test')
+    with config_at_fault(cfg.filename):
+        dataset = open_images(cfg, 'test')
     numbers: dict[int, dict[str, int]] = {}
     for number in range(len(dataset)):
         info = dataset.info(number)

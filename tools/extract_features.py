@@ -46,7 +46,8 @@ def main() -> None:
         stop(f'the checkpoint {args.checkpoint} does not exist')
     cfg = load_config(args)
     model, missing = build_model(cfg, args.config, args.checkpoint, args.device)
-    dataset = open_images(cfg, folder=args.images, model=model)
+    with config_at_fault(args.config):
+        dataset = open_images(cfg, folder=args.images, model=model)
     features: list[Any] = []
     paths: list[str] = []
     for start in tqdm(range(0, len(dataset), args.batch_size), unit='batch'):

@@ -141,16 +141,14 @@ class _Pipeline:
                 break
             if _loads_annotations(step) and (loaded or _is_of_library(step)):
                 continue
-            if loaded:
+            try:
                 results = step(results)
-            else:
-                try:
-                    results = step(results)
-                except Exception as error:
-                    if not isinstance(error, OSError) and is_from_user(error) and not _is_broken(name):
-                        raise  # a slip in the user's own step: they want the traceback
-                    reason = f'{type(error).__name__}: {error}'
-                    raise _Missing(NoImage(f'{name} cannot be read ({reason})')) from None
+            except Exception as error:  # the steps of the libraries fail in many ways
+                is_file = not loaded and (isinstance(error, OSError) or _is_broken(name))
+                if is_from_user(error) and not is_file:
+                    raise  # a slip in the user's own step: they want the traceback
+                what = f'is refused by {type(step).__name__}' if loaded else 'cannot be read'
+                raise _Missing(NoImage(f'{name} {what} ({type(error).__name__}: {error})')) from None
             if results is None:
                 raise _Missing(NoImage(f'{name} is left out by {type(step).__name__}', left_out=True))
             if not loaded and _has_image(results):

@@ -40,7 +40,7 @@ class PKSampler(Sampler):
             raise InputError(
                 f'PKSampler needs a training set with get_gt_labels(), which {type(dataset).__name__} lacks'
             )
-        labels = np.asarray(dataset.get_gt_labels())[: len(dataset)]  # fewer with num_batch_per_epoch
+        labels = np.asarray(dataset.get_gt_labels())
         self.num_classes = int(labels.max()) + 1
         self.indices = [np.flatnonzero(labels == label) for label in np.unique(labels)]
         if len(self.indices) < num_ids:
@@ -51,6 +51,8 @@ class PKSampler(Sampler):
         self.rank, self.world_size = get_dist_info()
         self.epoch = 0
         self.num_batches = len(self._one_pass(0, 0)) // self.world_size
+        if len(dataset) < len(labels):  # with num_batch_per_epoch
+            self.num_batches = min(self.num_batches, len(dataset) // (num_ids * num_instances * self.world_size))
         if not self.num_batches:
             raise InputError(f'the data set has less than one batch for each of the {self.world_size} processes')
 
