@@ -3,8 +3,8 @@
 This module stands outside of the package, whose import brings torch: ``--help`` has to answer at once.
 """
 
-import runpy
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -15,6 +15,7 @@ def main() -> None:
     """Runs the tool that the command is named after, as a script beside the modules that it shares with others."""
     name = Path(sys.argv[0]).stem.removeprefix('denoiserep-').replace('-', '_')
     sys.path.insert(0, str(TOOLS))
-    runpy.run_path(
-        str(TOOLS / f'{name}.py'), run_name='__main__'
-    )  # by name, Python's own package "test" may come first
+    # from its file: by name, Python's own package "test" may come first, and runpy would name another program in --help
+    spec = spec_from_file_location('__main__', TOOLS / f'{name}.py')
+    sys.modules['__main__'] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)

@@ -334,6 +334,7 @@ def test_the_command_is_not_a_package_of_that_name(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'test', importlib.import_module('test'))
     monkeypatch.setattr(sys, 'argv', [str(folder / 'denoiserep-test'), '--help'])
     monkeypatch.setattr(sys, 'path', list(sys.path))
+    monkeypatch.setitem(sys.modules, '__main__', sys.modules['__main__'])
     with pytest.raises(SystemExit) as caught:
         importlib.import_module('denoiserep_commands').main()
     assert caught.value.code == 0 and 'Evaluates a checkpoint' in capsys.readouterr().out
