@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from calibration import choose_every, measure_flows
 from launch import stop
-from mmdenoiserep.apis.backbones import predicting_backbone
+from mmdenoiserep.apis.backbones import check_input, predicting_backbone
 from mmdenoiserep.apis.corruptions import corrupt, make_transform
 from mmdenoiserep.apis.images import Batches, NoImage, datasets_of, leaves, open_images, spread
 from mmdenoiserep.apis.pixels import to_rgb
@@ -176,6 +176,7 @@ class Visualization:
         self.labels = None if None in labels else labels or None
         self.visualizer = self._build_visualizer(cfg, metas['before'].get('dataset_meta'))
         example = next(iter(self._batches('clean', self._chosen)))
+        check_input(self.models['before'], predicting_backbone(self.models['before']), example)
         names = list(run(backbone_of(self.models['before']), example)[0])
         if wrong := set(args.spectra or ()) - set(names):
             stop(f'the backbone has no layer {min(wrong)}{near_names(min(wrong), names)}')
