@@ -3,11 +3,12 @@
 import copy
 
 import pytest
+import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from mmdenoiserep.apis.backbones import backbone_configs, find_backbones, predicting_backbone
+from mmdenoiserep.apis.backbones import backbone_configs, check_input, find_backbones, predicting_backbone
 from mmdenoiserep.core import InputError
 
 RESNET = {'type': 'ResNet', 'depth': 18, 'base_channels': 4, 'stem_channels': 4, 'norm_eval': True}
@@ -101,3 +102,89 @@ def test_none_and_several_are_refused_by_name():
     model.text_backbone, model.vision_backbone = nn.Linear(2, 2), nn.Linear(2, 2)
     with pytest.raises(InputError, match=r'text_backbone, vision_backbone'):
         predicting_backbone(model)
+
+
+class Way(nn.Module):
+    """A model of the user, with its own way to the backbone."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.backbone = nn.Conv2d(3, 2, 1)
+
+    def extract_feat(self, inputs):
+        return self.way(self.backbone, inputs)
+
+
+def in_place(backbone, x):
+    return backbone(x.mul_(2))
+
+
+@pytest.mark.parametrize(
+    'way',
+    [
+        lambda backbone, x: [backbone(part) for part in x.chunk(2, 1)],
+        lambda backbone, x: backbone(x[:, :3] / 255),
+        lambda backbone, x: backbone(nn.functional.interpolate(x, scale_factor=0.5)[:, :3]),
+        lambda backbone, x: backbone(input=x[:, 3:]),
+        in_place,
+    ],
+    ids=['two images', 'normalised', 'half', 'by keyword', 'in place'],
+)
+def test_a_backbone_that_gets_something_else_than_the_images(way):
+    """Its moments and features would be those of other images."""
+    with pytest.raises(InputError, match='Way.* hands its backbone'):
+        check_input(Way(way), 'backbone', torch.randn(1, 3 if way is in_place else 6, 8, 8))
+
+
+@pytest.mark.parametrize(
+    'way',
+    [
+        lambda backbone, x: backbone(x),
+        lambda backbone, x: backbone(input=x),
+        lambda backbone, x: backbone(x).mul_(2) + backbone(x.mul_(2)),
+        lambda backbone, x: [],
+    ],
+    ids=['as they are', 'by keyword', 'and others', 'not at all'],
+)
+def test_a_backbone_that_gets_the_images(way):
+    model, images = Way(way), torch.randn(1, 3, 8, 8)
+    before = images.clone()
+    check_input(model, 'backbone', images)
+    assert torch.equal(images, before) and model.training and not model.backbone._forward_pre_hooks
+
+
+def test_ways_that_cannot_be_followed_are_left_alone():
+    model, images = Way(None), torch.randn(1, 3, 8, 8)
+    with pytest.raises(TypeError):
+        check_input(model, 'backbone', images)  # a slip of the user
+    model.extract_feat = lambda images, texts: 1 / 0
+    check_input(model, 'backbone', images)
+    check_input(nn.ModuleDict(dict(backbone=nn.Identity())), 'backbone', images)
+
+
+ARCH = dict(embed_dims=8, num_layers=1, num_heads=2, feedforward_channels=8)
+LOSS = dict(type='PixelReconstructionLoss', criterion='L2')
+
+
+@pytest.mark.parametrize(
+    'scope, model',
+    [
+        ('mmpretrain', dict(type='ImageClassifier', backbone=RESNET)),
+        (
+            'mmpretrain',
+            dict(
+                type='MAE',
+                backbone=dict(type='MAEViT', arch=ARCH, img_size=32, patch_size=16),
+                neck=dict(type='SimMIMLinearDecoder', in_channels=8, encoder_stride=32),
+                head=dict(type='MAEPretrainHead', loss=LOSS),
+            ),
+        ),
+        ('mmdet', detector()),
+        ('mmdet', dict(type='SoftTeacher', detector=detector(), semi_train_cfg={}, semi_test_cfg={})),
+    ],
+    ids=['classifier', 'MAE', 'detector', 'soft teacher'],
+)
+def test_models_of_the_libraries_hand_the_images_on(scope, model):
+    model = build(scope, model)
+    check_input(model, predicting_backbone(model), torch.randn(1, 3, 32, 32))

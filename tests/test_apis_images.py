@@ -17,8 +17,10 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset
 from mmengine.model import ImgDataPreprocessor
 from mmengine.registry import DATASETS, TRANSFORMS, init_default_scope
-from mmpretrain.datasets import CustomDataset, PackInputs
+from mmpretrain.datasets import CIFAR10, CustomDataset, PackInputs
 from mmpretrain.models import SelfSupDataPreprocessor
+from mmseg.datasets import BaseSegDataset
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -43,6 +45,7 @@ import draw_matches  # noqa: E402
 from calibration import counted  # noqa: E402
 from common import use_tta  # noqa: E402
 from deployment import image_shape  # noqa: E402
+from visualization import Spoiled  # noqa: E402
 
 COUNT = 8
 
@@ -240,6 +243,44 @@ def test_arrays_with_six_channels_through_the_reader_of_the_config(tmp_path):
         assert np.array_equal(images[2]['inputs'].permute(1, 2, 0).numpy(), picture(2, (8, 8, 6)))
 
 
+@DATASETS.register_module()
+class SpectraBySignature(BaseSegDataset):
+    METAINFO = dict(classes=('a',), palette=[[0, 0, 0]])
+
+    def __init__(self, img_suffix='.npy', **more):
+        super().__init__(img_suffix=img_suffix, **more)
+
+
+@DATASETS.register_module()
+class SpectraByCall(BaseSegDataset):
+    METAINFO = dict(classes=('a',), palette=[[0, 0, 0]])
+
+    def __init__(self, **more):
+        super().__init__(img_suffix='.npy', **more)
+
+
+@pytest.mark.parametrize('kind', ['SpectraBySignature', 'SpectraByCall', SpectraByCall])
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_suffixes_that_the_class_of_a_data_set_brings(tmp_path, kind, wrapped):
+    """As HSIDrive20Dataset of mmseg, whose images are .npy."""
+    for i in range(3):
+        np.save(tmp_path / f'{i}.npy', picture(i, (8, 8, 6)))
+    pack = dict(type='mmseg.PackSegInputs')
+    data = dict(type=kind, data_prefix=dict(img_path=str(tmp_path)), pipeline=[dict(type='ThermalReader'), pack])
+    cfg = config(dict(type='RepeatDataset', times=2, dataset=data) if wrapped else data)
+    for images in (open_images(cfg, folder=tmp_path), open_images(cfg)):
+        assert len(images) == 3
+        assert np.array_equal(images[2]['inputs'].permute(1, 2, 0).numpy(), picture(2, (8, 8, 6)))
+
+
+def test_folders_of_pgm(tmp_path):
+    """CustomDataset takes them by default."""
+    for i in range(2):
+        cv2.imwrite(str(tmp_path / f'{i}.pgm'), picture(i, (8, 8)))
+    cfg = config(custom(tmp_path, with_label=False))
+    assert [len(open_images(cfg, folder=tmp_path)), len(open_images(cfg)), len(find_images(tmp_path))] == [2, 2, 2]
+
+
 def test_types_may_be_classes(root):
     """As in lazy configs."""
     steps = [dict(type=LoadNegative), dict(type=PackInputs)]
@@ -289,6 +330,32 @@ def test_the_loading_step_of_the_config_decides_the_colours(root):
     steps = [dict(type='LoadImageFromFile', color_type='grayscale'), PIPELINE[1]]
     cfg = config(custom(root, steps), model=dict(backbone=dict(type='ResNet', depth=18)))
     assert open_images(cfg, folder=root, model=nn.Identity())[0]['inputs'].shape == (1, 16, 16)
+
+
+@DATASETS.register_module()
+class OwnColours(CIFAR10):
+    """Brings arrays in RGB order, as that of mmpretrain."""
+
+    def load_data_list(self):
+        return [dict(img=picture(i)[..., ::-1], gt_label=0) for i in range(2)]
+
+
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_files_are_read_in_the_colours_of_the_arrays_of_the_data_set(tmp_path, wrapped):
+    """CIFAR's are RGB, and its model takes them as they are; others' are BGR."""
+    for i in range(2):
+        cv2.imwrite(str(tmp_path / f'{i}.png'), picture(i))
+    data = dict(type='OwnColours', data_root=str(tmp_path), split='test', pipeline=[PIPELINE[1]])
+    cfg = config(dict(type='ConcatDataset', datasets=[data]) if wrapped else data)
+    cfg.model = dict(backbone=dict(type='ResNet', depth=18))
+    files, arrays = open_images(cfg, folder=tmp_path, model=nn.Identity()), open_images(cfg)
+    for i in range(2):
+        assert torch.equal(files[i]['inputs'], arrays[i]['inputs'])
+        assert np.array_equal(arrays[i]['inputs'].permute(1, 2, 0).numpy(), picture(i)[..., ::-1])
+    for images in (files, arrays):
+        assert np.array_equal(images.load(1), picture(1)[..., ::-1])
+        seen = Spoiled(images, 'clean')
+        assert torch.equal(seen[1]['inputs'], arrays[1]['inputs']) and np.array_equal(seen.image, picture(1))
 
 
 # Data sets and what wraps them
@@ -569,6 +636,73 @@ def test_several_images_of_one_are_refused_by_name(root):
 
 
 # Spoiled images
+
+
+@TRANSFORMS.register_module()
+class LoadAndPack(BaseTransform):
+    """Packs what it loads, as steps of the user that know nothing of ``img``."""
+
+    def transform(self, results):
+        return dict(inputs=torch.from_numpy(cv2.imread(results['img_path'])).permute(2, 0, 1))
+
+
+@TRANSFORMS.register_module()
+class LoadPillow(BaseTransform):
+    """Loads for the transforms of torchvision."""
+
+    def transform(self, results):
+        return results | dict(img=Image.open(results['img_path']))
+
+
+@pytest.mark.parametrize('kind, word', [('LoadAndPack', 'no img'), ('LoadPillow', 'PngImageFile')])
+def test_what_is_loaded_as_no_array_is_not_taken_for_changed(root, kind, word):
+    """It reaches the model as it is, but what should be corrupted would be clean."""
+    steps = [dict(type=kind), *([dict(type='torchvision/PILToTensor'), PIPELINE[1]] if word != 'no img' else [])]
+    for where in (dict(), dict(folder=root)):
+        images = open_images(config(custom(root, steps)), **where)
+        rgb = images[0]['inputs'] if word != 'no img' else images[0]['inputs'].flip(0)
+        assert np.array_equal(rgb.permute(1, 2, 0).numpy(), cv2.imread(str(root / '0/0.png'))[..., ::-1])
+        spoiled = images.after_loading(lambda image, index: image * 0)[0]
+        assert isinstance(spoiled, NoImage) and '0.png' in spoiled.sentence and word in spoiled.sentence
+        with pytest.raises(InputError, match='image 0 of'):
+            images.load(0)
+
+
+@DATASETS.register_module()
+class PathsUnderImg(BaseDataset):
+    """Has the path of an image where others have its pixels."""
+
+    def load_data_list(self):
+        return [dict(img=str(path)) for path in sorted(Path(self.data_root).rglob('*.png'))]
+
+
+@TRANSFORMS.register_module()
+class LoadFromImg(BaseTransform):
+    def transform(self, results):
+        return results | dict(img=cv2.imread(results['img']))
+
+
+def test_the_path_of_an_image_is_no_image(root):
+    steps = [dict(type='LoadFromImg'), PIPELINE[1]]
+    cfg = config(dict(type='PathsUnderImg', data_root=str(root), pipeline=steps))
+    images = open_images(cfg, after_loading=lambda image, index: image // 2)
+    assert np.array_equal(images[0]['inputs'].permute(1, 2, 0).numpy(), cv2.imread(str(root / '0/0.png')) // 2)
+    assert images.load(0).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize('step', [dict(type='RandomCrop', crop_size=8), dict(type='RandomFlip', prob=0.5)])
+def test_random_steps_draw_the_same_for_clean_and_for_corrupted_images(root, step):
+    images = open_images(config(custom(root, [PIPELINE[0], step, PIPELINE[1]])))
+    clean, contrast = Spoiled(images, 'clean'), Spoiled(images, 'contrast', 1.0)
+    before = np.random.get_state()[1].tolist()
+    seen = [clean[i]['inputs'] for i in range(COUNT)]
+    assert all(torch.equal(contrast[i]['inputs'], seen[i]) for i in range(COUNT))
+    assert np.random.get_state()[1].tolist() == before
+    if step['type'] == 'RandomCrop':
+        upright = [torch.from_numpy(images.load(i)).permute(2, 0, 1) for i in range(COUNT)]
+        pairs = zip(upright, seen, strict=True)
+        places = [(x.unfold(1, 8, 1).unfold(2, 8, 1) == y[:, None, None]).all((0, 3, 4)) for x, y in pairs]
+        assert len({tuple(place.nonzero()[0].tolist()) for place in places}) > 2, 'not one place for all'
 
 
 def test_images_are_changed_right_after_they_are_loaded(root):

@@ -130,6 +130,7 @@ def test_bad_input_leaves_nothing(images, tmp_path, monkeypatch):
     assert 'severity 400 does not work for jpeg' in sentence(monkeypatch, images, out, 'jpeg', '--severity', 400)
     assert 'holds the images themselves' in sentence(monkeypatch, images, images, 'blur', '--overwrite')
     assert 'holds the images themselves' in sentence(monkeypatch, images, tmp_path, 'blur', '--overwrite')
+    assert 'lies among the images' in sentence(monkeypatch, images, images / 'noisy', 'noise')
     assert 'is not a folder' in sentence(monkeypatch, tmp_path / 'no', out, 'blur')
     cv2.imwrite(str(images / 'deep.png'), np.zeros((9, 9), np.uint16))
     assert f'{images}/deep.png: jpeg takes 8-bit images' in sentence(monkeypatch, images, out, 'jpeg')

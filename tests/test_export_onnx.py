@@ -10,6 +10,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from torch import nn
 
 import mmdenoiserep  # noqa: F401
 from helpers import randomise, relative
@@ -175,6 +176,29 @@ def test_bad_input_ends_in_one_sentence(models, tmp_path):
     output.write_text('mine')
     assert 'exists' in sentence(config, fused, output)
     assert output.read_text() == 'mine'
+
+
+def test_a_slip_in_the_model_of_the_user_keeps_its_traceback(tmp_path):
+    """What torch or the exporter cannot do is a sentence."""
+    (tmp_path / 'config.py').write_text(
+        "default_scope = 'mmpretrain'\nmodel = dict(type='ImageClassifier', backbone=dict(type='OwnSlip'))\n"
+    )
+    torch.save(dict(state_dict=MODELS.build(dict(type='OwnSlip')).state_dict(prefix='backbone.')), tmp_path / 'c.pth')
+    words = [tmp_path / 'config.py', tmp_path / 'c.pth', tmp_path / 'out.onnx']
+    assert 'cannot be exported' in sentence(*words, '--size', 8, 8)
+    with pytest.raises(AttributeError, match='scael'):
+        call(*words, '--size', 16, 16)
+    assert not (tmp_path / 'out.onnx').exists()
+
+
+@MODELS.register_module()
+class OwnSlip(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return (self.scael if x.shape[-1] == 16 else torch.special.i0(self.conv(x)),)
 
 
 def test_differences_are_over_the_largest_output():

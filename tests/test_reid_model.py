@@ -300,6 +300,25 @@ def test_models_and_data_of_other_kinds_are_not_asked():
     check_classes(DataLoader(Unlabelled(), 2), model)
 
 
+@pytest.mark.parametrize('wrapper', [None, 'RepeatDataset', 'KFoldDataset'])
+def test_the_head_of_re_identification_is_checked_against_any_labels(wrapper, tmp_path):
+    """Of a folder an identity, for example, where other heads are not asked."""
+    for i in range(6):
+        (tmp_path / f'{i % 3}').mkdir(exist_ok=True)
+        (tmp_path / f'{i % 3}/{i}.png').touch()
+    init_default_scope('mmpretrain')
+    data = dict(type='CustomDataset', data_root=str(tmp_path))
+    options = dict(RepeatDataset=dict(times=2), KFoldDataset=dict(num_splits=2, fold=0))
+    dataset = DATASETS.build(dict(type=wrapper, dataset=data, **options[wrapper]) if wrapper else data)
+    model = nn.Module()
+    for classes in (4, 3):
+        model.head = MODELS.build(dict(type='BNNeckReIDHead', num_classes=classes, in_channels=4))
+        check_classes(DataLoader(dataset, 4), model)
+    model.head = MODELS.build(dict(type='BNNeckReIDHead', num_classes=2, in_channels=4))
+    with pytest.raises(InputError, match='num_classes of the head is 2.* 3 identities'):
+        check_classes(DataLoader(dataset, 4), model)
+
+
 def test_a_training_is_refused_before_its_first_iteration(tmp_path):
     """By any runner that has the hook, whatever the model is wrapped in."""
     write_market1501(tmp_path / 'market')

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
 from torch import nn
 
 import mmdenoiserep  # noqa: F401
@@ -236,6 +236,54 @@ def test_images_of_other_kinds_reach_the_model_as_they_are_loaded(kind, tmp_path
     assert change[inside].std() == pytest.approx(0.01, rel=0.1)
     if kind == 'alpha':
         assert np.array_equal(after[..., 3], before[..., 3])
+
+
+class Draws(nn.Module):
+    """Hides pixels at random in eval mode too, as MAE hides patches."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 2)
+        self.generator = np.random.default_rng(5)
+
+    def forward(self, x):
+        return self.conv(x * (torch.rand_like(x) > 0.5) * torch.from_numpy(self.generator.random(x.shape[2:]) > 0.5))
+
+
+def test_a_backbone_that_draws_sees_equal_draws():
+    """Otherwise the features of equal images would differ, and that would count as noise."""
+    backbone, x = Draws(), torch.randn(2, 3, 8, 8)
+    one, two, other = (visualization.run(backbone, image)[0]['conv'] for image in (x, x, 2 * x))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+    (first, _), (second, _) = (visualization.watch(backbone, x[:1]) for _ in range(2))
+    assert first and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class DropsFlat(BaseTransform):
+    """A filter of the user, which finds images without contrast useless."""
+
+    def transform(self, results):
+        return results if results['img'].std() > 20 else None
+
+
+@pytest.mark.parametrize('flat', [[0], [5], [0, 1, 2, 3, 4, 5]])
+def test_images_that_are_left_out_only_when_they_are_corrupted(flat, tmp_path):
+    """Features of different images are not compared."""
+    (tmp_path / 'images').mkdir()
+    for i in range(6):
+        picture = np.random.default_rng(i).normal(127, 24 if i in flat else 60, (28, 28, 1)).clip(0, 255)
+        cv2.imwrite(str(tmp_path / f'images/{i}.png'), picture.astype(np.uint8))
+    TRANSFORMS.register_module(DropsFlat.__name__, module=DropsFlat, force=True)
+    steps = "[dict(type='DropsFlat'), dict(type='PackInputs')]"
+    (tmp_path / 'c.py').write_text(
+        f'_base_ = {str(DEMO / f"{VIT}.py")!r}\ntest_dataloader = dict(dataset=dict(pipeline={steps}))\n'
+    )
+    words = [tmp_path / 'c.py', *[checkpoint(VIT)] * 2, '--out', tmp_path / 'out', '--images', tmp_path / 'images']
+    words += ['--corrupt', 'contrast', '--severity', 0.7, '--batch-size', 2]
+    with pytest.raises(SystemExit) as refused:
+        call(visualize, *words)
+    assert f'{flat[0]}.png is left out by DropsFlat' in str(refused.value) or len(flat) == 6
+    assert not (tmp_path / 'out').exists()
 
 
 # Attention and maps

@@ -15,7 +15,7 @@ from tqdm import tqdm
 import verify
 from calibration_report import LARGE, draw_spectra, verify_maps, warnings_of
 from launch import stop
-from mmdenoiserep.apis.backbones import denoised_configs, predicting_backbone
+from mmdenoiserep.apis.backbones import check_input, denoised_configs, predicting_backbone
 from mmdenoiserep.apis.images import Batches, open_images, spread
 from mmdenoiserep.core import (
     CalibrationReport,
@@ -81,6 +81,7 @@ class Calibration:
         to_device(self.model, args.device)
         self.images = self._open_images()
         self.example = next(iter(self.images))[:1]
+        check_input(self.model, self.name, self.example)
         if args.mode != 'schedule':
             apply_denoiserep(self.backbone, 'all', example_input=self.example)
         self.layers = list(denoised_layers(self.backbone))

@@ -53,6 +53,8 @@ def main() -> None:
 
     if args.output.resolve() in (args.images.resolve(), *args.images.resolve().parents):
         stop(f'{args.output} holds the images themselves; name another folder')
+    if args.images.resolve() in args.output.resolve().parents:
+        stop(f'{args.output} lies among the images, so the next run would take it for some; name a folder beside them')
     paths = find_images(args.images)
     copies = {args.output / path.relative_to(args.images) for path in paths}
     check_folder(args.output, lambda path: copies.issuperset(files_in(path)), args.overwrite)

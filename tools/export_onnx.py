@@ -62,13 +62,18 @@ def main() -> None:
         random_images,
         run_onnx,
     )
+    from mmdenoiserep.apis.tracebacks import is_from_user
 
     cfg = load_config(args)
     model = Deployed(load_fused(cfg, args.config, args.checkpoint))
     shape = image_shape(cfg, model, args.size)
     with tempfile.TemporaryDirectory() as folder:  # exporters want a path
         temporary = Path(folder, 'model.onnx')
+        runs = False
         try:
+            with torch.no_grad():
+                model(random_images(1, shape))
+            runs = True
             export_onnx(model, shape, temporary, args.dynamic_batch, args.dynamo)
             for batch in (1, 2, 3) if args.dynamic_batch else (1,):
                 images = random_images(batch, shape)
@@ -78,6 +83,8 @@ def main() -> None:
                 if difference > TOLERANCE:
                     raise ValueError(f'onnxruntime differs from torch by {difference:.1e}, more than {TOLERANCE:.0e}')
         except Exception as error:  # exporters and runtimes fail in many ways
+            if not runs and is_from_user(error):
+                raise  # the author of a model wants the traceback
             how = 'with --dynamic-batch; leave that out, for one image' if args.dynamic_batch else 'for one image'
             reason = re.split(r'\n|\. ', str(error).strip())[0]
             stop(f'{args.config} cannot be exported {how} {shape} ({type(error).__name__}: {reason})')

@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,13 @@ from tqdm import tqdm
 
 from calibration import choose_every, measure_flows
 from launch import stop
-from mmdenoiserep.apis.backbones import predicting_backbone
+from mmdenoiserep.apis.backbones import check_input, predicting_backbone
 from mmdenoiserep.apis.corruptions import corrupt, make_transform
 from mmdenoiserep.apis.images import Batches, NoImage, datasets_of, leaves, open_images, spread
 from mmdenoiserep.apis.pixels import to_rgb
 from mmdenoiserep.core import Moments, evaluating
 from mmdenoiserep.core.probe import run_model, tensors_in
+from mmdenoiserep.core.randomness import equal_draws
 from mmdenoiserep.core.sample import Sample
 from mmdenoiserep.core.targets import near_names
 from opening import load, to_device
@@ -66,12 +68,14 @@ class Spoiled(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any] | NoImage:
-        return self.dataset[index]
+        with equal_draws(seed=index):  # of random steps in the pipeline, such as a crop
+            return self.dataset[index]
 
     def spoil(self, image: np.ndarray, index: int) -> np.ndarray:
         """Corrupts an image as it was loaded."""
-        self.image = corrupt(image, *self.how, index)
-        return self.image
+        swap = (..., slice(None, None, -1)) if self.dataset.is_rgb and image.shape[2:] == (3,) else ...
+        self.image = corrupt(image[swap], *self.how, index)
+        return self.image[swap]
 
 
 class Ratio:
@@ -172,6 +176,7 @@ class Visualization:
         self.labels = None if None in labels else labels or None
         self.visualizer = self._build_visualizer(cfg, metas['before'].get('dataset_meta'))
         example = next(iter(self._batches('clean', self._chosen)))
+        check_input(self.models['before'], predicting_backbone(self.models['before']), example)
         names = list(run(backbone_of(self.models['before']), example)[0])
         if wrong := set(args.spectra or ()) - set(names):
             stop(f'the backbone has no layer {min(wrong)}{near_names(min(wrong), names)}')
@@ -206,7 +211,10 @@ class Visualization:
         pairs = [self._batches(images, self._chosen, self.args.batch_size) for images in ('clean', 'corrupted')]
         pairs[1].left_out = pairs[0].left_out  # each is told once
         with tqdm(total=len(self._chosen), unit='image', desc='layers') as bar:
-            for clean, corrupted in zip(*pairs, strict=True):
+            for clean, corrupted in zip_longest(*pairs):
+                if pairs[0].order != pairs[1].order:
+                    sentence = list(pairs[0].left_out)[-1]
+                    stop(f'{sentence}, but not both clean and corrupted; take another --corrupt or --severity')
                 batches = dict(clean=clean, corrupted=corrupted)
                 features = {}
                 for which, images in VARIANTS:
@@ -295,7 +303,7 @@ def run(backbone: nn.Module, images: Tensor, every: int = 1) -> tuple[dict[str, 
 
     handles = [listen(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     try:
-        with evaluating(backbone):
+        with evaluating(backbone), equal_draws(backbone):
             *_, last = tensors_in(run_model(backbone, images))
     finally:
         for handle in handles:
@@ -348,7 +356,7 @@ def watch(backbone: nn.Module, image: Tensor) -> tuple[dict[str, Tensor], Tensor
 
     handles = [listen(name, part) for name, part in backbone.named_modules() if STAGE.fullmatch(name)]
     try:
-        with evaluating(backbone), AttentionWatch() as attention:
+        with evaluating(backbone), equal_draws(backbone), AttentionWatch() as attention:
             output = run_model(backbone, image)
     finally:
         for handle in handles:

@@ -6,13 +6,19 @@ builds one config twice: soft teacher has ``detector.backbone`` in its config, a
 ``teacher.backbone``.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..core import InputError
+from ..core.probe import evaluating
+from ..core.randomness import equal_draws
+from ..core.tensors import tensors_in
 from ..engine.backbone import DenoiseRepBackbone, find_guards
+from .tracebacks import is_from_user
 
 
 def backbone_configs(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -86,6 +92,45 @@ def predicting_backbone(model: nn.Module) -> str:
     if len(names) > 1:
         raise InputError(f'the model ({type(model).__name__}) has several backbones: {", ".join(names)}')
     return names[0]
+
+
+def check_input(model: nn.Module, name: str, images: Tensor) -> None:
+    """Raises if a model hands its backbone something else than its images: parts of them, or others made from them.
+
+    Args:
+        model: The model. It is not checked if its ``extract_feat`` does not take images alone.
+        name: Of the backbone.
+        images: As the data preprocessor gives them, (B, C, H, W).
+
+    Raises:
+        InputError: See above.
+    """
+    extract = getattr(model, 'extract_feat', None)
+    try:
+        inspect.signature(extract).bind(images)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return
+    seen: dict[tuple[int, ...], bool] = {}  # by shape, whether it is the images
+
+    def note(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        for x in tensors_in((args, kwargs)):
+            seen[tuple(x.shape)] = seen.get(tuple(x.shape), False) or torch.equal(x, images)
+
+    handle = model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with evaluating(model), equal_draws(model):
+            extract(images.clone())  # type: ignore[misc]
+    except Exception as error:  # it may want other images (views of one, say)
+        if is_from_user(error):
+            raise
+        return
+    finally:
+        handle.remove()
+    if seen and not any(seen.values()):
+        raise InputError(
+            f'the model ({type(model).__name__}) hands its {name} something else than its images, {next(iter(seen))} '
+            f'for {tuple(images.shape)}, which would be measured; let the data_preprocessor make what the {name} takes'
+        )
 
 
 def denoised_configs(config: Any) -> list[Any]:

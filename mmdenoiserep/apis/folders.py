@@ -11,7 +11,7 @@ import torch
 from ..core import InputError
 from ..core.errors import printable
 
-SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
+SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 """Names of images in a folder, in small or capital letters; a config may name others (``img_suffix``)."""
 
 

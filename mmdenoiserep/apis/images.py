@@ -5,6 +5,7 @@ pipeline. Left out are the steps that load annotations, and for training images 
 test pipeline. ``RepeatDataset`` counts each image once; every other wrapper keeps its images as they are.
 """
 
+import contextlib
 import copy
 import inspect
 import os
@@ -20,8 +21,9 @@ import mmcv
 import numpy as np
 import torch
 from mmcv.transforms import Compose as NestedCompose
+from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config, ConfigDict
-from mmengine.dataset import Compose, RepeatDataset, pseudo_collate
+from mmengine.dataset import BaseDataset, Compose, RepeatDataset, pseudo_collate
 from mmengine.registry import DATASETS, MODELS, TRANSFORMS, DefaultScope
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
@@ -45,6 +47,8 @@ ANNOTATIONS = {
 LIBRARIES = ('mmcv.', 'mmdet.', 'mmengine.', 'mmpretrain.', 'mmseg.')
 COLOR_TYPES = {1: 'grayscale', 3: 'color', 4: 'unchanged'}
 """How a file is read for a model that takes so many channels, where no step of the pipeline loads."""
+RGB = 'CIFAR10'
+"""The data set of the libraries, with those that inherit from it, which brings arrays in RGB order, not BGR."""
 HELD = 4
 """Batches of images of other sizes that wait for more of their size, at most."""
 
@@ -161,8 +165,11 @@ class _Pipeline:
         return results
 
     def _change(self, results: dict[str, Any], name: str) -> dict[str, Any]:
-        if self.reading.change is None or 'img' not in results:
+        if self.reading.change is None:
             return results
+        if not isinstance(results.get('img'), np.ndarray):
+            kind = f'img is a {type(results["img"]).__name__}' if 'img' in results else 'there is no img'
+            raise _Missing(NoImage(f'{name} is loaded as no array that could be changed ({kind}); load one under img'))
         try:
             return results | dict(img=self.reading.change(results['img'], self.reading.index))
         except InputError as error:
@@ -176,6 +183,9 @@ class Images(Dataset):
         dataset: Gives them by number, through a :class:`_Pipeline` or as its own code packs them.
         reading: That of its pipelines.
         what: What they are images of, for messages.
+
+    Attributes:
+        is_rgb: Whether three channels are in RGB order after loading, not BGR.
     """
 
     def __init__(self, dataset: Any, reading: _Reading, what: str) -> None:
@@ -185,6 +195,7 @@ class Images(Dataset):
         self.reading = reading
         self.what = what
         self.change: Change | None = None
+        self.is_rgb = False
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -213,7 +224,7 @@ class Images(Dataset):
         if isinstance(results, NoImage):
             raise InputError(results.sentence)
         if not isinstance(results, dict) or not isinstance(results.get('img'), np.ndarray):
-            raise InputError(f'image {index} of {self.what} is loaded by no step of a pipeline')
+            raise InputError(f'image {index} of {self.what} is loaded by no step of a pipeline as an array under img')
         return results['img']
 
     def info(self, index: int) -> dict[str, Any]:
@@ -260,9 +271,26 @@ class Folder(Images):
     def __init__(self, cfg: Config, paths: Sequence[Path], color_type: str | None = 'color') -> None:
         reading = _Reading()
         with _scope(cfg):
-            loader = TRANSFORMS.build(dict(type='LoadImageFromFile', color_type=color_type)) if color_type else None
-            pipeline = _Pipeline(_steps_of(_test_datasets(cfg)), reading, loader)
+            datasets = _test_datasets(cfg)
+            is_rgb = all(map(_brings_rgb, datasets))
+            loader = _FileLoader(color_type, is_rgb) if color_type else None
+            pipeline = _Pipeline(_steps_of(datasets), reading, loader)
         super().__init__(_Files(paths, pipeline), reading, 'the folder')
+        self.is_rgb = is_rgb
+
+
+class _FileLoader(LoadImageFromFile):
+    """Loads a file as the arrays of the test data set are, in their order of colours."""
+
+    def __init__(self, color_type: str, is_rgb: bool) -> None:
+        super().__init__(color_type=color_type)
+        self.is_rgb = is_rgb
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
+        loaded = super().transform(results)
+        if self.is_rgb and loaded and loaded['img'].shape[2:] == (3,):
+            loaded['img'] = np.ascontiguousarray(loaded['img'][..., ::-1])
+        return loaded
 
 
 class _Files:
@@ -298,7 +326,9 @@ class Unlabelled(Images):
             configs = datasets_of(cfg, split)
             steps = _steps_of(_test_datasets(cfg)) if split == 'train' else None
             parts = [_build(config, steps, reading, what) for config in configs]
+            is_rgb = all(map(_brings_rgb, configs))
         super().__init__(parts[0] if len(parts) == 1 else ConcatDataset(parts), reading, what)
+        self.is_rgb = is_rgb
 
 
 def open_images(
@@ -483,11 +513,17 @@ def _held(dataset: Any) -> dict[str, Any]:
 def _is_config(value: Any) -> bool:
     if not isinstance(value, dict):
         return _is_built(value)
-    kind = value.get('type')  # in lazy configs the object
-    if isinstance(kind, str):
-        with DATASETS.switch_scope_and_registry(value.get('_scope_')) as registry:
-            kind = registry.get(kind)
+    kind = _kind(value)
     return kind is not None and ('pipeline' in value or bool(_held(value)) or _is_kind(kind))
+
+
+def _kind(config: dict[str, Any]) -> Any:
+    """Returns what the config of a data set builds; None if no library has it."""
+    kind = config.get('type')  # in lazy configs the object
+    if isinstance(kind, str):
+        with DATASETS.switch_scope_and_registry(config.get('_scope_')) as registry:
+            kind = registry.get(kind)
+    return kind
 
 
 def _is_built(value: Any) -> bool:
@@ -638,12 +674,31 @@ def _info(dataset: Any, index: int) -> dict[str, Any]:
 def _suffixes(cfg: Config) -> tuple[str, ...]:
     """Returns the ends of the names of images: the usual ones, and those that the test data sets name."""
     found = list(SUFFIXES)
-    for dataset in _test_datasets(cfg):
-        for leaf in leaves(dataset):
+    with _scope(cfg):
+        for leaf in (leaf for dataset in _test_datasets(cfg) for leaf in leaves(dataset)):
             for key in ('img_suffix', 'extensions'):
-                named = leaf.get(key) if isinstance(leaf, dict) else getattr(leaf, key, None)
+                named = _argument(leaf, key)
                 found += [named] if isinstance(named, str) else named or ()
     return tuple(dict.fromkeys(suffix.lower() for suffix in found))
+
+
+def _argument(leaf: Any, key: str) -> Any:
+    """Returns an argument of a data set: as its config or the built object has it, or the default of its class."""
+    if not isinstance(leaf, dict):
+        return getattr(leaf, key, None)
+    if leaf.get(key) is not None:
+        return leaf[key]
+    kind = _kind(leaf)
+    if isinstance(kind, type) and issubclass(kind, BaseDataset):  # its class may hand it to the one that it inherits
+        with contextlib.suppress(Exception):  # what is read of it is a default
+            return getattr(DATASETS.build(dict(leaf, lazy_init=True, pipeline=[])), key, None)
+    parameters = inspect.signature(kind).parameters if kind else {}
+    return parameters[key].default if key in parameters else None
+
+
+def _brings_rgb(dataset: Any) -> bool:
+    kinds = [_kind(leaf) if isinstance(leaf, dict) else type(leaf) for leaf in leaves(dataset)]
+    return all(any(base.__name__ == RGB for base in getattr(kind, '__mro__', ())) for kind in kinds)
 
 
 def _name(dataset: Any) -> str:
@@ -652,7 +707,9 @@ def _name(dataset: Any) -> str:
 
 
 def _has_image(results: Any) -> bool:
-    return isinstance(results, dict) and (results.get('img') is not None or results.get('inputs') is not None)
+    """Whether an image is there, not the path of one."""
+    found = [results.get('img'), results.get('inputs')] if isinstance(results, dict) else []
+    return any(value is not None and not isinstance(value, str | os.PathLike) for value in found)
 
 
 def _is_of_library(step: Callable) -> bool:

@@ -1,5 +1,6 @@
 """Pixels of image files as they are stored, and as people see them."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ def read_stored(path: Path) -> StoredImage:
 
     Raises:
         InputError: The file can't be read, or what it holds would not be kept: a palette, CMYK, floats, several pages,
-            an orientation outside of JPEG.
+            an orientation outside of JPEG, another greatest value of PGM or PPM than that of its type.
     """
     try:
         data = path.read_bytes()
@@ -79,6 +80,8 @@ def read_stored(path: Path) -> StoredImage:
     if CHANNELS.get(header.mode) != channels or (header.format == 'BMP' and channels == 4):
         how = ODD_MODES.get(header.mode, f'as {header.format} in {header.mode} with {channels} channels')
         raise InputError(f'{path} is stored {how}, which would be lost; convert it to grey, RGB or RGBA')
+    if header.format == 'PPM' and (most := greatest_of_pnm(data)) != np.iinfo(pixels.dtype).max:
+        raise InputError(f'{path} states {most} as its greatest value, which would be lost; convert it to 255 or 65535')
     is_jpeg = ENCODERS[header.format] == '.jpg'
     if not is_jpeg and getattr(header, 'n_frames', 1) > 1:
         raise InputError(f'{path} has {header.n_frames} pages, all but one of which would be lost; split it')
@@ -110,6 +113,11 @@ def decode(path: Path, data: bytes, header: Any) -> NDArray[Any]:
         size = f'{header.width:,} x {header.height:,}'
         raise InputError(f'{path} cannot be read: {size} pixels are more than the 2^30 of OpenCV; cut it into tiles')
     raise InputError(f'{path} cannot be read: it is broken, cut off or no image; remove it, or mend it')
+
+
+def greatest_of_pnm(data: bytes) -> int:
+    """Returns the greatest value that a PGM or PPM file states: the fourth word, with comments between the words."""
+    return int(re.match(rb'(?:(?:\s|#[^\n]*\n)*(\S+)){4}', data)[1])  # type: ignore[index]
 
 
 def open_header(data: bytes) -> Any:

@@ -9,6 +9,7 @@ from mmengine.registry import HOOKS
 
 from ...core import InputError
 from .datasets import ReIDDataset
+from .head import BNNeckReIDHead
 from .sampler import PKSampler
 
 
@@ -49,12 +50,14 @@ def check_batches(loader: Any) -> None:
 
 def check_classes(loader: Any, model: Any) -> None:
     """Raises InputError if a model's head has fewer classes than there are identities in a data loader's data set."""
-    classes = getattr(getattr(model, 'head', None), 'num_classes', None)
+    head = getattr(model, 'head', None)
+    classes = getattr(head, 'num_classes', None)
     sampler = getattr(getattr(loader, 'batch_sampler', None), 'sampler', None)
     if isinstance(sampler, PKSampler):
         identities = sampler.num_classes
     else:
-        identities = max((max(part.get_gt_labels()) + 1 for part in parts_of(loader.dataset)), default=0)
+        parts = parts_of(loader.dataset, any_labelled=isinstance(head, BNNeckReIDHead))
+        identities = max((max(part.get_gt_labels()) + 1 for part in parts), default=0)
     if classes is not None and identities > classes:
         raise InputError(
             f'num_classes of the head is {classes}, but the training set has {identities:,} identities: set '
@@ -62,10 +65,15 @@ def check_classes(loader: Any, model: Any) -> None:
         )
 
 
-def parts_of(dataset: Any) -> Iterator[ReIDDataset]:
-    """Yields the data set, if it is one of re-identification, or those that it wraps."""
-    if isinstance(dataset, ReIDDataset):
+def parts_of(dataset: Any, any_labelled: bool = False) -> Iterator[Any]:
+    """Yields the data set, if it is one of re-identification, or those that it wraps.
+
+    Args:
+        dataset: The data set.
+        any_labelled: Whether to yield what has ``get_gt_labels()``, too: a folder an identity, for example.
+    """
+    if isinstance(dataset, ReIDDataset) or (any_labelled and hasattr(dataset, 'get_gt_labels')):
         yield dataset
     else:
         for part in getattr(dataset, 'datasets', None) or filter(None, [getattr(dataset, 'dataset', None)]):
-            yield from parts_of(part)
+            yield from parts_of(part, any_labelled)

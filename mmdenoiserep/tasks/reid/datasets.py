@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ...core import InputError
 from ...core.errors import printable
 
-SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
+SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 """Of images, in small letters or capitals."""
 Image = tuple[str, int, int]
 """Path, identity as in the data, camera from 0."""
