@@ -9,6 +9,7 @@ builds one config twice: soft teacher has ``detector.backbone`` in its config, a
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from mmengine.model import BaseAveragedModel
 from torch import nn
 
 from ..core import InputError
@@ -69,8 +70,8 @@ def find_backbones(model: nn.Module) -> dict[str, nn.Module]:
 def predicting_backbone(model: nn.Module) -> str:
     """Returns the name of the backbone that the predictions of a model come from.
 
-    It is the only one, or of a semi-supervised detector the one of ``semi_test_cfg.predict_on`` (the teacher, if that
-    is not set).
+    It is the only one that is no average of another (MoCo and BYOL keep such copies), or of a semi-supervised detector
+    the one of ``semi_test_cfg.predict_on`` (the teacher, if that is not set).
 
     Args:
         model: The model; ``model.get_submodule`` takes the name.
@@ -83,6 +84,8 @@ def predicting_backbone(model: nn.Module) -> str:
         settings: Any = model.semi_test_cfg or {}
         part = settings.get('predict_on', 'teacher')
         names = [name for name in names if name.startswith(f'{part}.')] or names
+    averages = tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, BaseAveragedModel))
+    names = [name for name in names if not name.startswith(averages)] or names
     if len(names) > 1:
         raise InputError(f'the model ({type(model).__name__}) has several backbones: {", ".join(names)}')
     return names[0]
