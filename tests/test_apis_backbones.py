@@ -106,6 +106,16 @@ def test_a_denoised_backbone_of_any_name():
     assert list(find_backbones(model.visual)) == ['']
 
 
+@pytest.mark.parametrize('backbone', [RESNET, DENOISED])
+def test_a_backbone_in_a_list(backbone):
+    """The backbone of mmpretrain's retriever has no name of its own: with denoisers or without, it is found."""
+    encoder = [backbone, {'type': 'GlobalAveragePooling'}]
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build({'type': 'ImageToImageRetriever', 'image_encoder': encoder, 'prototype': ''})
+    assert predicting_backbone(model) == 'image_encoder.0'
+    assert type(model.get_submodule('image_encoder.0')).__name__ == 'ResNet'
+
+
 def test_none_and_several_are_refused_by_name():
     """No backbone, or several of which nothing says which is used."""
     with pytest.raises(InputError, match='no backbone'):

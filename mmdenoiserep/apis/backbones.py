@@ -6,7 +6,7 @@ builds one config twice: soft teacher has ``detector.backbone`` in its config, a
 ``teacher.backbone``.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mmengine.model import BaseAveragedModel
@@ -43,8 +43,9 @@ def backbone_configs(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def find_backbones(model: nn.Module) -> dict[str, nn.Module]:
     """Returns every backbone of a model.
 
-    A backbone is a module called ``backbone`` or ``..._backbone``, or one that ``DenoiseRepBackbone`` built. What
-    stands inside a backbone belongs to it.
+    A backbone is a module called ``backbone`` or ``..._backbone``, or one that ``DenoiseRepBackbone`` built. In a model
+    without any (mmpretrain's retriever has its own in a list) it is a module of a class that a library defines among
+    its backbones. What stands inside a backbone belongs to it.
 
     Args:
         model: The model.
@@ -56,14 +57,20 @@ def find_backbones(model: nn.Module) -> dict[str, nn.Module]:
         InputError: There is none.
     """
     denoised = {name for name, _, _ in find_guards(model)}
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        inside = any(not outer or name.startswith(f'{outer}.') for outer in found)
-        if not inside and (name in denoised or _is_backbone(name.rpartition('.')[2])):
-            found[name] = module
+    found = _outermost(model, lambda name, _: name in denoised or _is_backbone(name.rpartition('.')[2]))
+    found = found or _outermost(model, lambda _, module: '.backbones.' in type(module).__module__)
     if not found:
         kind = type(model).__name__
         raise InputError(f'the model ({kind}) has no backbone: no module in it is called backbone')
+    return found
+
+
+def _outermost(model: nn.Module, is_backbone: Callable[[str, nn.Module], bool]) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(not outer or name.startswith(f'{outer}.') for outer in found)
+        if not inside and is_backbone(name, module):
+            found[name] = module
     return found
 
 
