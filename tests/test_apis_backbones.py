@@ -83,12 +83,38 @@ def test_one_backbone_under_two_names():
     assert predicting_backbone(model) == 'backbone'
 
 
+@pytest.mark.parametrize('method', ['MoCo', 'BYOL'])
+@pytest.mark.parametrize('backbone', [RESNET, DENOISED])
+def test_an_average_of_the_backbone_does_not_predict(method, backbone):
+    """Self-supervised models keep a momentum copy of their denoised backbone, which has a guard as well."""
+    neck = {'type': 'MoCoV2Neck', 'in_channels': 32, 'hid_channels': 4, 'out_channels': 4}
+    predictor = {'type': 'LinearNeck', 'in_channels': 4, 'out_channels': 4, 'gap_dim': 0}
+    head, options = {'type': 'LatentPredictHead', 'loss': {'type': 'PixelReconstructionLoss', 'criterion': 'L2'}}, {}
+    if method == 'MoCo':
+        head, options = {'type': 'ContrastiveHead', 'loss': {'type': 'CrossEntropyLoss'}}, {'queue_len': 8}
+    else:
+        head['predictor'] = predictor
+    model = build('mmpretrain', {'type': method, 'backbone': backbone, 'neck': neck, 'head': head, **options})
+    assert len(find_backbones(model)) == (2 if backbone is DENOISED else 1)
+    assert predicting_backbone(model) == 'backbone'
+
+
 def test_a_denoised_backbone_of_any_name():
     """What DenoiseRepBackbone built is a backbone, whatever its name; so is the model itself."""
     model = nn.Module()
     model.visual = build('mmdet', DENOISED)
     assert list(find_backbones(model)) == ['visual']
     assert list(find_backbones(model.visual)) == ['']
+
+
+@pytest.mark.parametrize('backbone', [RESNET, DENOISED])
+def test_a_backbone_in_a_list(backbone):
+    """The backbone of mmpretrain's retriever has no name of its own: with denoisers or without, it is found."""
+    encoder = [backbone, {'type': 'GlobalAveragePooling'}]
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build({'type': 'ImageToImageRetriever', 'image_encoder': encoder, 'prototype': ''})
+    assert predicting_backbone(model) == 'image_encoder.0'
+    assert type(model.get_submodule('image_encoder.0')).__name__ == 'ResNet'
 
 
 def test_none_and_several_are_refused_by_name():

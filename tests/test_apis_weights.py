@@ -7,6 +7,7 @@ import torch
 from mmengine.model import BaseTTAModel
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from helpers import randomise
 from mmdenoiserep import apply_denoiserep
@@ -139,6 +140,14 @@ def test_missing_statistics(lost, caplog, capsys):
             load(Net(), content, purpose)
     load(Net(), content, 'start')
     load(Net(), dict(state_dict=without(trained(), 'tracked')), 'test')
+
+
+def test_missing_statistics_of_norms_without_parameters():
+    """Norms that are frozen for good hold nothing but buffers, which a file of the parameters lacks."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), FrozenBatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 1))
+    with pytest.raises(InputError, match=r'1\.running_mean'):
+        load(model, dict(state_dict=dict(model.named_parameters())), 'test')
+    load(model, dict(state_dict=model.state_dict()), 'test')
 
 
 def test_new_batchnorm_of_a_new_head_is_none_of_the_files():

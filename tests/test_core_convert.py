@@ -825,6 +825,46 @@ def test_switch_to_deploy():
         model.switch_to_deploy()
 
 
+class Branches(nn.Module):
+    """Two convolutions that become one; `fuse` of features is part of its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.large, self.small = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def merge(self, verbose=False):
+        """Makes one convolution."""
+        self.large.weight.data += F.pad(self.small.weight.data, (1, 1, 1, 1))
+        self.large.bias.data += self.small.bias.data
+        one = nn.Conv2d(4, 4, 3, padding=1, dtype=self.large.weight.dtype)
+        one.load_state_dict({'weight': self.large.weight, 'bias': self.large.bias})
+        self.large, self.small = one, None
+
+    def fuse(self, x, y):
+        """Is no merging of weights."""
+        return x if y is None else x + y
+
+    def forward(self, x):
+        """Run what is there."""
+        return self.fuse(self.large(x), self.small and self.small(x))
+
+
+@pytest.mark.parametrize('name', ['merge_kernel', 'reparameterize', 'local_inject'])
+def test_merging_by_other_names(name):
+    """Blocks that merge themselves (RepLKNet, RepMLP, timm's) refuse it too; a `fuse` that takes features stays."""
+    torch.manual_seed(0)
+    model = nn.Sequential(type('Block', (Branches,), {name: Branches.merge})(), nn.Conv2d(4, 2, 1)).double()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    apply_denoiserep(model, 'all', example_input=x)
+    expected = randomise(model)(x)
+    with pytest.raises(RuntimeError, match=name):
+        getattr(model[0], name)()
+    fused = fuse_model(model)
+    getattr(fused[0], name)()
+    assert fused[0].small is None
+    assert relative(fused(x), expected) < 1e-9
+
+
 @pytest.mark.parametrize('rank', [None, 2])
 def test_vanilla_checkpoint(rank):
     """It loads into the denoised model: missing keys exactly the denoisers, unexpected none, same outputs."""

@@ -15,8 +15,13 @@ from mmdenoiserep.core import (
     apply_denoiserep,
     calibrate,
     collect_moments,
+    denoise_losses,
     explicit_maps,
+    fuse_checkpoint,
     fuse_model,
+    load_moments,
+    save_moments,
+    verify_fusion,
 )
 from mmdenoiserep.core.batches import count_images
 
@@ -394,3 +399,26 @@ def test_processes_that_reach_different_layers(tmp_path):
             together = Moments.from_state_dict(first[name][1][layer])
             assert together.count == moments.count and relative(together.covariance, moments.covariance) < 1e-9
         assert first[name][2] == []
+
+
+@pytest.mark.parametrize('rank', [None, 2])
+def test_the_default_device_of_the_program_plays_no_part(rank, tmp_path):
+    """Where tensors are made on another device by default (here one without memory), a model of the CPU stays there."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).double(), torch.randn(64, 8).double()
+    noisy = [1.5 * x + 0.5]
+    with torch.device('meta'):
+        apply_denoiserep(model, 'all', rank=rank, example_input=x[:1])
+        with denoise_losses(model, tokens=5) as losses:
+            model(x)
+            assert losses.mean().item() > 0
+        save_moments(collect_moments(model, [x]), tmp_path / 'moments.pth', {})
+        source, _ = load_moments(tmp_path / 'moments.pth')
+        calibrate(copy.deepcopy(model), noisy, 'domain', source)
+        calibrate(model, noisy)
+        assert verify_fusion(model, example_input=x).ok
+        torch.save(model.state_dict(), tmp_path / 'in.pth')
+        fuse_checkpoint(tmp_path / 'in.pth', tmp_path / 'out.pth')
+    vanilla = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    vanilla.load_state_dict(torch.load(tmp_path / 'out.pth')['state_dict'])
+    assert relative(vanilla(x), model(x)) < 1e-9

@@ -234,6 +234,36 @@ def test_two_forwards_and_none():
         assert losses.mean().item() == 0
 
 
+def test_a_model_that_calls_itself():
+    """A forward inside of a forward is a part of it, also after one that was interrupted."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            if not len(x):
+                raise KeyboardInterrupt
+            if x.dim() == 3:
+                x = torch.stack([self(view) for view in x])
+            return self.last(self.first(x).tanh())
+
+    torch.manual_seed(0)
+    model, views = Model(), torch.randn(2, 5, 6)
+    apply_denoiserep(model, 'all', example_input=views[0])
+    with torch.no_grad():
+        flat = model(views[0]), model(views[1])
+    with denoise_losses(model, tokens=None) as losses:
+        with pytest.raises(KeyboardInterrupt):
+            model(views[:0])
+        losses.mean()
+        model(views)
+        inputs = torch.cat([*views, *flat])
+        expected = [model.first.denoise_loss(inputs), model.last.denoise_loss(model.first(inputs).tanh())]
+        assert losses.mean().item() == pytest.approx(sum(loss.item() for loss in expected) / 2)
+
+
 def test_a_draw_of_tokens():
     """Every forward draws other tokens, the same ones with the same number, and touches no random number."""
     model, x = net()

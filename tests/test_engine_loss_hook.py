@@ -661,6 +661,53 @@ def test_a_loss_of_the_same_name(case):
     assert 'rename' in message(error)
 
 
+@MODELS.register_module()
+class CallsItself(FeatureModel):
+    """Takes its losses of what a call of itself returns, is called with its mode by position, or sums two views."""
+
+    def __init__(self, way, **kwargs):
+        super().__init__(**kwargs)
+        self.way = way
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        images = torch.stack(inputs) if isinstance(inputs, list) else inputs
+        if mode != 'loss':
+            return self.backbone(images)
+        if self.way == 'views' and len(images) > 2:
+            views = [self(images[:2], mode='loss'), self(images[2:], mode='loss')]
+            return {key: (views[0][key] + views[1][key]) / 2 for key in views[0]}
+        features = self(images, mode='tensor') if self.way == 'features' else self.backbone(images)
+        return {f'loss_{i}': (x - 0.5).square().mean() for i, x in enumerate(features)}
+
+    def train_step(self, data, optim_wrapper):
+        if self.way != 'position':
+            return super().train_step(data, optim_wrapper)
+        data = self.data_preprocessor(data, True)
+        loss, logged = self.parse_losses(self(data['inputs'], None, 'loss'))
+        optim_wrapper.update_params(loss)
+        return logged
+
+
+@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+@pytest.mark.parametrize('way', ['features', 'position', 'views'])
+def test_a_model_that_calls_itself(case, hook, way):
+    """Calls of the model by itself are a part of its forward: the denoisers get the gradients of the plain way."""
+    found = []
+    for kind in ('', way):
+        torch.manual_seed(0)
+        model = dict(type='CallsItself', way=kind, backbone=denoised(dict(type='TinyBackbone', norm=False)))
+        runner = make_runner(case, model, [hook])
+        randomise(inner(runner))
+        runner.train()
+        found.append(gradients(runner))
+        assert torch.is_grad_enabled()
+    names = [name for name in found[0] if is_denoiser(name)]
+    assert names
+    for name in names:
+        assert found[0][name].abs().max() > 0
+        torch.testing.assert_close(found[1][name], found[0][name])
+
+
 @HOOKS.register_module()
 class Interrupt(Hook):
     """Raises in the middle of the training."""

@@ -7,10 +7,11 @@ builds one config twice: soft teacher has ``detector.backbone`` in its config, a
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from mmengine.model import BaseAveragedModel
 from torch import Tensor, nn
 
 from ..core import InputError
@@ -48,8 +49,9 @@ def backbone_configs(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def find_backbones(model: nn.Module) -> dict[str, nn.Module]:
     """Returns every backbone of a model.
 
-    A backbone is a module called ``backbone`` or ``..._backbone``, or one that ``DenoiseRepBackbone`` built. What
-    stands inside a backbone belongs to it.
+    A backbone is a module called ``backbone`` or ``..._backbone``, or one that ``DenoiseRepBackbone`` built. In a model
+    without any (mmpretrain's retriever has its own in a list) it is a module of a class that a library defines among
+    its backbones. What stands inside a backbone belongs to it.
 
     Args:
         model: The model.
@@ -61,22 +63,28 @@ def find_backbones(model: nn.Module) -> dict[str, nn.Module]:
         InputError: There is none.
     """
     denoised = {name for name, _, _ in find_guards(model)}
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        inside = any(not outer or name.startswith(f'{outer}.') for outer in found)
-        if not inside and (name in denoised or _is_backbone(name.rpartition('.')[2])):
-            found[name] = module
+    found = _outermost(model, lambda name, _: name in denoised or _is_backbone(name.rpartition('.')[2]))
+    found = found or _outermost(model, lambda _, module: '.backbones.' in type(module).__module__)
     if not found:
         kind = type(model).__name__
         raise InputError(f'the model ({kind}) has no backbone: no module in it is called backbone')
     return found
 
 
+def _outermost(model: nn.Module, is_backbone: Callable[[str, nn.Module], bool]) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(not outer or name.startswith(f'{outer}.') for outer in found)
+        if not inside and is_backbone(name, module):
+            found[name] = module
+    return found
+
+
 def predicting_backbone(model: nn.Module) -> str:
     """Returns the name of the backbone that the predictions of a model come from.
 
-    It is the only one, or of a semi-supervised detector the one of ``semi_test_cfg.predict_on`` (the teacher, if that
-    is not set).
+    It is the only one that is no average of another (MoCo and BYOL keep such copies), or of a semi-supervised detector
+    the one of ``semi_test_cfg.predict_on`` (the teacher, if that is not set).
 
     Args:
         model: The model; ``model.get_submodule`` takes the name.
@@ -89,6 +97,8 @@ def predicting_backbone(model: nn.Module) -> str:
         settings: Any = model.semi_test_cfg or {}
         part = settings.get('predict_on', 'teacher')
         names = [name for name in names if name.startswith(f'{part}.')] or names
+    averages = tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, BaseAveragedModel))
+    names = [name for name in names if not name.startswith(averages)] or names
     if len(names) > 1:
         raise InputError(f'the model ({type(model).__name__}) has several backbones: {", ".join(names)}')
     return names[0]

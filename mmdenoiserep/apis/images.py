@@ -447,8 +447,14 @@ def image_channels(cfg: Config, model: nn.Module) -> int:
 
 
 def backbone_arguments(cfg: Config) -> dict[str, Any]:
-    """Returns what the backbone of a config is built with, without denoising: what it says, and what is the default."""
-    config = next(iter(backbone_configs(cfg.model).values()))
+    """Returns what the backbone of a config is built with, without denoising: what it says, and what is the default.
+
+    Of a backbone that the config does not call one (in the list of mmpretrain's retriever) nothing is known.
+    """
+    try:
+        config = next(iter(backbone_configs(cfg.model).values()))
+    except InputError:
+        return {}
     while isinstance(config.get('backbone'), Mapping):  # DenoiseRepBackbone around it
         config = config['backbone']
     kind = config['type']

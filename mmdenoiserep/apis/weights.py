@@ -10,7 +10,6 @@ from typing import Any, Literal
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ..core import DenoiseLayer, InputError
 from ..core.checkpoint import STAMP, find_weights
@@ -146,22 +145,26 @@ class Loading:
                 )
 
     def _missing_statistics(self, given: set[str]) -> list[str]:
-        """Returns the names of statistics that were not given to layers whose weight was, or which have none."""
+        """Returns the names of statistics that were not given to layers whose weight was, or is no parameter.
+
+        They are known by their name: norms that are frozen for good (torchvision's, detectron2's) hold buffers alone.
+        """
         missing = []
         for name, module in self.model.named_modules():
-            if isinstance(module, _NormBase) and isinstance(module.running_mean, Tensor):
-                prefix = f'{name}.' if name else ''
-                is_meant = module.weight is None or f'{prefix}weight' in given
-                missing += [
-                    f'{prefix}{statistic}'
-                    for statistic in ('running_mean', 'running_var')
-                    if is_meant and f'{prefix}{statistic}' not in given
-                ]
+            statistics = [key for key in ('running_mean', 'running_var') if _is_saved(module, key)]
+            prefix = f'{name}.' if name else ''
+            if module._parameters.get('weight') is None or f'{prefix}weight' in given:
+                missing += [f'{prefix}{key}' for key in statistics if f'{prefix}{key}' not in given]
         return missing
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+
+def _is_saved(module: nn.Module, buffer: str) -> bool:
+    held = isinstance(module._buffers.get(buffer), Tensor)
+    return held and buffer not in module._non_persistent_buffers_set
 
 
 def _first(names: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """Puts denoisers onto the target layers of a model, in place, and reports what was done."""
 
+import inspect
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ FORWARDS = ('forward', '_conv_forward')
 """What computes the output of a layer: as its class defines it there, or the layer is no plain one."""
 
 OPTIONS = ('rank', 'bias')
+
+MERGERS = ('switch_to_deploy', 'merge_kernel', 'local_inject', 'reparameterize', 'fuse')
+"""Methods that merge the weights of branches and norms, and make new layers of them."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ def apply_denoiserep(
         converted.append(denoised)
         extra = sum(p.numel() for p in denoised.denoiser.parameters())
         rows.append(ConvertedLayer(name, kind, tuple(denoised.weight.shape), timestep, extra))
-    _refuse_switch_to_deploy(module)
+    _refuse_merging(module)
     order = 'registration' if execution.failure else 'execution'
     return ConversionReport(tuple(rows), skipped, order, execution.failure, parameters)
 
@@ -255,16 +259,32 @@ def _is_ordinary(parameter: nn.Parameter) -> bool:
     return type(parameter.data) is Tensor and parameter.is_floating_point() and parameter.layout is torch.strided
 
 
-def _refuse_switch_to_deploy(module: nn.Module) -> None:
+def _refuse_merging(module: nn.Module) -> None:
     for child in module.modules():
-        if hasattr(child, 'switch_to_deploy'):
-            child.__dict__['switch_to_deploy'] = fuse_before_deploy
+        if not isinstance(child, DenoiseLayer) and any(isinstance(part, DenoiseLayer) for part in child.modules()):
+            for name in MERGERS:
+                if _takes_nothing(getattr(child, name, None)):
+                    child.__dict__[name] = fuse_before_deploy
+
+
+def _takes_nothing(method: Any) -> bool:
+    """Whether a method works without an argument: a forward may call one of the same name that takes features."""
+    try:
+        return callable(method) and all(
+            p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+            for p in inspect.signature(method).parameters.values()
+        )
+    except ValueError:  # it is not written in Python
+        return False
 
 
 def fuse_before_deploy(*args, **kwargs) -> None:
-    """Stands in for ``switch_to_deploy`` of a denoised model: merging branches would drop the denoisers.
+    """Stands in for :data:`MERGERS` of a denoised model: merging branches would drop the denoisers.
 
     Raises:
         RuntimeError: Always.
     """
-    raise RuntimeError('this model has denoisers that switch_to_deploy would drop; call fuse_model(model) first')
+    raise RuntimeError(
+        f'this model has denoisers that merging its layers ({", ".join(MERGERS)}) would drop; '
+        'call fuse_model(model) first'
+    )

@@ -52,7 +52,8 @@ class Denoiser(nn.Module):
             # With up = 0 the start is exactly B = 0; down must not be zero too, or neither would get a gradient.
             # B is of the order of c1, about 2e-3: down starts near its square root, so one learning rate suits both.
             # A generator of its own: converting a model leaves the random numbers of the training run as they were.
-            noise = torch.randn(groups, rank, size, generator=torch.Generator().manual_seed(0)) * (0.05 / size**0.5)
+            noise = torch.randn(groups, rank, size, generator=torch.Generator().manual_seed(0), device='cpu')
+            noise *= 0.05 / size**0.5
             self.down = nn.Parameter(noise.to(device=device, dtype=dtype or self.up.dtype))
         self.bias = zeros(channels) if bias else None
 

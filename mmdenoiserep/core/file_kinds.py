@@ -152,7 +152,7 @@ def read_safetensors(path: Path) -> 'OrderedDict[str, Tensor]':
                 file.seek(8 + length + start)
                 data = bytearray(file.read(end - start))
                 dtype = DTYPES[entry['dtype']]
-                flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+                flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype, device='cpu')
                 state[name] = flat.view(entry['shape'])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
             raise CheckpointError(

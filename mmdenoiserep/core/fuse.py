@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .convert import fuse_before_deploy
+from .convert import MERGERS, fuse_before_deploy
 from .denoiser import fold
 from .errors import InputError
 from .layers import DenoiseLayer, restore_layer
@@ -180,8 +180,9 @@ def fuse_model(module: nn.Module) -> nn.Module:
             for key, value in values.items():
                 twin.get_parameter(key).copy_(value)
     for name, child in fused.named_modules():
-        if child.__dict__.get('switch_to_deploy') is fuse_before_deploy:
-            del child.switch_to_deploy
+        for method in MERGERS:
+            if child.__dict__.get(method) is fuse_before_deploy:
+                delattr(child, method)
         _drop_own_hooks(child)
         if _calls_the_original(child.__dict__.get('forward')):
             raise FusionError(

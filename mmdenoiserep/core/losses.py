@@ -23,6 +23,7 @@ class DenoiseLosses:
         layers: The denoised layers by name.
         draw: Number of the next forward, the seed of its random choice of tokens.
         ran: Names of the layers that have run in any forward.
+        depth: How many forwards of the model are open; a model may call itself, which is a part of its forward.
 
     Raises:
         ValueError: The model has no denoised layer.
@@ -35,6 +36,7 @@ class DenoiseLosses:
         self.tokens = tokens
         self.draw = 0
         self.ran: set[str] = set()
+        self.depth = 0
         self._inputs: dict[str, list[tuple[Tensor, int]]] = {}
         self._open = False
 
@@ -51,6 +53,7 @@ class DenoiseLosses:
             A scalar; 0 where no trainable denoiser ran.
         """
         inputs, self._inputs = self._inputs, {}
+        self.depth = 0  # an interrupt ends a forward without a word
         if not inputs:
             return zero_loss(p for layer in self.layers.values() for p in layer.denoiser.parameters())
         losses = []
@@ -66,13 +69,18 @@ class DenoiseLosses:
         self._open = False
 
     def _begin(self, *_: Any) -> None:
+        self.depth += 1
+        if self.depth > 1:
+            return
         self._inputs = {}
         self._sample = Sample(most=self.tokens, seed=self.draw)
         self.draw += 1
         self._open = True
 
     def _end(self, *_: Any) -> None:
-        self._open = False
+        self.depth = max(self.depth - 1, 0)
+        if not self.depth:
+            self._open = False
 
     def _listen(self, name: str, layer: DenoiseLayer, x: Tensor) -> None:
         if not self._open:

@@ -108,7 +108,7 @@ class Moments:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns what a file holds of them: ``count``, ``mean`` and ``scatter``."""
-        return dict(count=torch.tensor(self.count), mean=self.mean, scatter=self.scatter)
+        return dict(count=torch.tensor(self.count, device='cpu'), mean=self.mean, scatter=self.scatter)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> 'Moments':

@@ -46,9 +46,9 @@ def save_moments(moments: Mapping[str, Moments], path: str | os.PathLike, meta: 
     """
     layers = {}
     for name, seen in moments.items():
-        rows, columns = torch.tril_indices(*seen.covariance.shape[1:])
+        rows, columns = torch.tril_indices(*seen.covariance.shape[1:], device='cpu')
         layers[name] = dict(
-            count=torch.tensor(seen.count),
+            count=torch.tensor(seen.count, device='cpu'),
             mean=seen.mean.cpu(),
             covariance=seen.covariance.cpu()[:, rows, columns].float(),
         )
@@ -79,7 +79,7 @@ def load_moments(path: str | os.PathLike) -> tuple[dict[str, Moments], dict[str,
 def _unpack(layer: Mapping[str, Tensor]) -> Moments:
     mean, packed = layer['mean'], layer['covariance']
     size = mean.shape[1]
-    rows, columns = torch.tril_indices(size, size)
-    covariance = torch.zeros(*mean.shape, size, dtype=torch.float64)
+    rows, columns = torch.tril_indices(size, size, device='cpu')
+    covariance = torch.zeros(*mean.shape, size, dtype=torch.float64, device='cpu')
     covariance[:, rows, columns] = covariance[:, columns, rows] = packed.double()
     return Moments.from_state_dict(dict(count=layer['count'], mean=mean, scatter=covariance * layer['count']))

@@ -93,10 +93,10 @@ def probe_execution(module: nn.Module, layers: Mapping[str, nn.Module], example_
     """
     execution = Execution()
     watch = _WeightWatch(layers.values(), execution)
-    reference = next(module.parameters(), torch.empty(0))
+    reference = next(module.parameters(), torch.empty(0, device='cpu'))
     if example_input is None:
         generator = torch.Generator().manual_seed(0)
-        example_input = torch.randn(1, 3, 224, 224, generator=generator).to(reference)
+        example_input = torch.randn(1, 3, 224, 224, generator=generator, device='cpu').to(reference)
     try:
         with untouched(module):
             for layer in layers.values():

@@ -42,4 +42,6 @@ class Sample:
         number = -(-length // self.every)
         if self.most is not None:
             number = min(number, -(-self.most // max(rows, 1)))
-        return torch.randint(length, (rows, number), generator=self.generator) if number < length else None
+        return (
+            torch.randint(length, (rows, number), generator=self.generator, device='cpu') if number < length else None
+        )

@@ -51,7 +51,7 @@ class NoiseSchedule:
             raise ValueError(f'betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}')
         if num_timesteps < 2:
             raise ValueError(f'num_timesteps must be at least 2, got {num_timesteps}')
-        self.betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+        self.betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64, device='cpu')
         self.alphas = 1 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
 

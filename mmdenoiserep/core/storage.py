@@ -63,7 +63,7 @@ def overlap(one: Tensor, other: Tensor) -> bool:
         return False
     if one.dtype != other.dtype or (one.is_contiguous() and other.is_contiguous()):
         return True
-    used = torch.zeros(one.untyped_storage().nbytes() // one.element_size(), dtype=torch.bool)
+    used = torch.zeros(one.untyped_storage().nbytes() // one.element_size(), dtype=torch.bool, device='cpu')
     used.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
     return bool(used.as_strided(other.shape, other.stride(), other.storage_offset()).any())
 

@@ -92,7 +92,7 @@ def verify_fusion(
         tolerance = max(TOLERANCES[layer.weight.dtype] for layer in layers.values())
     if example_input is None:
         generator = torch.Generator().manual_seed(0)
-        example_input = torch.randn(2, 3, 224, 224, generator=generator).to(next(denoised.parameters()))
+        example_input = torch.randn(2, 3, 224, 224, generator=generator, device='cpu').to(next(denoised.parameters()))
 
     def by_definition(name: str, forward: Callable, x: Tensor) -> Tensor:
         return layers[name].forward_by_definition(x)

@@ -67,7 +67,7 @@ def DenoiseRepBackbone(
         rank=rank,
         bias=bias,
         schedule=NoiseSchedule(**schedule) if schedule else None,
-        example_input=torch.randn(shape, generator=torch.Generator().manual_seed(0)),
+        example_input=torch.randn(shape, generator=torch.Generator().manual_seed(0), device='cpu'),
     )
     print_log(f'DenoiseRep on {type(module).__module__}.{type(module).__qualname__}:\n{report}', logger='current')
     module.register_forward_hook(LossHookGuard(report, shape))

@@ -1,5 +1,6 @@
 """Adds the loss of the denoisers to the losses of the model that a runner trains."""
 
+import inspect
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -110,7 +111,7 @@ class DenoiseLossHook(Hook):
         for handle in (
             model.register_forward_pre_hook(self._open, with_kwargs=True),
             model.register_forward_hook(self._enable_grad, always_call=True),
-            model.register_forward_hook(self._close, with_kwargs=True),
+            model.register_forward_hook(self._close),
         ):
             stack.callback(handle.remove)
         for _, _, guard in find_guards(model):
@@ -164,17 +165,21 @@ class DenoiseLossHook(Hook):
             )
 
     def _open(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.losses.depth > 1:  # the model calls itself
+            return
         self.grad = torch.is_grad_enabled()
-        if kwargs.get('mode') != 'loss':
+        self.is_loss = _mode(model, args, kwargs) == 'loss'
+        if not self.is_loss:
             self.losses.clear()
         elif self.mode == 'label_free':
             torch.set_grad_enabled(False)
 
     def _enable_grad(self, *_: Any) -> None:
-        torch.set_grad_enabled(self.grad)
+        if not self.losses.depth:
+            torch.set_grad_enabled(self.grad)
 
-    def _close(self, model: nn.Module, args: tuple, kwargs: dict, losses: Any) -> dict | None:
-        if kwargs.get('mode') != 'loss':
+    def _close(self, model: nn.Module, args: tuple, losses: Any) -> dict | None:
+        if self.losses.depth or not self.is_loss:
             return None
         self.called = True
         if 'loss_denoise' in losses:
@@ -184,6 +189,15 @@ class DenoiseLossHook(Hook):
             )
         loss = self.losses.mean(self.weight)
         return dict(loss_denoise=loss) if self.mode == 'label_free' else dict(losses, loss_denoise=loss)
+
+
+def _mode(model: nn.Module, args: tuple, kwargs: dict) -> Any:
+    """Returns the mode that a model is called with, by keyword or by position."""
+    if 'mode' in kwargs:
+        return kwargs['mode']
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments.get('mode')
 
 
 class _SeparateClip:
