@@ -136,6 +136,16 @@ def test_resume_from_an_address(monkeypatch):
 
 
 @pytest.mark.parametrize('runner', ['', FLEXIBLE])
+@pytest.mark.parametrize('others', [{}, dict(message_hub={}), dict(optimizer={})])
+def test_weights_are_not_resumed(runner, others):
+    """Released weights, and fused ones, have no place in a run; the sentence says how to start from them."""
+    Path('config.py').write_text(CONFIG + runner)
+    for args, options in (['--resume', weights(**others)], []), ([], ['resume=True', 'load_from=start.pth']):
+        said = sentence('train', 'config.py', '--work-dir', 'a', *args, options=options)
+        assert 'load_from=start.pth' in said and 'KeyError' not in said
+
+
+@pytest.mark.parametrize('runner', ['', FLEXIBLE])
 def test_a_config_that_says_resume_is_tested(runner):
     """A checkpoint of weights alone is tested, whatever the config says about its training."""
     Path('config.py').write_text(f'{CONFIG}{runner}resume = True\n')

@@ -134,7 +134,7 @@ def start(runner, run: Callable[[], object], config: str, checkpoint: str | None
     Raises:
         InputError: The checkpoint can't be read, or does not fit the model.
     """
-    from mmdenoiserep.apis.weights import Loading
+    from mmdenoiserep.apis.weights import Loading, check_resumable
     from mmdenoiserep.core import InputError
 
     load, call_hook, begun = runner.load_or_resume, runner.call_hook, False
@@ -159,6 +159,8 @@ def start(runner, run: Callable[[], object], config: str, checkpoint: str | None
         nonlocal begun
         begun = begun or name in ('before_train_iter', 'before_test_iter')
         if name == 'after_load_checkpoint' and loading:
+            if purpose == 'resume':
+                check_resumable(arguments['checkpoint'], what)
             loading.unwrap(arguments['checkpoint'])
         call_hook(name, **arguments)
         if name == 'after_load_checkpoint' and loading:

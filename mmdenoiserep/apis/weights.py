@@ -160,6 +160,26 @@ class Loading:
         return missing
 
 
+def check_resumable(checkpoint: Mapping[str, Any], path: str) -> None:
+    """Refuses to resume from what is no checkpoint of a run.
+
+    Args:
+        checkpoint: The content of the file.
+        path: The file, for the message.
+
+    Raises:
+        InputError: It lacks the place in the run: released weights, or a fused file.
+    """
+    meta = checkpoint.get('meta')
+    lacking = [key for key in ('epoch', 'iter') if not isinstance(meta, Mapping) or key not in meta]
+    lacking += [key for key in ('message_hub',) if key not in checkpoint]
+    if lacking:
+        raise InputError(
+            f'{path} is no checkpoint of a run that could be resumed, for it has no {lacking[0]}; to start from its '
+            f'weights leave out --resume, and resume = True of the config: --cfg-options load_from={path} resume=False'
+        )
+
+
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
