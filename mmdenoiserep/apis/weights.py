@@ -10,7 +10,6 @@ from typing import Any, Literal
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ..core import DenoiseLayer, InputError
 from ..core.checkpoint import STAMP, find_weights
@@ -149,9 +148,12 @@ class Loading:
         """Returns the names of statistics that were not given to layers whose weight was, or which have none."""
         missing = []
         for name, module in self.model.named_modules():
-            if isinstance(module, _NormBase) and isinstance(module.running_mean, Tensor):
+            kept = module._buffers.keys() - module._non_persistent_buffers_set
+            if kept >= {'running_mean', 'running_var'} and isinstance(module.running_mean, Tensor):
                 prefix = f'{name}.' if name else ''
-                is_meant = module.weight is None or f'{prefix}weight' in given
+                is_meant = module._parameters.get('weight') is None or f'{prefix}weight' in given
+                if 'weight' in kept:  # a frozen layer, all of whose values may be missing
+                    is_meant = any(key.startswith(name[: name.rfind('.') + 1]) for key in given)
                 missing += [
                     f'{prefix}{statistic}'
                     for statistic in ('running_mean', 'running_var')
