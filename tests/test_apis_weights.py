@@ -276,3 +276,14 @@ def test_a_detector_for_a_semi_supervised_model():
         assert all(torch.equal(value, state[key]) for key, value in model.teacher.state_dict().items())
     with pytest.raises(InputError, match='has denoisers and the config has none'):
         load(Semi(Net), dict(state_dict=denoised().state_dict()), 'start')
+
+
+@pytest.mark.parametrize('lost', [('1.running_mean', '1.running_var'), ('1.',)])
+def test_missing_statistics_of_frozen_layers(lost):
+    """torchvision's FrozenBatchNorm2d has buffers alone; a file without them would leave it the identity."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4), nn.Conv2d(4, 4, 3))
+    content = dict(state_dict={key: value for key, value in net.state_dict().items() if not key.startswith(lost)})
+    for purpose in ('test', 'features'):
+        with pytest.raises(InputError, match='1.running_mean'):
+            load(net, content, purpose)
+    load(net, dict(state_dict=net.state_dict()), 'test')

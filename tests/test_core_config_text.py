@@ -92,3 +92,17 @@ def test_no_python(text):
     with pytest.raises(ValueError, match='no Python'):
         vanilla_text(f'denoiser = {text}')
     assert vanilla_text(text) == text, 'nothing in it is ours'
+
+
+def test_hooks_among_the_default_ones():
+    """``default_hooks`` is a dict of hooks; ours go, in either notation."""
+    text = """
+custom_imports = dict(imports=['mmdenoiserep', 'mine'])
+default_hooks = dict(denoise=dict(type='DenoiseLossHook'), timer=dict(type='IterTimerHook'))
+other_hooks = {'fuse': {'type': 'DenoiseFusionHook'}, 'mine': {'type': 'MyHook'}}
+"""
+    values: dict = {}
+    exec(vanilla_text(text), values)
+    assert values['custom_imports'] == dict(imports=['mine'])
+    assert values['default_hooks'] == dict(timer=dict(type='IterTimerHook'))
+    assert values['other_hooks'] == dict(mine=dict(type='MyHook'))

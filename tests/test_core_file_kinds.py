@@ -103,6 +103,11 @@ def zipped(path):
 
 
 FILES = {
+    "a text file, which begins with 'import torch'": b'\nimport torch\nmodel = dict()\n',
+    'a text file.*net name': b'<net name="resnet" version="11"/>',
+    'a text file.*Entry not found': b'Entry not found',
+    'a picture': b'\x89PNG\r\n\x1a\n' + bytes(30),
+    'a 7z archive': b'7z\xbc\xaf\x27\x1c' + bytes(30),
     'git-lfs': b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n',
     'web page': b'\n<!DOCTYPE html><html><head><title>Sign in</title></head></html>',
     'HDF5': b'\x89HDF\r\n\x1a\n' + bytes(100),

@@ -1,10 +1,13 @@
 """tools/train.py and tools/test.py within this process: resuming, other runners, and whose fault an error is."""
 
+import argparse
 import importlib
 import itertools
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -130,6 +133,16 @@ def test_resume_from_an_address(monkeypatch):
     tool('train', 'config.py', '--work-dir', 'c', '--resume', address, options=['train_cfg.max_epochs=2'])
     assert asked == [address] and token('c/epoch_2.pth') == 7
     assert 'nowhere.pth' in sentence('train', 'config.py', '--resume', 'nowhere.pth')
+
+
+@pytest.mark.parametrize('runner', ['', FLEXIBLE])
+@pytest.mark.parametrize('others', [{}, dict(message_hub={}), dict(optimizer={})])
+def test_weights_are_not_resumed(runner, others):
+    """Released weights, and fused ones, have no place in a run; the sentence says how to start from them."""
+    Path('config.py').write_text(CONFIG + runner)
+    for args, options in (['--resume', weights(**others)], []), ([], ['resume=True', 'load_from=start.pth']):
+        said = sentence('train', 'config.py', '--work-dir', 'a', *args, options=options)
+        assert 'load_from=start.pth' in said and 'KeyError' not in said
 
 
 @pytest.mark.parametrize('runner', ['', FLEXIBLE])
@@ -338,3 +351,84 @@ def test_the_command_is_not_a_package_of_that_name(folder, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         importlib.import_module('denoiserep_commands').main()
     assert caught.value.code == 0 and 'Evaluates a checkpoint' in capsys.readouterr().out
+
+
+CLASSES = """
+import dataclasses, enum
+from collections import namedtuple
+from mmpretrain.datasets import CustomDataset
+from mmpretrain.registry import DATASETS
+Label = namedtuple('Label', ['name', 'id'])
+class Side(enum.Enum):
+    LEFT = 1
+@dataclasses.dataclass
+class Camera:
+    bands: int
+@DATASETS.register_module(force=True)
+class Mine(CustomDataset):
+    METAINFO = dict(classes=('a', 'b'), labels=[Label('a', 0)], side=Side.LEFT, camera=Camera(3))
+"""
+
+
+def test_plain_classes_of_the_user_in_the_metainfo(folder):
+    """The run has fused copies, without what needs the module, and can be resumed; --verify reads it, too."""
+    (folder / 'mine.py').write_text(CLASSES)
+    text = f"{CONFIG}custom_imports['imports'].append('mine')\ndata['type'] = 'Mine'\n"
+    hooks = "custom_hooks = [dict(type='DenoiseLossHook'), dict(type='DenoiseFusionHook')]\n"
+    Path('config.py').write_text(f"{text}{hooks}model['backbone'] = dict(type='DenoiseRepBackbone', backbone=vit)\n")
+    tool('train', 'config.py', '--work-dir', 'a')
+    meta = torch.load('a/epoch_1_fused.pth', weights_only=True)['meta']['dataset_meta']
+    assert meta == dict(classes=('a', 'b'))
+    tool('train', 'config.py', '--work-dir', 'a', '--resume', options=['train_cfg.max_epochs=2'])
+    again = torch.load('a/epoch_2.pth', weights_only=False)['meta']['dataset_meta']
+    assert again['labels'][0].name == 'a' and again['camera'].bands == 3 and again['side'].value == 1
+
+
+@pytest.mark.parametrize('name', ['common', 'launch', 'images', 'verify'])
+def test_own_modules_called_as_those_of_the_tools(name, folder):
+    """custom_imports mean the user's module, not that of tools/."""
+    imports = 'from mmpretrain.models import VisionTransformer\nfrom mmpretrain.registry import MODELS\n'
+    (folder / f'{name}.py').write_text(
+        f'{imports}@MODELS.register_module()\nclass Own_{name}(VisionTransformer):\n    pass\n'
+    )
+    custom = f"custom_imports['imports'].append('{name}')\nvit['type'] = 'Own_{name}'\n"
+    Path('config.py').write_text(f"{CONFIG}{custom}model['backbone'] = dict(type='DenoiseRepBackbone', backbone=vit)\n")
+    run = subprocess.run(
+        [sys.executable, ROOT / 'tools/print_targets.py', 'config.py'],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': f'{folder}{os.pathsep}{ROOT}'},
+    )
+    assert run.returncode == 0, run.stderr
+    assert f'Own_{name}' in run.stdout + run.stderr
+
+
+def test_what_lies_at_an_address_runs_no_code(folder, monkeypatch):
+    """Addresses of every scheme are downloaded once and read as local files."""
+    from mmengine.runner import checkpoint
+
+    from mmdenoiserep.core import CheckpointError
+    from mmdenoiserep.engine.resume import allow_training_checkpoints
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(folder / 'ran'),)
+
+    torch.save(dict(state_dict=dict(w=torch.ones(2)), args=Evil()), 'evil.pth')
+    torch.save(dict(model=dict(w=torch.ones(2)), args=argparse.Namespace(lr=1)), 'good.pth')
+    Path('page.pth').write_text('<html>Sign in</html>')
+    Path('hub').mkdir()
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(folder / 'hub'))
+    monkeypatch.setattr(checkpoint, 'load_url', checkpoint.load_url)
+    monkeypatch.setattr(checkpoint, 'get_torchvision_models', lambda: dict(good=f'{folder.as_uri()}/good.pth'))
+    fetched = []
+    fetch = torch.hub.download_url_to_file
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda *a, **k: fetched.append(a[0]) or fetch(*a, **k))
+    allow_training_checkpoints()
+    for _ in range(2):
+        assert 'w' in CheckpointLoader.load_checkpoint('torchvision://good')['model']
+    assert len(fetched) == 1
+    for name, words in dict(evil='running code', page='web page').items():
+        with pytest.raises(CheckpointError, match=words):
+            checkpoint.load_from_http(f'{folder.as_uri()}/{name}.pth')
+    assert not (folder / 'ran').exists()

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -16,6 +17,7 @@ from mmengine.registry import init_default_scope
 
 from launch import describe_missing, stop
 from mmdenoiserep.apis.tracebacks import is_from_user
+from mmdenoiserep.engine.resume import allow_plain_classes
 
 
 @contextmanager
@@ -50,7 +52,8 @@ def load_config(args: argparse.Namespace) -> Config:
         MODULE2PACKAGE['mmseg'] = 'mmseg'
     MODULE2PACKAGE['mmdenoiserep'] = 'mmdenoiserep'  # for _base_ = 'mmdenoiserep::...'
     try:
-        cfg = Config.fromfile(args.config)
+        with without_tools():
+            cfg = Config.fromfile(args.config)
         if (scope := cfg.get('default_scope')) in ('mmdet', 'mmseg', 'mmpretrain'):
             import_module(scope)
     except Exception as error:  # a config is a program: reading it may fail in any way
@@ -59,6 +62,8 @@ def load_config(args: argparse.Namespace) -> Config:
         if is_from_user(error):  # a module of custom_imports
             raise
         stop(f'the config {args.config} cannot be read ({type(error).__name__}: {error})')
+    imports = (cfg.get('custom_imports') or {}).get('imports') or ()
+    allow_plain_classes([imports] if isinstance(imports, str) else imports)
     drop_scope(cfg._cfg_dict, 'mmdenoiserep')
     if getattr(args, 'cfg_options', None):
         options = parse_options(args.cfg_options)
@@ -70,6 +75,27 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.launcher = args.launcher
         cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
     return cfg
+
+
+@contextmanager
+def without_tools() -> Iterator[None]:
+    """Imports modules of the user that are called as modules of the tools are (common, images, ...), not those.
+
+    What a config imports meanwhile stays under its name; the tools keep what they have imported before.
+    """
+    folder = Path(__file__).resolve().parent
+    path, ours = list(sys.path), {}
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, '__file__', None)
+        if file and name != '__main__' and Path(file).resolve().parent == folder:
+            ours[name] = sys.modules.pop(name)
+    sys.path[:] = [entry for entry in path if not entry or Path(entry).resolve() != folder]
+    try:
+        yield
+    finally:
+        sys.path[:] = [*(entry for entry in path if entry not in sys.path), *sys.path]
+        for name, module in ours.items():
+            sys.modules.setdefault(name, module)
 
 
 def drop_scope(config: Any, scope: str) -> None:
@@ -108,7 +134,7 @@ def start(runner, run: Callable[[], object], config: str, checkpoint: str | None
     Raises:
         InputError: The checkpoint can't be read, or does not fit the model.
     """
-    from mmdenoiserep.apis.weights import Loading
+    from mmdenoiserep.apis.weights import Loading, check_resumable
     from mmdenoiserep.core import InputError
 
     load, call_hook, begun = runner.load_or_resume, runner.call_hook, False
@@ -133,6 +159,8 @@ def start(runner, run: Callable[[], object], config: str, checkpoint: str | None
         nonlocal begun
         begun = begun or name in ('before_train_iter', 'before_test_iter')
         if name == 'after_load_checkpoint' and loading:
+            if purpose == 'resume':
+                check_resumable(arguments['checkpoint'], what)
             loading.unwrap(arguments['checkpoint'])
         call_hook(name, **arguments)
         if name == 'after_load_checkpoint' and loading:

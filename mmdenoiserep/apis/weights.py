@@ -151,20 +151,42 @@ class Loading:
         """
         missing = []
         for name, module in self.model.named_modules():
-            statistics = [key for key in ('running_mean', 'running_var') if _is_saved(module, key)]
-            prefix = f'{name}.' if name else ''
-            if module._parameters.get('weight') is None or f'{prefix}weight' in given:
-                missing += [f'{prefix}{key}' for key in statistics if f'{prefix}{key}' not in given]
+            kept = module._buffers.keys() - module._non_persistent_buffers_set
+            if kept >= {'running_mean', 'running_var'} and isinstance(module.running_mean, Tensor):
+                prefix = f'{name}.' if name else ''
+                is_meant = module._parameters.get('weight') is None or f'{prefix}weight' in given
+                if 'weight' in kept:  # a frozen layer, all of whose values may be missing
+                    is_meant = any(key.startswith(name[: name.rfind('.') + 1]) for key in given)
+                missing += [
+                    f'{prefix}{statistic}'
+                    for statistic in ('running_mean', 'running_var')
+                    if is_meant and f'{prefix}{statistic}' not in given
+                ]
         return missing
+
+
+def check_resumable(checkpoint: Mapping[str, Any], path: str) -> None:
+    """Refuses to resume from what is no checkpoint of a run.
+
+    Args:
+        checkpoint: The content of the file.
+        path: The file, for the message.
+
+    Raises:
+        InputError: It lacks the place in the run: released weights, or a fused file.
+    """
+    meta = checkpoint.get('meta')
+    lacking = [key for key in ('epoch', 'iter') if not isinstance(meta, Mapping) or key not in meta]
+    lacking += [key for key in ('message_hub',) if key not in checkpoint]
+    if lacking:
+        raise InputError(
+            f'{path} is no checkpoint of a run that could be resumed, for it has no {lacking[0]}; to start from its '
+            f'weights leave out --resume, and resume = True of the config: --cfg-options load_from={path} resume=False'
+        )
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-
-
-def _is_saved(module: nn.Module, buffer: str) -> bool:
-    held = isinstance(module._buffers.get(buffer), Tensor)
-    return held and buffer not in module._non_persistent_buffers_set
 
 
 def _first(names: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from .file_kinds import describe_kind, is_safetensors, pickle_protocol, read_saf
 from .files import whole_file
 from .fuse import FusionError, fuse_state_dict
 from .plain import LEFT_OUT, is_dense, to_plain
-from .stand_ins import STAND_INS
+from .stand_ins import STAND_INS, Inert
 
 STAMP = 'denoiserep'
 """Key in the ``meta`` of a fused file."""
@@ -215,11 +215,13 @@ def write_atomically(content: Any, target: Path) -> None:
 
 @contextmanager
 def _only_stand_ins() -> Iterator[None]:
-    """Lets ``torch.load`` know :data:`STAND_INS` and nothing else, whatever the process allows besides."""
+    """Lets ``torch.load`` know :data:`STAND_INS` alone; what the process allows besides is inert."""
     allowed = torch.serialization.get_safe_globals()
+    names = [entry[1] if isinstance(entry, tuple) else f'{entry.__module__}.{entry.__qualname__}' for entry in allowed]
+    stand_ins = {**dict.fromkeys(names, Inert), **STAND_INS}
     torch.serialization.clear_safe_globals()
     try:
-        torch.serialization.add_safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])
+        torch.serialization.add_safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()])
         yield
     finally:
         torch.serialization.clear_safe_globals()

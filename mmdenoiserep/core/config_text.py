@@ -66,8 +66,9 @@ def _drop_import(module: ast.Module) -> None:
 
 class _Vanilla(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """Replaces ``dict(type='DenoiseRepBackbone', backbone=...)``; the other arguments are its own."""
+        """Replaces ``dict(type='DenoiseRepBackbone', backbone=...)``; drops the hooks in ``default_hooks``."""
         self.generic_visit(node)
+        node.keywords = [keyword for keyword in node.keywords if _kind(keyword.value) not in HOOKS]
         return self._unwrap(node)
 
     def visit_Dict(self, node: ast.Dict) -> ast.AST:
@@ -76,7 +77,7 @@ class _Vanilla(ast.NodeTransformer):
         items = [
             (key, value)
             for key, value in zip(node.keys, node.values, strict=True)
-            if not (isinstance(key, ast.Constant) and key.value == '.denoiser.')
+            if not (isinstance(key, ast.Constant) and key.value == '.denoiser.') and _kind(value) not in HOOKS
         ]
         node.keys, node.values = [key for key, _ in items], [value for _, value in items]
         return self._unwrap(node)

@@ -2,6 +2,7 @@
 
 import json
 import pickletools
+import re
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -19,10 +20,15 @@ KINDS = (
     (b'\x1f\x8b', 'is a gzip archive; unpack it, and take the file in it'),
     (b'BZh', 'is a bzip2 archive; unpack it, and take the file in it'),
     (b'\xfd7zXZ\0', 'is an xz archive; unpack it, and take the file in it'),
+    (b'7z\xbc\xaf', 'is a 7z archive; unpack it, and take the file in it'),
+    (b'Rar!', 'is a RAR archive; unpack it, and take the file in it'),
+    (b'(\xb5/\xfd', 'is a zstd archive; unpack it, and take the file in it'),
+    (b'\x89PNG', 'is a picture; take the file with the weights'),
+    (b'\xff\xd8\xff', 'is a picture; take the file with the weights'),
 )
 """First bytes, and what a file is that begins with them."""
 
-PAGES = (b'<!doctype', b'<html', b'<head', b'<?xml')
+PAGES = (b'<!doctype', b'<html', b'<head')
 ONNX = (b'\x12', b'"', b'*', b'2', b':')
 """Tags of the fields that may follow the version in an ONNX file: producer, domain, model version, text, graph."""
 
@@ -53,7 +59,18 @@ def describe_kind(path: Path) -> str | None:
             'is a plain pickle that torch.save did not write, as Detectron2, PaddlePaddle and joblib do; '
             'load it with their library, and save a dict of tensors with torch.save'
         )
-    return None
+    return _describe_text(head)
+
+
+def _describe_text(head: bytes) -> str | None:
+    if re.search(rb'[\x00-\x08\x0e-\x1f\x7f]', head):
+        return None
+    try:
+        text = head[: head.rfind(b'\n')].decode() if b'\n' in head else head.decode()
+    except UnicodeDecodeError:
+        return None
+    first = next((line.strip() for line in text.splitlines() if line.strip()), '')
+    return f'is a text file, which begins with {first[:60]!r}; take the file with the weights'
 
 
 def _describe_json(path: Path) -> str | None:

@@ -1,8 +1,15 @@
 """Lets mmengine read training checkpoints under torch 2.6 and newer, still without running foreign code."""
 
+import dataclasses
+import enum
 import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import mmengine.runner.checkpoint
 import numpy as np
 import torch
 from mmengine.config import ConfigDict
@@ -45,14 +52,59 @@ def allow_training_checkpoints() -> None:
     """Lets this process read training checkpoints, mmengine's own and those that others released.
 
     It extends what ``torch.load(weights_only=True)`` accepts, and mmengine's ``load_from``, ``resume`` and
-    ``init_cfg`` read local files as :func:`mmdenoiserep.core.read_checkpoint` does: safetensors files too, and with a
-    sentence about a file that is none. Nothing on the list can run code of the file, so it may stay in force for files
-    from others too.
+    ``init_cfg`` read local files and addresses as :func:`mmdenoiserep.core.read_checkpoint` does: safetensors files
+    too, and with a sentence about a file that is none. Nothing on the list can run code of the file, so it may stay in
+    force for files from others too.
     """
     kinds = {type(np.dtype(code)) for code in np.typecodes['All']}
     allowed = {**STAND_INS, **AS_THEY_WERE}
     torch.serialization.add_safe_globals([*kinds, *((value, name) for name, value in allowed.items())])
     CheckpointLoader.register_scheme('', load_from_local, force=True)
+    mmengine.runner.checkpoint.load_url = load_from_address  # of all schemes that download
+
+
+def allow_plain_classes(modules: Iterable[str]) -> None:
+    """Lets this process read the named tuples, enumerations and dataclasses of the user from checkpoints, as they were.
+
+    The metainfo of a data set may have them. What reads files to fuse or to fit leaves them out.
+
+    Args:
+        modules: Names of modules of the user that are imported already (``custom_imports``); those in them count, too.
+    """
+    inside = tuple(f'{module}.' for module in modules)
+    torch.serialization.add_safe_globals(
+        [
+            value
+            for name, module in list(sys.modules.items())
+            if f'{name}.'.startswith(inside)
+            for value in list(vars(module).values())
+            if isinstance(value, type)
+            and value.__module__ == name
+            and (issubclass(value, tuple | enum.Enum) or dataclasses.is_dataclass(value))
+        ]
+    )
+
+
+def load_from_address(
+    url: str, model_dir: str | None = None, map_location: Any = None, progress: bool = True
+) -> dict[str, Any]:
+    """Downloads a file once, to where torch keeps such files, and reads it as a local one.
+
+    Args:
+        url: Its address.
+        model_dir: The folder for the file; None takes that of ``torch.hub``.
+        map_location: See ``torch.load``.
+        progress: Whether to show a bar.
+
+    Raises:
+        CheckpointError: See :func:`mmdenoiserep.core.read_checkpoint`.
+    """
+    folder = Path(model_dir or Path(torch.hub.get_dir(), 'checkpoints'))
+    path = folder / os.path.basename(urlsplit(url).path)
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), progress=progress)
+    return load_from_local(str(path), map_location)
 
 
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
