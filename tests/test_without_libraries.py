@@ -130,15 +130,16 @@ def test_without_mmengine_a_checkpoint_can_be_fused(run, tmp_path):
     ],
 )
 def test_without_mmengine_the_tools_say_so(tool, args, run, tmp_path):
-    (tmp_path / 'in.pth').touch()
+    torch.save({'weight': torch.ones(2)}, tmp_path / 'in.pth')
     line = sentence(run(PACKAGES, tool, *args, cwd=tmp_path))
     assert line.startswith(f'{tool}: this tool needs mmengine, which is not installed; ')
     assert line.endswith(': pip install mmengine')
 
 
 def test_without_mmengine_images_are_corrupted(run, tmp_path):
-    cv2.imwrite(str(tmp_path / 'a.png'), np.zeros((8, 8, 3), np.uint8))
-    assert run(PACKAGES, 'corrupt_images', '.', tmp_path / 'new/out', 'blur', cwd=tmp_path).returncode == 0
+    (tmp_path / 'in').mkdir()
+    cv2.imwrite(str(tmp_path / 'in/a.png'), np.zeros((8, 8, 3), np.uint8))
+    assert run(PACKAGES, 'corrupt_images', 'in', tmp_path / 'new/out', 'blur', cwd=tmp_path).returncode == 0
     assert (tmp_path / 'new/out/a.png').exists()
 
 
