@@ -41,6 +41,6 @@ __all__ = [
 
 if find_spec('mmengine'):
     from .engine import DenoiseFusionHook, DenoiseLossHook, DenoiseRepBackbone, DenoiseVisHook
-    from .tasks.vmamba import VMamba
+    from .models.vmamba import VMamba
 
     __all__ += ['DenoiseFusionHook', 'DenoiseLossHook', 'DenoiseRepBackbone', 'DenoiseVisHook', 'VMamba']

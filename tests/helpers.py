@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from mmdenoiserep.core import DenoiseLayer
-from mmdenoiserep.core.layers import convert_layer
+from mmdenoiserep.core.method.layers import convert_layer
 
 
 def randomise(model, size=0.3, seed=0):

@@ -15,7 +15,7 @@ sys.path.append(str(TOOL.parent))
 
 import survey_backbones  # noqa: E402
 from mmdenoiserep.core import convert  # noqa: E402
-from mmdenoiserep.core.probe import Execution  # noqa: E402
+from mmdenoiserep.core.method.probe import Execution  # noqa: E402
 from survey_backbones import (  # noqa: E402
     ARGUMENTS,
     LIBRARIES,

@@ -12,7 +12,7 @@ from mmseg.evaluation import IoUMetric
 from mmseg.registry import TRANSFORMS
 from mmseg.structures import SegDataSample
 
-from mmdenoiserep.tasks.boundary_iou import BoundaryIoUMetric
+from mmdenoiserep.evaluation.boundary_iou import BoundaryIoUMetric
 
 IGNORED = 255
 

@@ -17,7 +17,7 @@ import mmdenoiserep  # noqa: F401
 from helpers import randomise
 from mmdenoiserep.apis.images import Unlabelled
 from mmdenoiserep.core import CheckpointError, Moments, fingerprint, load_moments, safe_fit, save_moments
-from mmdenoiserep.core.checkpoint import STAMP
+from mmdenoiserep.core.files.checkpoint import STAMP
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / 'configs/demo'

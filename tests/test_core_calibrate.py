@@ -20,8 +20,8 @@ from mmdenoiserep.core import (
     fuse_model,
     transport,
 )
-from mmdenoiserep.core.feeding import find_sole_readers
-from mmdenoiserep.core.gather import Sample
+from mmdenoiserep.core.calibration.readers import find_sole_readers
+from mmdenoiserep.core.calibration.collect import Sample
 
 
 class Net(nn.Module):
@@ -320,7 +320,7 @@ def test_gaussian_features_with_known_noise_get_their_clean_moments_back():
 
 
 def test_without_a_ridge_the_moments_are_matched_exactly(monkeypatch):
-    monkeypatch.setattr(import_module('mmdenoiserep.core.transport'), 'RIDGE', 0.0)
+    monkeypatch.setattr(import_module('mmdenoiserep.core.calibration.match'), 'RIDGE', 0.0)
     source, target = Moments.of(vectors(2, 4)), vectors(2, 4)
     linear, constant = transport(source, Moments.of(target))
     back = Moments.of(linear @ target + constant[..., None])
@@ -335,7 +335,7 @@ def test_equal_moments_need_no_map(fit):
 
 
 def test_simpler_fits_match_the_mean_and_the_variances(monkeypatch):
-    monkeypatch.setattr(import_module('mmdenoiserep.core.transport'), 'RIDGE', 0.0)
+    monkeypatch.setattr(import_module('mmdenoiserep.core.calibration.match'), 'RIDGE', 0.0)
     source, x = Moments.of(vectors()), vectors()
     for fit in ('diagonal', 'mean'):
         linear, constant = transport(source, Moments.of(x), fit)
@@ -351,7 +351,7 @@ def test_simpler_fits_match_the_mean_and_the_variances(monkeypatch):
 
 
 def test_a_fit_of_the_covariance_leaves_the_mean(monkeypatch):
-    monkeypatch.setattr(import_module('mmdenoiserep.core.transport'), 'RIDGE', 0.0)
+    monkeypatch.setattr(import_module('mmdenoiserep.core.calibration.match'), 'RIDGE', 0.0)
     source, x = Moments.of(vectors()), vectors()
     linear, constant = transport(source, Moments.of(x), 'covariance')
     back = Moments.of(linear @ x + constant[..., None])
@@ -390,7 +390,7 @@ def test_maps_that_do_not_exist_are_refused(changes, word):
 
 def test_convolutions_return_the_source_moments(net, clean, noisy, monkeypatch):
     """Measured again on the noisy images, with all earlier layers corrected; two means are taken by a BatchNorm."""
-    monkeypatch.setattr(import_module('mmdenoiserep.core.transport'), 'RIDGE', 1e-9)
+    monkeypatch.setattr(import_module('mmdenoiserep.core.calibration.match'), 'RIDGE', 1e-9)
     source, before = (collect_moments(denoised(net), batches) for batches in (clean, noisy))
     model = denoised(net)
     report = calibrate(model, [torch.cat(noisy)], 'domain', source)
@@ -408,7 +408,7 @@ def test_convolutions_return_the_source_moments(net, clean, noisy, monkeypatch):
 
 def test_linear_layers_see_the_source_moments(net, clean, noisy, monkeypatch):
     """What the old weight multiplies is ``A x + c``, here with a LayerNorm that took a part of c: ``W' = W A``."""
-    monkeypatch.setattr(import_module('mmdenoiserep.core.transport'), 'RIDGE', 1e-9)
+    monkeypatch.setattr(import_module('mmdenoiserep.core.calibration.match'), 'RIDGE', 1e-9)
     source = collect_moments(denoised(net), clean)
     model = denoised(net)
     calibrate(model, [torch.cat(noisy)], 'domain', source)

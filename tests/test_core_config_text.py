@@ -3,7 +3,7 @@
 import pytest
 from mmengine.config import Config
 
-from mmdenoiserep.core.config_text import REGISTERED, vanilla_text
+from mmdenoiserep.core.files.config_text import REGISTERED, vanilla_text
 
 INNER = dict(type='ResNet', depth=18, init_cfg=dict(type='Pretrained', checkpoint='r18.pth'))
 WRAPPED = dict(type='DenoiseRepBackbone', backbone=INNER, targets='all', exclude=[r'layer4\..*'])
@@ -59,7 +59,7 @@ def test_imports_that_are_needed_stay():
 def test_what_the_package_registers_is_known():
     """The names are those that importing the package, and nothing else of it, brings into the registries."""
     import mmdenoiserep
-    from mmdenoiserep.core.config_text import HOOKS
+    from mmdenoiserep.core.files.config_text import HOOKS
 
     assert {*HOOKS, *REGISTERED, 'DenoiseRepBackbone'} == {
         name for name in mmdenoiserep.__all__ if name.endswith('Hook') or name in ('DenoiseRepBackbone', 'VMamba')

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from helpers import denoised, randomise, relative
 from mmdenoiserep import DenoiseConv2d, DenoiseLinear, NoiseSchedule, apply_denoiserep, fuse_model, verify_fusion
 from mmdenoiserep.core import DenoiseLayer, InputError, collect_moments
-from mmdenoiserep.core.probe import image_channels
+from mmdenoiserep.core.method.probe import image_channels
 
 X = torch.randn(2, 8)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from mmdenoiserep import fuse_checkpoint
 from mmdenoiserep.core import CheckpointError, read_checkpoint
-from mmdenoiserep.core.checkpoint import split_checkpoint
+from mmdenoiserep.core.files.checkpoint import split_checkpoint
 
 
 def denoised_state():

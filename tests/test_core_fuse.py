@@ -16,8 +16,8 @@ from torch.nn.utils import parametrizations, prune
 from helpers import denoised, randomise, relative
 from mmdenoiserep import DenoiseLinear, apply_denoiserep, fuse_model, fuse_state_dict, verify_fusion
 from mmdenoiserep.core import DenoiseLayer, Denoiser, FusionError
-from mmdenoiserep.core.fuse import find_denoisers
-from mmdenoiserep.core.layers import convert_layer
+from mmdenoiserep.core.fusing.fuse import find_denoisers
+from mmdenoiserep.core.method.layers import convert_layer
 
 
 def linear(**kw):

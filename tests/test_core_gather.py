@@ -23,7 +23,7 @@ from mmdenoiserep.core import (
     save_moments,
     verify_fusion,
 )
-from mmdenoiserep.core.batches import count_images
+from mmdenoiserep.core.calibration.batches import count_images
 
 
 def data(*shape, seed=0, noisy=False):

@@ -12,8 +12,8 @@ from torch import nn
 from helpers import denoised, dense
 from mmdenoiserep import DenoiseConv2d, DenoiseLinear, NoiseSchedule, closed_form
 from mmdenoiserep.core import DenoiseLayer, Denoiser
-from mmdenoiserep.core.layers import convert_layer, restore_layer
-from mmdenoiserep.core.sample import Sample
+from mmdenoiserep.core.method.layers import convert_layer, restore_layer
+from mmdenoiserep.core.method.sample import Sample
 
 LAYERS = {
     'linear': lambda **kw: nn.Linear(8, 6, **kw),

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from helpers import denoised
 from mmdenoiserep import apply_denoiserep, denoise_losses
 from mmdenoiserep.core import DenoiseLayer
-from mmdenoiserep.core.loss import curvature, denoise_loss
-from mmdenoiserep.core.sample import Sample
+from mmdenoiserep.core.method.loss import curvature, denoise_loss
+from mmdenoiserep.core.method.sample import Sample
 
 SCALES = (1e-2, 1.0, 255.0)
 

@@ -177,8 +177,8 @@ def test_shared_lists_do_not_grow(tmp_path):
 @pytest.mark.parametrize('shape', [(10**12,), (2, 10**9), (-1, -2), (1,) * 5000, ('a',), None])
 def test_damaged_arrays_are_left_out(shape, tmp_path):
     """A shape that lies about the data neither fills the memory nor stops the reader."""
-    from mmdenoiserep.core.plain import LEFT_OUT, to_plain
-    from mmdenoiserep.core.stand_ins import InertArray, InertDtype
+    from mmdenoiserep.core.files.plain import LEFT_OUT, to_plain
+    from mmdenoiserep.core.files.stand_ins import InertArray, InertDtype
 
     array, left_out = InertArray(), []
     array.__setstate__((1, shape, InertDtype('u1'), False, b'\1\2'))

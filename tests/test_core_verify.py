@@ -23,8 +23,8 @@ from torch import nn
 from helpers import randomise, relative
 from mmdenoiserep import apply_denoiserep, fuse_model, verify_fusion
 from mmdenoiserep.core import FusionError
-from mmdenoiserep.core.randomness import equal_draws
-from mmdenoiserep.core.tensors import named_tensors, tensors_in
+from mmdenoiserep.core.utils.randomness import equal_draws
+from mmdenoiserep.core.utils.tensors import named_tensors, tensors_in
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

@@ -38,7 +38,7 @@ from engine_helpers import (
 from helpers import randomise
 from mmdenoiserep import NoiseSchedule, apply_denoiserep, fuse_model
 from mmdenoiserep.core import DenoiseLayer
-from mmdenoiserep.core.sample import Sample
+from mmdenoiserep.core.method.sample import Sample
 from mmdenoiserep.engine.backbone import find_guards
 from mmdenoiserep.engine.loss_hook import SOON, DenoiseLossHook
 from mmdenoiserep.engine.resume import allow_training_checkpoints

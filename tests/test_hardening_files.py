@@ -15,7 +15,7 @@ import torch
 
 from hardening_helpers import Command, commands, contents, make_small, read_checkpoint, run
 from mmdenoiserep.core import Moments, fuse_checkpoint, load_moments, save_moments
-from mmdenoiserep.core.checkpoint import write_atomically
+from mmdenoiserep.core.files.checkpoint import write_atomically
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tools'))
 

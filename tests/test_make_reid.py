@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mmdenoiserep.tasks.reid.datasets import Market1501
+from mmdenoiserep.datasets.reid_datasets import Market1501
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / 'tools/make_reid.py'

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from mmdenoiserep.core import InputError
 from mmdenoiserep.tasks.reid import PKSampler, datasets
-from mmdenoiserep.tasks.reid.datasets import CUHK03, MSMT17, DukeMTMCReID, Market1501, VehicleID
+from mmdenoiserep.datasets.reid_datasets import CUHK03, MSMT17, DukeMTMCReID, Market1501, VehicleID
 from tiny_datasets import PEOPLE, VEHICLES, WRITERS, cuhk03_image, sightings
 
 FOLDERS = {

@@ -22,8 +22,8 @@ from mmpretrain.structures import DataSample
 from engine_helpers import message
 from mmdenoiserep.core import InputError
 from mmdenoiserep.tasks.reid import ranking
-from mmdenoiserep.tasks.reid.metric import KEYS, ReIDMetric, draw_queries
-from mmdenoiserep.tasks.reid.ranking import rank_matches
+from mmdenoiserep.evaluation.reid_metric import KEYS, ReIDMetric, draw_queries
+from mmdenoiserep.evaluation.reid_ranking import rank_matches
 
 # By hand
 

@@ -22,8 +22,8 @@ from helpers import randomise, relative
 from mmdenoiserep import fuse_model
 from mmdenoiserep.core import InputError
 from mmdenoiserep.tasks.reid import BNNeckReIDHead, PKSampler, ReIDVisionTransformer, batch_hard_triplet_loss
-from mmdenoiserep.tasks.reid.check_hook import check_batches, check_classes
-from mmdenoiserep.tasks.reid.vit import source_grid
+from mmdenoiserep.tasks.reid_check_hook import check_batches, check_classes
+from mmdenoiserep.models.reid_vit import source_grid
 from tiny_datasets import write_market1501
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,7 +160,7 @@ class Labels:
 
 def sampler(monkeypatch=None, rank=0, world=1, **options):
     if monkeypatch:
-        monkeypatch.setattr('mmdenoiserep.tasks.reid.sampler.get_dist_info', lambda: (rank, world))
+        monkeypatch.setattr('mmdenoiserep.datasets.pk_sampler.get_dist_info', lambda: (rank, world))
     options = {'num_ids': 3, 'num_instances': 4, 'seed': 1, **options}
     return DATA_SAMPLERS.build(dict(type='PKSampler', **options), default_args=dict(dataset=Labels()))
 

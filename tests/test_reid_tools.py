@@ -32,7 +32,7 @@ MEAN, STD = [90.0, 100.0, 110.0], [50.0, 60.0, 70.0]
 CONFIG = f"""
 default_scope = 'mmpretrain'
 custom_imports = dict(
-    imports=['mmdenoiserep', 'mmdenoiserep.tasks.reid', 'mmdenoiserep.tasks.reid.metric'], allow_failed_imports=False)
+    imports=['mmdenoiserep', 'mmdenoiserep.tasks.reid', 'mmdenoiserep.evaluation.reid_metric'], allow_failed_imports=False)
 data_preprocessor = dict(mean={MEAN}, std={STD}, to_rgb=True)
 backbone = dict(type='VisionTransformer', img_size=(32, 16), patch_size=8, out_type='cls_token',
                 arch=dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmdenoiserep.tasks.selective_scan import (
+from mmdenoiserep.models.selective_scan import (
     CHUNK,
     DIRECT,
     cross_merge,

@@ -24,7 +24,7 @@ from helpers import randomise, relative
 from mmdenoiserep.core import DenoiseLinear, apply_denoiserep, fuse_model, verify_fusion
 from mmdenoiserep.engine.resume import allow_training_checkpoints
 from mmdenoiserep.tasks import selective_scan, vmamba
-from mmdenoiserep.tasks.vmamba import DropPath, VMamba
+from mmdenoiserep.models.vmamba import DropPath, VMamba
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / 'tools'))

@@ -119,7 +119,7 @@ def main() -> None:
     from calibration import Calibration
     from common import config_at_fault, load_config, start_gloo
     from mmdenoiserep.core import CalibrationError
-    from mmdenoiserep.core.checkpoint import check_target
+    from mmdenoiserep.core.files.checkpoint import check_target
     from outputs import check_output
 
     try:

@@ -32,12 +32,12 @@ from mmdenoiserep.core import (
     safe_fit,
     save_moments,
 )
-from mmdenoiserep.core.checkpoint import STAMP, write_atomically
-from mmdenoiserep.core.config_text import vanilla_text
-from mmdenoiserep.core.gather import denoised_layers, sum_processes
-from mmdenoiserep.core.probe import run_model
-from mmdenoiserep.core.safety import early_half
-from mmdenoiserep.core.transport import RANKED
+from mmdenoiserep.core.files.checkpoint import STAMP, write_atomically
+from mmdenoiserep.core.files.config_text import vanilla_text
+from mmdenoiserep.core.calibration.collect import denoised_layers, sum_processes
+from mmdenoiserep.core.method.probe import run_model
+from mmdenoiserep.core.calibration.safety import early_half
+from mmdenoiserep.core.calibration.match import RANKED
 from opening import build, load, load_strictly, to_device
 from outputs import written_whole
 

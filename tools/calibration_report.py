@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdenoiserep.core import CalibrationReport, Moments, Verification, explicit_maps, verify_fusion
-from mmdenoiserep.core.safety import FEW, MANY, early_half
+from mmdenoiserep.core.calibration.safety import FEW, MANY, early_half
 
 LARGE = 0.5
 """How far a layer's features may move without a warning, as a share of their variance.

@@ -37,7 +37,7 @@ def main() -> None:
     """Converts one file."""
     args = parse_args()
     from mmdenoiserep.core import read_checkpoint
-    from mmdenoiserep.core.checkpoint import check_target, split_checkpoint, write_atomically
+    from mmdenoiserep.core.files.checkpoint import check_target, split_checkpoint, write_atomically
 
     check_target(args.input, args.output, args.overwrite)
     released = read_checkpoint(args.input, args.allow_pickle)
@@ -49,9 +49,9 @@ def main() -> None:
             print(f'note: {note}')
     else:
         if args.format == 'vmamba':
-            from mmdenoiserep.tasks.vmamba import convert_vmamba as convert
+            from mmdenoiserep.models.vmamba import convert_vmamba as convert
         else:
-            from mmdenoiserep.tasks.reid.transreid import convert_transreid as convert
+            from mmdenoiserep.models.transreid import convert_transreid as convert
         try:
             state = convert(released)
         except ValueError as error:

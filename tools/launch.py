@@ -43,7 +43,7 @@ def stop(sentence: str) -> NoReturn:
     """Ends the program with a sentence on one line behind the name of the running tool."""
     one_line = re.sub(r'\s*[\r\n]\s*', ' ', f'{Path(sys.argv[0]).stem}: {sentence.strip()}')
     if not one_line.isprintable():
-        from mmdenoiserep.core.errors import printable
+        from mmdenoiserep.core.utils.errors import printable
 
         one_line = printable(one_line)
     sys.exit(one_line)

@@ -26,7 +26,7 @@ from common import load_config, set_default_scope
 from launch import stop
 from mmdenoiserep.apis.corruptions import make_transform
 from mmdenoiserep.core import apply_denoiserep, calibrate, collect_moments, fuse_model, safe_fit
-from mmdenoiserep.core.safety import FEW, MANY
+from mmdenoiserep.core.calibration.safety import FEW, MANY
 from mmdenoiserep.engine.resume import allow_training_checkpoints
 from outputs import written_whole
 from robustness_report import ALL_LAYERS, AS_TRAINED, BATCH_NORM, EARLY_HALF, FIRST_LAYER

@@ -13,8 +13,8 @@ from common import config_at_fault, set_default_scope, without_denoising
 from launch import stop
 from mmdenoiserep.apis.backbones import find_backbones
 from mmdenoiserep.core import CheckpointError, fuse_state_dict, read_checkpoint
-from mmdenoiserep.core.checkpoint import EXTRA_STATE, make_vanilla, split_checkpoint
-from mmdenoiserep.core.fuse import denoiser_keys
+from mmdenoiserep.core.files.checkpoint import EXTRA_STATE, make_vanilla, split_checkpoint
+from mmdenoiserep.core.fusing.fuse import denoiser_keys
 
 
 def build(cfg: Config, config: str, denoised: bool) -> nn.Module:

@@ -47,7 +47,7 @@ def check_folder(target: Path, is_ours: Callable[[Path], bool], overwrite: bool)
 @contextmanager
 def written_whole(target: Path) -> Iterator[BinaryIO]:
     """Gives a file that becomes the target at the end, or is removed; a full disk ends the program with a sentence."""
-    from mmdenoiserep.core.files import whole_file
+    from mmdenoiserep.core.files.atomic import whole_file
 
     try:
         with whole_file(target) as file:

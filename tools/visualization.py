@@ -25,10 +25,10 @@ from mmdenoiserep.apis.corruptions import corrupt, make_transform
 from mmdenoiserep.apis.images import Batches, NoImage, datasets_of, leaves, open_images, spread
 from mmdenoiserep.apis.pixels import to_rgb
 from mmdenoiserep.core import Moments, evaluating
-from mmdenoiserep.core.probe import run_model, tensors_in
-from mmdenoiserep.core.randomness import equal_draws
-from mmdenoiserep.core.sample import Sample
-from mmdenoiserep.core.targets import near_names
+from mmdenoiserep.core.method.probe import run_model, tensors_in
+from mmdenoiserep.core.utils.randomness import equal_draws
+from mmdenoiserep.core.method.sample import Sample
+from mmdenoiserep.core.method.targets import near_names
 from opening import load, to_device
 
 VARIANTS = tuple((model, images) for model in ('before', 'after') for images in ('clean', 'corrupted'))

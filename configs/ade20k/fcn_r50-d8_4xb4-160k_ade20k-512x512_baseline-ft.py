@@ -6,7 +6,7 @@ this config measures. Evaluation reports mIoU, aAcc and boundary IoU, as the pap
 
 _base_ = 'mmseg::fcn/fcn_r50-d8_4xb4-160k_ade20k-512x512.py'
 
-custom_imports = dict(imports=['mmdenoiserep.tasks.boundary_iou'], allow_failed_imports=False)
+custom_imports = dict(imports=['mmdenoiserep.evaluation.boundary_iou'], allow_failed_imports=False)
 load_from = (
     'https://download.openmmlab.com/mmsegmentation/v0.5/fcn/fcn_r50-d8_512x512_160k_ade20k/'
     'fcn_r50-d8_512x512_160k_ade20k_20200615_100713-4edbc3b4.pth'

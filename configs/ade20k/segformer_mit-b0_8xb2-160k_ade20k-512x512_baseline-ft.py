@@ -6,7 +6,7 @@ this config measures. Evaluation reports mIoU, aAcc and boundary IoU, as the pap
 
 _base_ = 'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'
 
-custom_imports = dict(imports=['mmdenoiserep.tasks.boundary_iou'], allow_failed_imports=False)
+custom_imports = dict(imports=['mmdenoiserep.evaluation.boundary_iou'], allow_failed_imports=False)
 load_from = (
     'https://download.openmmlab.com/mmsegmentation/v0.5/segformer/segformer_mit-b0_512x512_160k_ade20k/'
     'segformer_mit-b0_512x512_160k_ade20k_20210726_101530-8ffa8fda.pth'

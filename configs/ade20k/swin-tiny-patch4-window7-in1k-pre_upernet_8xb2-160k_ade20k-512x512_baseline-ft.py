@@ -6,7 +6,7 @@ this config measures. Evaluation reports mIoU, aAcc and boundary IoU, as the pap
 
 _base_ = 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
 
-custom_imports = dict(imports=['mmdenoiserep.tasks.boundary_iou'], allow_failed_imports=False)
+custom_imports = dict(imports=['mmdenoiserep.evaluation.boundary_iou'], allow_failed_imports=False)
 load_from = (
     'https://download.openmmlab.com/mmsegmentation/v0.5/swin/upernet_swin_tiny_patch4_window7_512x512_160k_ade20k_pretrain_224x224_1K/'
     'upernet_swin_tiny_patch4_window7_512x512_160k_ade20k_pretrain_224x224_1K_20210531_112542-e380ad3e.pth'

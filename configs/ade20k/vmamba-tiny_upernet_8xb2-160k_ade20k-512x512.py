@@ -6,7 +6,7 @@ Untested at full size: no result is claimed.
 
 _base_ = 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
 
-custom_imports = dict(imports=['mmdenoiserep', 'mmdenoiserep.tasks.boundary_iou'], allow_failed_imports=False)
+custom_imports = dict(imports=['mmdenoiserep', 'mmdenoiserep.evaluation.boundary_iou'], allow_failed_imports=False)
 checkpoint = 'https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth'
 model = dict(
     backbone=dict(

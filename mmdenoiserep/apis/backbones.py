@@ -15,9 +15,9 @@ from mmengine.model import BaseAveragedModel
 from torch import Tensor, nn
 
 from ..core import InputError
-from ..core.probe import evaluating
-from ..core.randomness import equal_draws
-from ..core.tensors import tensors_in
+from ..core.method.probe import evaluating
+from ..core.utils.randomness import equal_draws
+from ..core.utils.tensors import tensors_in
 from ..engine.backbone import DenoiseRepBackbone, find_guards
 from .tracebacks import is_from_user
 

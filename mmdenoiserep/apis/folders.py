@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..core import InputError
-from ..core.errors import printable
+from ..core.utils.errors import printable
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 """Names of images in a folder, in small or capital letters; a config may name others (``img_suffix``)."""

@@ -28,8 +28,9 @@ from mmengine.registry import DATASETS, MODELS, TRANSFORMS, DefaultScope
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from ..core import InputError, probe
-from ..core.errors import printable
+from ..core import InputError
+from ..core.method import probe
+from ..core.utils.errors import printable
 from ..engine.backbone import CHANNELS
 from .backbones import backbone_configs
 from .folders import SUFFIXES, find_images

@@ -12,8 +12,8 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 
 from ..core import DenoiseLayer, InputError
-from ..core.checkpoint import STAMP, find_weights
-from ..core.fuse import denoiser_keys
+from ..core.files.checkpoint import STAMP, find_weights
+from ..core.fusing.fuse import denoiser_keys
 
 HARDLY = 0.1
 """A start of a training that gives less of the model, and uses less of the file, is no start."""

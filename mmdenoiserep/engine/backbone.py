@@ -10,9 +10,9 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from ..core import DEFAULT_RANK, ConversionReport, NoiseSchedule, apply_denoiserep
-from ..core.probe import image_channels
-from ..core.targets import Targets
-from ..core.tensors import tensors_in
+from ..core.method.probe import image_channels
+from ..core.method.targets import Targets
+from ..core.utils.tensors import tensors_in
 
 CHANNELS = ('in_channels', 'in_chans', 'input_channels')
 """What backbones call the number of channels of their images."""

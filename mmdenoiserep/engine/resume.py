@@ -16,8 +16,8 @@ from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 
-from ..core.checkpoint import load_file
-from ..core.stand_ins import STAND_INS
+from ..core.files.checkpoint import load_file
+from ..core.files.stand_ins import STAND_INS
 
 
 def history_statistic(owner: type, name: str):
@@ -45,7 +45,7 @@ AS_THEY_WERE = {
     **{f'numpy.{core}.multiarray._reconstruct': RECONSTRUCT for core in ('core', '_core')},
     **{f'numpy.{core}.multiarray.scalar': SCALAR for core in ('core', '_core')},
 }
-"""Of what :data:`~mmdenoiserep.core.stand_ins.STAND_INS` names, what a resumed run needs as it was."""
+"""Of what :data:`~mmdenoiserep.core.files.stand_ins.STAND_INS` names, what a resumed run needs as it was."""
 
 
 def allow_training_checkpoints() -> None:

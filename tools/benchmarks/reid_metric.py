@@ -70,7 +70,7 @@ def measure(size: Sequence[int], repeats: int, loops: bool = True) -> list[dict[
     import torch
 
     from benchmarks.measure import alternate, peak_memory
-    from mmdenoiserep.tasks.reid.ranking import rank_matches
+    from mmdenoiserep.evaluation.reid_ranking import rank_matches
 
     case = make_case(*size)
     tensors = [torch.from_numpy(values) for values in case]
@@ -116,7 +116,7 @@ def rank_by_loops(
     query_camids: NDArray,
     gallery_camids: NDArray,
 ) -> dict[str, float]:
-    """Returns mAP, CMC and mINP as :meth:`~mmdenoiserep.tasks.reid.ranking.Ranking.figures` does, the usual way.
+    """Returns mAP, CMC and mINP as :meth:`~mmdenoiserep.evaluation.reid_ranking.Ranking.figures` does, the usual way.
 
     Args:
         query: Features, (Q, C), float32.

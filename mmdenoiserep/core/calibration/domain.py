@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import count_images
-from .feeding import Readers
-from .gather import (
+from .readers import Readers
+from .collect import (
     SeenAll,
     check_finite,
     empty_moments,
@@ -23,14 +23,14 @@ from .gather import (
     too_few,
     without_zero_denoisers,
 )
-from .intercept import intercepting
-from .layers import DenoiseLayer
+from ..utils.intercept import intercepting
+from ..method.layers import DenoiseLayer
 from .moments import CalibrationError, Moments, gather_processes
 from .norms import find_norms, taker, why_not_norm
-from .probe import evaluating, run_model
-from .sample import Sample
-from .storage import shared_parameters
-from .transport import transport
+from ..method.probe import evaluating, run_model
+from ..method.sample import Sample
+from ..utils.storage import shared_parameters
+from .match import transport
 
 
 def apply_map(layer: nn.Module, x: Tensor, linear: Tensor, constant: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .randomness import equal_draws
-from .storage import Storages
-from .tensors import tensors_in
+from ..utils.randomness import equal_draws
+from ..utils.storage import Storages
+from ..utils.tensors import tensors_in
 
 
 @dataclass

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .config_text import vanilla_text
-from .errors import CheckpointError, printable
+from ..utils.errors import CheckpointError, printable
 from .file_kinds import describe_kind, is_safetensors, pickle_protocol, read_safetensors
-from .files import whole_file
-from .fuse import FusionError, fuse_state_dict
+from .atomic import whole_file
+from ..fusing.fuse import FusionError, fuse_state_dict
 from .plain import LEFT_OUT, is_dense, to_plain
 from .stand_ins import STAND_INS, Inert
 
@@ -59,7 +59,7 @@ def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict
     """Reads a checkpoint file on the CPU: one of ``torch.save``, or a safetensors file.
 
     By default only tensors and plain data are read (``weights_only=True``); the other objects of a training
-    checkpoint, which :data:`~mmdenoiserep.core.stand_ins.STAND_INS` names, become inert placeholders, so no code of
+    checkpoint, which :data:`~mmdenoiserep.core.files.stand_ins.STAND_INS` names, become inert placeholders, so no code of
     the file runs.
 
     Args:

@@ -9,7 +9,7 @@ from mmpretrain.models import ClsHead
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
-from ...core import InputError
+from ..core import InputError
 
 FEATURES = ('before', 'after')
 

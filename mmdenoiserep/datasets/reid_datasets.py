@@ -15,8 +15,8 @@ from mmengine.registry import DATASETS
 from mmpretrain.datasets import BaseDataset
 from numpy.typing import NDArray
 
-from ...core import InputError
-from ...core.errors import printable
+from ..core import InputError
+from ..core.utils.errors import printable
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 """Of images, in small letters or capitals."""

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .convert import MERGERS, fuse_before_deploy
-from .denoiser import fold
-from .errors import InputError
-from .layers import DenoiseLayer, restore_layer
-from .storage import Storages, shared_parameters, storage_of
+from ..method.convert import MERGERS, fuse_before_deploy
+from ..method.denoiser import fold
+from ..utils.errors import InputError
+from ..method.layers import DenoiseLayer, restore_layer
+from ..utils.storage import Storages, shared_parameters, storage_of
 
 DENOISER_KEY = re.compile(r'(?P<layer>(?:.*\.)?)denoiser\.(?P<name>[^.]+)')
 """Matches a whole state-dict key that may be one of a denoiser; ``layer`` is the prefix of the layer's own keys."""

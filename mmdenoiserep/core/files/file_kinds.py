@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from ..utils.errors import CheckpointError
 
 KINDS = (
     (b'version https://git-lfs', 'is a pointer of git-lfs, not the file itself; run git lfs pull in its repository'),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .schedule import ReverseStep
+from ..method.schedule import ReverseStep
 
 
 def closed_form(

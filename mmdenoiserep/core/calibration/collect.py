@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from .batches import count_images
-from .intercept import intercepting
-from .layers import DenoiseLayer, input_channels
+from ..utils.intercept import intercepting
+from ..method.layers import DenoiseLayer, input_channels
 from .moments import CalibrationError, Moments, gather_processes
-from .probe import evaluating, run_model
-from .sample import Sample
+from ..method.probe import evaluating, run_model
+from ..method.sample import Sample
 
 
 def denoised_layers(module: nn.Module) -> dict[str, DenoiseLayer]:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from .closed_form import closed_form
-from .denoiser import correction_matrix
+from ..method.denoiser import correction_matrix
 from .domain import DomainFit
-from .gather import denoised_layers, empty_moments, gather, too_few
-from .layers import DenoiseLayer
+from .collect import denoised_layers, empty_moments, gather, too_few
+from ..method.layers import DenoiseLayer
 from .moments import CalibrationError, Moments
-from .table import format_table
-from .transport import FITS, RANKED
+from ..utils.table import format_table
+from .match import FITS, RANKED
 
 MODES = ('schedule', 'domain')
 

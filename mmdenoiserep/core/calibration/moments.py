@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from ..utils.errors import InputError
 
 
 class CalibrationError(InputError, ValueError):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import CheckpointError, read_checkpoint, write_atomically
-from .moments import Moments
+from ..calibration.moments import Moments
 
 KIND = 'moments'
 """Key of the moments in such a file, beside ``meta``."""

@@ -8,7 +8,7 @@ from mmengine.dist import get_dist_info, sync_random_seed
 from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import Sampler
 
-from ...core import InputError
+from ..core import InputError
 
 
 @DATA_SAMPLERS.register_module()

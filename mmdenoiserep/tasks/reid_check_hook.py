@@ -7,10 +7,10 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
-from ...core import InputError
-from .datasets import ReIDDataset
-from .head import BNNeckReIDHead
-from .sampler import PKSampler
+from ..core import InputError
+from ..datasets.reid_datasets import ReIDDataset
+from ..models.reid_head import BNNeckReIDHead
+from ..datasets.pk_sampler import PKSampler
 
 
 @HOOKS.register_module()

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from .fuse import FusionError, fuse_model
-from .intercept import intercepting
-from .layers import DenoiseLayer
-from .probe import evaluating, run_model
-from .randomness import equal_draws
-from .table import format_table
-from .tensors import named_tensors
+from ..utils.intercept import intercepting
+from ..method.layers import DenoiseLayer
+from ..method.probe import evaluating, run_model
+from ..utils.randomness import equal_draws
+from ..utils.table import format_table
+from ..utils.tensors import named_tensors
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Largest relative difference of a whole model by the dtype of its weights: rounding, amplified by depth."""

@@ -13,9 +13,9 @@ from mmengine.logging import print_log
 from mmengine.registry import METRICS
 from torch import Tensor
 
-from ...core import InputError
-from ...core.files import whole_file
-from .ranking import Ranking, rank_matches
+from ..core import InputError
+from ..core.files.atomic import whole_file
+from .reid_ranking import Ranking, rank_matches
 
 KEYS = ('sample_idx', 'img_path', 'pid', 'camid', 'is_query')
 """What the metric needs to know about an image besides its feature."""

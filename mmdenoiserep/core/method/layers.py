@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .denoiser import Denoiser, fold
-from .errors import InputError
+from ..utils.errors import InputError
 from .loss import curvature, denoise_loss, limit_curvature
 from .sample import Sample
 from .schedule import NoiseSchedule, ReverseStep

@@ -14,8 +14,8 @@ from .denoiser import DEFAULT_RANK
 from .layers import DENOISE_CLASSES, DenoiseLayer, convert_layer, reserved_names, restore_layer
 from .probe import Execution, probe_execution
 from .schedule import NoiseSchedule
-from .storage import shared_parameters
-from .table import format_table
+from ..utils.storage import shared_parameters
+from ..utils.table import format_table
 from .targets import Target, Targets, compile_pattern, near_names, parse_targets
 
 EXACT_CLASSES = {
