@@ -302,9 +302,11 @@ def test_only_the_first_layer_changes_unless_the_images_are_representative(tmp_p
 def test_warnings(tmp_path, capsys):
     fit('vit_fashion-mnist', tmp_path / 'all.pth', '--layers', 'all', '--fit', 'full')
     assert 'warning: 60 images are few for 17 layers (from 512 on)' in capsys.readouterr().out
+    (tmp_path / 'other').mkdir()
     for i in range(20):
-        cv2.imwrite(str(tmp_path / f'{i}.png'), np.full((28, 28), 250, np.uint8) - (np.indices((28, 28)).sum(0) == i))
-    other = ['--images', tmp_path, '--mode', 'domain', '--source', source('vit_fashion-mnist')]
+        image = np.full((28, 28), 250, np.uint8) - (np.indices((28, 28)).sum(0) == i)
+        cv2.imwrite(str(tmp_path / f'other/{i}.png'), image)
+    other = ['--images', tmp_path / 'other', '--mode', 'domain', '--source', source('vit_fashion-mnist')]
     args = [DEMO / 'vit_fashion-mnist.py', checkpoint('vit_fashion-mnist'), tmp_path / 'other.pth', *other]
     assert 'which looks like another data set' in sentence(*args)
     assert not (tmp_path / 'other.pth').exists()
