@@ -10,6 +10,8 @@ import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
+from helpers import ROOT
+
 torch.set_num_threads(1)  # small layers: threads cost more than they bring
 
 
@@ -31,7 +33,7 @@ def sdist(tmp_path_factory):
     """The sdist of a copy of the checkout, which is left beside it as ``source``; built without a network."""
     root = tmp_path_factory.mktemp('dist')
     not_source = shutil.ignore_patterns('.*', '__pycache__', '*.egg-info', 'build', 'dist', 'work_dirs', 'data')
-    shutil.copytree(Path(__file__).parents[1], root / 'source', ignore=not_source)
+    shutil.copytree(ROOT, root / 'source', ignore=not_source)
     build = f'from setuptools import build_meta; build_meta.build_sdist({str(root)!r})'
     subprocess.run([sys.executable, '-c', build], cwd=root / 'source', check=True, capture_output=True)
     (path,) = root.glob('*.tar.gz')

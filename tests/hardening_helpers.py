@@ -20,10 +20,9 @@ import onnx
 import torch
 from mmengine.registry import MODELS, init_default_scope
 
-from helpers import randomise
+from helpers import ROOT, randomise
 from mmdenoiserep.core import load_moments
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'tools'))
 
 import calibrate  # noqa: E402

@@ -1,10 +1,15 @@
 """What several test files use."""
 
+import json
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from mmdenoiserep.core import DenoiseLayer
 from mmdenoiserep.core.method.layers import convert_layer
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def randomise(model, size=0.3, seed=0):
@@ -43,3 +48,18 @@ def relative(actual, expected):
     """Return the largest difference over the largest magnitude."""
     assert actual.shape == expected.shape
     return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def write_safetensors(path, state, metadata=None, padding=0):
+    """Writes the format as its page describes it."""
+    names = {torch.float32: 'F32', torch.float64: 'F64', torch.bfloat16: 'BF16', torch.int64: 'I64', torch.bool: 'BOOL'}
+    header, data = {} if metadata is None else {'__metadata__': metadata}, b''
+    for name, value in state.items():
+        content = value.contiguous().flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b''
+        header[name] = dict(
+            dtype=names[value.dtype], shape=list(value.shape), data_offsets=[len(data), len(data) + len(content)]
+        )
+        data += content
+    text = json.dumps(header).encode() + b' ' * padding
+    path.write_bytes(len(text).to_bytes(8, 'little') + text + data)
+    return path

@@ -18,8 +18,8 @@ import scipy.io
 from mmdet.datasets import CocoDataset
 from mmpretrain.datasets import CIFAR10, CUB, OxfordIIITPet
 from pycocotools import mask as coco_mask
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PER_SPLIT = 3
 """Images in each split: one of the first class, two of the last."""
 

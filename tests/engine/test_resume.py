@@ -1,0 +1,212 @@
+"""What allow_training_checkpoints lets through weights_only, and what it does not."""
+
+import importlib
+import os
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.model import initialize
+from mmengine.runner import CheckpointLoader, load_checkpoint
+
+from engine_helpers import inner, make_runner, runner_case, snapshot, tiny_model
+from mmdenoiserep.core import InputError
+from mmdenoiserep.engine.resume import allow_training_checkpoints
+from helpers import write_safetensors
+
+JOINT = dict(type='DenoiseLossHook')
+
+
+@pytest.fixture
+def case():
+    with runner_case() as case:
+        yield case
+
+
+@pytest.fixture(autouse=True)
+def clean_allow_list():
+    """Every test starts with torch's own list and leaves what it found."""
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(allowed)
+
+
+@pytest.fixture
+def checkpoint(case):
+    """A training checkpoint of mmengine, with optimizer, schedule and message hub."""
+    checkpoint = dict(type='CheckpointHook', interval=1, by_epoch=False)
+    runner = make_runner(
+        case,
+        tiny_model(),
+        [JOINT],
+        train_cfg=dict(by_epoch=False, max_iters=2),
+        default_hooks=dict(checkpoint=checkpoint),
+        param_scheduler=dict(type='CosineAnnealingLR', by_epoch=False, T_max=4),
+    )
+    runner.train()
+    return Path(runner.work_dir, 'iter_2.pth'), runner
+
+
+def test_training_checkpoint_loads_under_weights_only(checkpoint):
+    """It is refused before and read after, with the histories of the log as they were."""
+    path, runner = checkpoint
+    with pytest.raises(pickle.UnpicklingError, match='HistoryBuffer'):
+        torch.load(path, weights_only=True)
+    allow_training_checkpoints()
+    content = torch.load(path, weights_only=True)
+    assert {'state_dict', 'optimizer', 'param_schedulers', 'message_hub', 'meta'} <= set(content)
+    history = content['message_hub']['log_scalars']['train/loss_denoise']
+    assert isinstance(history, HistoryBuffer)
+    values, counts = history.data
+    expected, _ = runner.message_hub.log_scalars['train/loss_denoise'].data
+    assert values.tolist() == expected.tolist()
+    assert len(values) == 2 and counts.tolist() == [1, 1]
+    assert history.mean() == pytest.approx(values.mean())
+    assert history.statistics('max', 2) == values.max()
+    assert {name: method for name, method in history._statistics_methods.items()} == {
+        name: getattr(HistoryBuffer, name) for name in ('min', 'max', 'current', 'mean')
+    }
+
+
+def test_runner_resumes(checkpoint, case):
+    """The unchanged Runner goes on where it was; without the list, torch refuses the file."""
+    path, first = checkpoint
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+    runner = make_runner(
+        case,
+        tiny_model(),
+        [JOINT],
+        train_cfg=dict(by_epoch=False, max_iters=3),
+        param_scheduler=dict(type='CosineAnnealingLR', by_epoch=False, T_max=4),
+        load_from=str(path),
+        resume=True,
+    )
+    allow_training_checkpoints()
+    runner.train()
+    assert runner.iter == 3
+    assert len(runner.optim_wrapper.gradients) == 1
+    assert snapshot(inner(runner)).keys() == snapshot(inner(first)).keys()
+
+
+def test_file_written_with_numpy_1(checkpoint, tmp_path):
+    """numpy 1 pickled the same functions as numpy.core, without the underscore."""
+    path, _ = checkpoint
+    old = tmp_path / 'old.pth'
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(old, 'w') as target:
+        for entry in source.infolist():
+            content = source.read(entry)
+            if entry.filename.endswith('data.pkl'):
+                assert b'numpy._core.multiarray' in content
+                content = content.replace(b'numpy._core.multiarray', b'numpy.core.multiarray')
+            target.writestr(entry.filename, content)
+    allow_training_checkpoints()
+    content = torch.load(old, weights_only=True)
+    assert len(content['message_hub']['log_scalars']['train/loss'].data[0]) == 2
+
+
+class Reduce:
+    """Pickles as a call."""
+
+    def __init__(self, function, *args):
+        self.call = (function, args)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    'attack',
+    [
+        lambda marker: Reduce(os.system, f'touch {marker}'),
+        lambda marker: Reduce(eval, f'open({str(marker)!r}, "w")'),
+        lambda marker: Reduce(getattr, HistoryBuffer, '__init__'),
+        lambda marker: Reduce(getattr, HistoryBuffer, '__subclasses__'),
+        lambda marker: Reduce(getattr, HistoryBuffer, 'update'),
+        lambda marker: Reduce(getattr, np.ndarray, 'tofile'),
+        lambda marker: Reduce(getattr, Reduce(getattr, HistoryBuffer, 'mean'), '__globals__'),
+        lambda marker: Reduce(np.load, str(marker)),
+        lambda marker: Reduce(HistoryBuffer, Reduce(os.mkdir, str(marker)), []),
+    ],
+    ids=['system', 'eval', 'init', 'subclasses', 'method', 'ndarray', 'globals', 'numpy', 'nested'],
+)
+def test_malicious_files_are_refused_and_do_not_run(attack, tmp_path):
+    """Neither foreign functions nor attributes other than the four statistics get through."""
+    marker, path = tmp_path / 'marker', tmp_path / 'evil.pth'
+    torch.save(dict(state_dict={}, message_hub=attack(marker)), path)
+    allow_training_checkpoints()
+    with pytest.raises((pickle.UnpicklingError, ValueError)):
+        torch.load(path, weights_only=True)
+    assert not marker.exists()
+
+
+def test_the_attack_would_run_without_weights_only(tmp_path):
+    """The counter-proof: the same file does run its code where pickles are trusted."""
+    marker, path = tmp_path / 'marker', tmp_path / 'evil.pth'
+    torch.save(dict(message_hub=Reduce(os.system, f'touch {marker}')), path)
+    torch.load(path, weights_only=False)
+    assert marker.exists()
+
+
+def test_real_getattr_is_never_on_the_list():
+    """What answers to builtins.getattr is a stand-in."""
+    allow_training_checkpoints()
+    entries = torch.serialization.get_safe_globals()
+    assert getattr not in entries
+    stand_in = [entry[0] for entry in entries if isinstance(entry, tuple) and entry[1] == 'builtins.getattr']
+    assert len(stand_in) == 1 and stand_in[0] is not getattr
+    assert stand_in[0](HistoryBuffer, 'mean') is HistoryBuffer.mean
+
+
+def test_numpy_before_its_module_was_renamed(checkpoint, monkeypatch):
+    """numpy below 1.26 has no numpy._core, and no list of dtypes: neither is asked for."""
+    path, _ = checkpoint
+    monkeypatch.setitem(sys.modules, 'numpy._core', None)
+    monkeypatch.delattr(np, 'dtypes')
+    with pytest.raises(ImportError):
+        importlib.import_module('numpy._core')
+    importlib.reload(sys.modules[allow_training_checkpoints.__module__]).allow_training_checkpoints()
+    history = torch.load(path, weights_only=True)['message_hub']['log_scalars']['train/loss_denoise']
+    assert len(history.data[0]) == 2
+
+
+@pytest.mark.parametrize('kind', ['safetensors', 'model', 'web page'])
+def test_mmengine_reads_what_the_tools_read(kind, tmp_path):
+    """init_cfg and load_from take a safetensors file; one that is no checkpoint is named."""
+    state = {'weight': torch.randn(2, 3), 'bias': torch.randn(2)}
+    path = tmp_path / 'weights.bin'
+    allow_training_checkpoints()
+    if kind == 'web page':
+        path.write_text('<html>Sign in</html>')
+        with pytest.raises(InputError, match='is a web page'):
+            load_checkpoint(torch.nn.Linear(3, 2), str(path))
+        return
+    if kind == 'safetensors':
+        write_safetensors(path, state)
+    else:
+        torch.save(state, path)
+    model = torch.nn.Linear(3, 2)
+    initialize(model, dict(type='Pretrained', checkpoint=str(path)))
+    assert torch.equal(model.weight, state['weight']) and torch.equal(model.bias, state['bias'])
+
+
+def test_objects_that_the_user_allows(tmp_path):
+    """What the process allows besides stays allowed."""
+    path = tmp_path / 'in.pth'
+    torch.save(dict(state_dict={}, mine=Mine()), path)
+    allow_training_checkpoints()
+    with pytest.raises(InputError, match='Mine'):
+        CheckpointLoader.load_checkpoint(str(path))
+    torch.serialization.add_safe_globals([Mine])
+    assert type(CheckpointLoader.load_checkpoint(str(path))['mine']) is Mine
+
+
+class Mine:
+    """A class of the user."""

@@ -1,0 +1,75 @@
+"""The set-up script, with a stub in place of Python: what it repeats, what it takes up again, what it says."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+STUB = """#!/bin/bash
+case "$*" in
+    "-m venv "*) mkdir -p "$3/bin" "$3/site" && cp "$0" "$3/bin/python" ;;
+    *get_path*) echo .venv/site ;;
+    *"-m pip"*) echo "$*" >> pip.log; if [ -f fail ] && [[ "$*" == *"$(cat fail)"* ]]; then exit 1; fi ;;
+esac
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder with the set-up script, its requirements, and a Python that only notes what pip is asked for."""
+    shutil.copytree(ROOT / 'requirements', tmp_path / 'requirements')
+    (tmp_path / 'tools').mkdir()
+    for name in ('install.sh', 'torchvision_repair.py'):
+        shutil.copy(ROOT / 'tools' / name, tmp_path / 'tools')
+    shutil.copy(ROOT / 'setup.py', tmp_path)
+    (tmp_path / 'stub').write_text(STUB)
+    (tmp_path / 'stub').chmod(0o755)
+    return tmp_path
+
+
+def install(project, python='./stub'):
+    """Runs the script; returns its exit code, what it printed, and the pip calls that it made."""
+    log = project / 'pip.log'
+    log.write_text('')
+    command = ['bash', 'tools/install.sh']
+    result = subprocess.run(
+        command, cwd=project, capture_output=True, text=True, env={'PATH': '/usr/bin:/bin', 'PYTHON': python}
+    )
+    return result.returncode, result.stdout + result.stderr, log.read_text().splitlines()
+
+
+def test_the_second_time_nothing_is_installed(project):
+    """All steps run once, in the order that mmcv needs; then none."""
+    code, printed, calls = install(project)
+    assert code == 0 and 'ready' in printed
+    order = ['torch.txt', 'openmmlab.txt', 'torchvision', 'mmcv==2.1.0', 'dev.txt', 'docs.txt', '-e .']
+    assert [next(word for word in order if word in call) for call in calls] == order
+    assert install(project) == (0, '', [])
+
+
+def test_an_interrupted_install_goes_on_where_it_stopped(project):
+    """What was done before a failed step is not done again, and the failure names its step."""
+    (project / 'fail').write_text('mmcv==')
+    code, printed, _ = install(project)
+    assert code == 1 and 'this step failed: Compiling mmcv' in printed
+    (project / 'fail').unlink()
+    code, _, calls = install(project)
+    assert code == 0
+    assert 'mmcv==2.1.0' in calls[0] and len(calls) == 4
+
+
+def test_a_changed_pin_repeats_its_step_and_what_builds_on_it(project):
+    """A new version in openmmlab.txt leaves torch alone."""
+    install(project)
+    with open(project / 'requirements/openmmlab.txt', 'a') as file:
+        file.write('another==1.0\n')
+    _, _, calls = install(project)
+    assert 'openmmlab.txt' in calls[0]
+
+
+def test_no_python(project):
+    """Without a Python in reach, one sentence says which ones were tried."""
+    code, printed, _ = install(project, python='python-that-is-not-there')
+    assert code == 1 and 'no Python 3.10 to 3.12' in printed

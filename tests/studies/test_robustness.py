@@ -1,0 +1,216 @@
+"""Tests of tools/robustness.py: its corruptions, its page on made-up results, and one small measurement."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+
+sys.path.append(str(ROOT / 'tools'))
+os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'
+
+import measurement  # noqa: E402
+import robustness  # noqa: E402
+import robustness_report  # noqa: E402
+import study  # noqa: E402
+
+CORRUPTIONS = ('clean', 'noise', 'blur', 'jpeg', 'contrast', 'occlusion', 'shot')
+NOTE = dict(
+    command='python tools/robustness.py', cores=6, jobs=3, seconds=120.0, cpu_seconds=300.0, versions={'torch': '9.9'}
+)
+
+
+@pytest.mark.parametrize('data', measurement.SEVERITIES)
+@pytest.mark.parametrize('corruption', CORRUPTIONS[1:])
+def test_corruptions_are_drawn_by_seed_and_number(data, corruption):
+    """The same seed gives the same image i, however many follow; every image is changed."""
+    shape = (1, 28, 28) if data == 'fashion-mnist' else (3, 64, 48)
+    images = torch.randint(40, 216, (6, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    severity = measurement.SEVERITIES[data][corruption]
+    before = images.clone()
+    corrupted = measurement.corrupt(images, corruption, severity, seed=3)
+    assert corrupted.shape == images.shape and corrupted.dtype == torch.uint8 and torch.equal(images, before)
+    assert (corrupted != images).flatten(1).any(1).all()
+    assert torch.equal(measurement.corrupt(images[:4], corruption, severity, seed=3), corrupted[:4])
+    if corruption in ('noise', 'occlusion', 'shot'):
+        assert not torch.equal(measurement.corrupt(images, corruption, severity, seed=4), corrupted)
+
+
+def test_corruptions_do_what_their_severity_says():
+    """By hand, on images of one grey value."""
+    grey = torch.full((20, 3, 50, 50), 120, dtype=torch.uint8)
+    noise = measurement.corrupt(grey, 'noise', 0.1, 0).float()
+    assert noise.mean() == pytest.approx(120, abs=0.5) and noise.std() == pytest.approx(25.5, rel=0.03)
+    assert (measurement.corrupt(grey, 'contrast', 0.3, 0) == 36).all()
+    occluded = measurement.corrupt(grey, 'occlusion', 0.4, 0)
+    assert ((occluded == 0).flatten(1).float().mean(1) - 0.16).abs().max() < 1e-6
+    assert torch.equal(measurement.corrupt(grey, 'clean', 0, 0), grey)
+
+
+def test_channels_keep_their_order():
+    """JPEG spares brightness: a blue image (BGR) stays blue."""
+    blue = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    blue[:, 0] = 200
+    corrupted = measurement.corrupt(blue, 'jpeg', 30, 0).float().mean((0, 2, 3))
+    assert corrupted[0] > 150 and corrupted[1:].max() < 60
+
+
+def made_up(gains, *, metric='top-1', latency=1.0, more=True):
+    """Returns one run: the model as trained has 80 on clean images and 40 on the others."""
+    base = {corruption: 80.0 if corruption == 'clean' else 40.0 for corruption in CORRUPTIONS}
+    methods = {'as trained': {}, 'schedule': {}, **gains}
+    table = {
+        corruption: {name: {metric: value + gain.get(corruption, 0.0)} for name, gain in methods.items()}
+        for corruption, value in base.items()
+    }
+    pair = {
+        c: {n: {metric: base[c] + 2.0} for n in ('all layers', 'BatchNorm', 'safe_fit')} for c in ('noise', 'clean')
+    }
+    run = dict(images=dict(source=9, target=8, test=7), picked='all layers', table=table, latency=latency)
+    if more:
+        skewed = {c: {n: pair[c][n] for n in ('all layers', 'BatchNorm')} for c in pair}
+        run |= dict(counts={'8': pair, '32': pair}, skewed=dict(images=5, scores=skewed))
+        run |= dict(elsewhere={'noise': pair})
+    return run
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Work dir of made-up measurements: a ViT and a ResNet with three seeds, SegFormer with two."""
+    good = {'noise': 25.0, 'blur': 9.0, 'clean': -0.2}
+    for seed in (2, 0, 1):
+        harm = {'entropy, 0.001': {'noise': -9.0 - seed}}
+        shift = {key: value + 0.1 * seed for key, value in good.items()}
+        write(tmp_path, 'vit', seed, made_up({'all layers': shift, **harm}))
+        norm = {'BatchNorm': {**good, 'blur': 10.0}}
+        write(tmp_path, 'resnet', seed, made_up({'all layers': good, **norm}, latency=1.05))
+    for seed in (0, 1):
+        fit = {'all layers': {'noise': 30.0, 'blur': 20.0 + seed}}
+        write(tmp_path, 'segformer', seed, made_up(fit, metric='mIoU', more=False))
+    (tmp_path / robustness.NOTE).write_text(json.dumps(NOTE))
+    return tmp_path
+
+
+def write(work_dir, name, seed, run):
+    """Writes a finished measurement."""
+    folder = work_dir / f'{name}/seed_{seed}'
+    folder.mkdir(parents=True)
+    (folder / measurement.RESULT).write_text(json.dumps(run))
+
+
+def test_goals_are_judged_by_what_was_measured(results):
+    read = robustness.read_results(results)
+    assert [result.seeds for result in read] == [[0, 1, 2], [0, 1, 2], [0, 1]]
+    judged = {goal.text: (goal.measured, goal.met) for goal in robustness_report.goals(read)}
+    assert judged == {
+        'noise, ViT: at least +20 top-1': ('+25.10 ± 0.10', True),
+        'noise, ResNet: at least +30 top-1': ('+25.00 ± 0.00', False),
+        'blur, ViT: at least +8 top-1': ('+9.10 ± 0.10', True),
+        'blur, ResNet: at least +8 top-1': ('+9.00 ± 0.00', True),
+        'noise, SegFormer MiT: at least 60 % of the lost mIoU recovered': ('75 ± 0.00 %', True),
+        'blur, SegFormer MiT: at least 60 % of the lost mIoU recovered': ('51 ± 1.77 %', False),
+        'fitted to clean images: every model within 0.5 on them': ('-0.20 at worst (ResNet)', True),
+        'latency, fused over baseline: every model within 0.02 of 1.00': ('1.050 at worst (ResNet)', False),
+        'ResNet: at least re-estimated BatchNorm in every column': ('-1.00 at worst (blur)', False),
+    }
+
+
+def test_the_page_and_the_picture(results, tmp_path, monkeypatch):
+    page = tmp_path / 'page.md'
+    page.write_text('before\n<!-- results: begin -->\nold\n<!-- results: end -->\nafter\n')
+    arguments = ['robustness.py', '--report', '--work-dir', str(results), '--out', str(page)]
+    monkeypatch.setattr(sys, 'argv', arguments)
+    monkeypatch.chdir(ROOT)
+    robustness.main()
+    text = page.read_text()
+    assert text.startswith('before\n') and text.endswith('after\n') and 'old' not in text
+    assert '5 of 9 goals are met' in text and text.count('**missed**') == 4
+    assert '| entropy, 0.001 | 7 | 0 | 6 | 1 | +0.00 (ViT, clean) | -10.00 (ViT, noise) |' in text
+    assert '**entropy, 0.001** helps nowhere by more than the noise of the seeds.' in text
+    assert '**all layers** ' not in text
+    assert '| all layers | -0.10 ± 0.10 | +25.10 ± 0.10 |' in text
+    assert '| BatchNorm | not applicable |' in text, 'on the ViT'
+    assert '| 32 | +2.0 ± 0.00 / +2.0 ± 0.00 |' in text and '| 5, skewed | ' in text
+    assert page.with_suffix('.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_no_measurement_is_said_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, 'argv', ['robustness.py', '--report', '--work-dir', str(tmp_path)])
+    with pytest.raises(SystemExit, match='robustness: .* holds no finished measurement'):
+        robustness.main()
+    monkeypatch.setattr(sys, 'argv', ['robustness.py', '--one', 'vit', '0', '--work-dir', str(tmp_path)])
+    with pytest.raises(SystemExit, match='robustness: .*vit/seed_0 has no trained baseline'):
+        robustness.main()
+
+
+def test_a_finished_measurement_is_not_made_again(tmp_path, monkeypatch):
+    """Trainings are asked for, with the same commands as by tools/study.py; the process is started once."""
+    trained, started = [], []
+
+    def train(folder, name, config, seed, overrides):
+        trained.append((name, Path(config).name, seed, overrides))
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / 'last_checkpoint').write_text('weights.pth')
+
+    def run(title, *command, log):
+        started.append(command)
+        (log.parent / measurement.RESULT).write_text('{}')
+
+    monkeypatch.setattr(study, 'train', train)
+    monkeypatch.setattr(robustness, 'run', run)
+    monkeypatch.chdir(ROOT)
+    folder = study.seed_folder(tmp_path, 'resnet', 4)
+    for _ in range(2):
+        robustness.run_seed(study.EXPERIMENTS['resnet'], 4, folder, ['a=1'])
+    expected = ('tools/robustness.py', '--one', 'resnet', '4', '--work-dir', str(tmp_path), '--cfg-options', 'a=1')
+    assert started == [expected]
+    more = ['a=1', 'load_from=weights.pth']
+    assert trained[:3] == [
+        ('baseline', 'resnet_fashion-mnist.py', 4, ['a=1']),
+        ('control', 'resnet_fashion-mnist_baseline-ft.py', 4, more),
+        ('noise-augmented', 'noise-augmented.py', 4, more),
+    ]
+    robustness.run_seed(study.EXPERIMENTS['reid'], 4, study.seed_folder(tmp_path, 'reid', 4), [])
+    assert [name for name, *_ in trained[6:]] == ['baseline'], 'beside classification nothing is fine-tuned'
+
+
+def test_one_measurement(tmp_path):
+    """In a folder that looks like a clone, on some of the shipped images, with an untrained baseline."""
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    for name in ('configs', 'tools', 'demo'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    cfg = Config.fromfile(ROOT / 'configs/demo/resnet_fashion-mnist.py')
+    init_default_scope('mmpretrain')
+    folder = tmp_path / 'work_dirs/study/resnet/seed_1'
+    for step in ('baseline', 'control', 'noise-augmented'):
+        (folder / step).mkdir(parents=True)
+        torch.save(MODELS.build(cfg.model).state_dict(), folder / step / 'weights.pth')
+        (folder / step / 'last_checkpoint').write_text(str(folder / step / 'weights.pth'))
+    (folder / 'baseline.json').write_text('{}')
+
+    def tool(name, *arguments):
+        command = [sys.executable, f'tools/{name}.py', *arguments]
+        environment = {**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1'}
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    tool('prepare_fashion_mnist', '--source', 'demo/fashion-mnist')
+    small = ['train_dataloader.dataset.indices=80', 'test_dataloader.dataset.indices=25']
+    tool('robustness', '--one', 'resnet', '1', '--cfg-options', *small)
+    result = json.loads((folder / measurement.RESULT).read_text())
+    assert result['images'] == dict(source=40, target=40, test=25) and list(result['table']) == list(CORRUPTIONS)
+    methods = {'as trained', 'schedule', 'fine-tuned', 'fine-tuned on noise', 'mean', 'diagonal', 'BatchNorm'}
+    methods |= {'all layers', 'early half', 'first layer', 'entropy, 0.001', 'entropy, 0.0001'}
+    values = [value for scores in result['table'].values() for value in scores.values()]
+    assert set(result['table']['blur']) == methods and all(0 <= value['top-1'] <= 100 for value in values)
+    assert list(result['counts']) == ['8', '32'] and result['picked'] == 'early half'
+    assert result['counts']['8']['noise']['safe_fit'] == result['counts']['8']['noise']['first layer']
+    assert set(result['elsewhere']) == {'noise', 'half noise, half clean'}
+    assert 0.5 < result['latency'] < 2 and 0 < result['skewed']['images'] < 40

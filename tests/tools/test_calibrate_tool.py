@@ -1,0 +1,447 @@
+"""tools/calibrate.py as a user meets it: every kind of model, every mode, bad input."""
+
+import gzip
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
+
+import mmdenoiserep  # noqa: F401
+from helpers import ROOT, randomise
+from mmdenoiserep.apis.images import Unlabelled
+from mmdenoiserep.core import CheckpointError, Moments, fingerprint, load_moments, safe_fit, save_moments
+from mmdenoiserep.core.files.checkpoint import STAMP
+
+DEMO = ROOT / 'configs/demo'
+sys.path.insert(0, str(ROOT / 'tools'))
+
+import calibrate  # noqa: E402
+import calibration  # noqa: E402
+import fuse_checkpoint  # noqa: E402
+import make_reid  # noqa: E402
+import make_scenes  # noqa: E402
+from launch import launch  # noqa: E402
+
+CONFIGS = [
+    'vit_fashion-mnist',
+    'swin_fashion-mnist',
+    'resnet_fashion-mnist',
+    'vmamba_fashion-mnist',
+    'mask-rcnn_swin_scenes',
+    'segformer_mit_scenes',
+    'vit_fashion-reid',
+]
+
+
+def call(module, *args):
+    """Runs a tool in this process."""
+    given, sys.argv = sys.argv, [f'{module.__name__}.py', *map(str, args)]
+    try:
+        launch(module.main)
+    finally:
+        sys.argv = given
+
+
+def sentence(*args):
+    """Returns the sentence with which the tool refuses."""
+    with pytest.raises(SystemExit) as stopped:
+        call(calibrate, *args)
+    assert isinstance(stopped.value.code, str), 'it ends with a sentence'
+    return stopped.value.code
+
+
+def write_articles(folder, images, split):
+    """Writes grey images, (N, 28, 28), as Fashion-MNIST's files, with labels in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = dict(train='train', test='t10k')[split]
+    count = len(images).to_bytes(4, 'big')
+    side = (28).to_bytes(4, 'big')
+    (folder / f'{prefix}-images-idx3-ubyte').write_bytes(b'\0\0\x08\x03' + count + side + side + images.tobytes())
+    labels = (np.arange(len(images)) % 10).astype(np.uint8)
+    (folder / f'{prefix}-labels-idx1-ubyte').write_bytes(b'\0\0\x08\x01' + count + labels.tobytes())
+
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory):
+    """A folder with the data of all small configs; the images to run on are darker and noisy."""
+    root = tmp_path_factory.mktemp('calibrate')
+    start = Path.cwd()
+    os.chdir(root)
+    try:
+        data = root / 'work_dirs'
+        idx = gzip.decompress((ROOT / 'demo/fashion-mnist/t10k-images-idx3-ubyte.gz').read_bytes())
+        articles = np.frombuffer(idx, np.uint8, offset=16).reshape(-1, 28, 28)[:160]
+        noise = np.random.default_rng(0).normal(0, 40, articles.shape)
+        write_articles(data / 'fashion-mnist', articles[:100], 'train')
+        write_articles(data / 'fashion-mnist', (articles * 0.8 + noise).clip(0, 255).astype(np.uint8)[100:], 'test')
+        source = ['--source', ROOT / 'demo/fashion-mnist']
+        call(make_scenes, data / 'scenes', '--train', 24, '--val', 12, *source)
+        call(make_reid, data / 'fashion-reid', '--ids', 6, '--test-ids', 4, *source)
+        for folder in (data / 'scenes/images/validation', data / 'fashion-reid/query'):
+            for i, path in enumerate(sorted(folder.iterdir())):
+                image = cv2.imread(str(path))
+                spoiled = image * 0.8 + np.random.default_rng(i).normal(0, 40, image.shape)
+                cv2.imwrite(str(path), spoiled.clip(0, 255).astype(np.uint8))
+    finally:
+        os.chdir(start)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def in_work(work, monkeypatch):
+    monkeypatch.chdir(work)
+
+
+def build(name):
+    """Returns the model of a small config."""
+    cfg = Config.fromfile(DEMO / f'{name}.py')
+    init_default_scope(cfg.default_scope)
+    if 'data_preprocessor' in cfg:
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    return MODELS.build(cfg.model).eval()
+
+
+def checkpoint(name):
+    """Returns the path of a vanilla checkpoint with random weights and statistics, written once."""
+    path = Path(f'{name}.pth').absolute()
+    if not path.exists():
+        torch.manual_seed(0)
+        model = randomise(build(name))
+        for module in model.modules():  # trained ones are not zero, and not one
+            if isinstance(module, torch.nn.LayerNorm):
+                torch.nn.init.normal_(module.weight, 1, 0.2)
+                torch.nn.init.normal_(module.bias, 0, 0.2)
+        meta = dict(epoch=3, note='kept')
+        torch.save(dict(meta=meta, state_dict=model.state_dict(), optimizer=dict(lr=1.0)), path)
+    return path
+
+
+def source(name):
+    """Returns the path of the moments of the training images, gathered once."""
+    path = Path(f'{name}_source.pth').absolute()
+    if not path.exists():
+        call(calibrate, DEMO / f'{name}.py', checkpoint(name), path, '--mode', 'moments', '--every', 1)
+    return path
+
+
+def fit(name, output, *args):
+    """Fits a model to its test images and returns the path of the file."""
+    config, files = DEMO / f'{name}.py', (checkpoint(name), output)
+    call(calibrate, config, *files, '--mode', 'domain', '--source', source(name), '--verify', *args)
+    return output
+
+
+def state_of(path):
+    return torch.load(path, weights_only=True)['state_dict']
+
+
+# Every kind of model
+
+
+def test_a_model_whose_state_dict_leaves_weights_out_is_refused(tmp_path):
+    """What is fitted to the weights behind LoRA would not be in the file."""
+    cfg = Config.fromfile(DEMO / 'vit_fashion-mnist.py')
+    lora = dict(type='LoRAModel', module=cfg.model.backbone, alpha=1, rank=2, targets=[dict(type='qkv')])
+    cfg.merge_from_dict(dict(model=dict(backbone=dict(_delete_=True, **lora))))
+    cfg.dump(tmp_path / 'lora.py')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(cfg.model)
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'lora.pth')
+    text = sentence(tmp_path / 'lora.py', tmp_path / 'lora.pth', tmp_path / 'out.pth', '--mode', 'moments')
+    assert 'LoRA' in text and not (tmp_path / 'out.pth').exists()
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_domain_fit_brings_the_first_features_home_in_the_unchanged_config(name, tmp_path, capsys):
+    output = fit(name, tmp_path / 'fitted.pth', '--layers', 'all', '--fit', 'full', '--every', 1, '--prior', 0)
+    shown = capsys.readouterr().out
+    assert 'takes exactly these weights' in shown and 'TOO LARGE' not in shown and 'in 1 pass' in shown
+    assert output.with_suffix('.png').stat().st_size > 10_000
+    before, after = (torch.load(path, weights_only=path == output) for path in (checkpoint(name), output))
+    assert after.keys() == {'meta', 'state_dict'} and after['meta']['note'] == 'kept'
+    assert after['meta'][STAMP]['mode'] == 'domain' and after['meta'][STAMP]['fused']
+    assert [(k, v.shape, v.dtype) for k, v in before['state_dict'].items()] == [
+        (k, v.shape, v.dtype) for k, v in after['state_dict'].items()
+    ]
+    heads = [key for key in after['state_dict'] if not key.startswith('backbone.')]
+    assert heads and all(torch.equal(before['state_dict'][key], after['state_dict'][key]) for key in heads)
+
+    # The first layer, a convolution, must give the moments of the training domain on the images it was fitted to.
+    model = build(name)
+    model.load_state_dict(after['state_dict'])
+    first, stem = next((n, m) for n, m in model.backbone.named_modules() if isinstance(m, torch.nn.Conv2d))
+    seen, (training, _) = [], load_moments(source(name))
+    stem.register_forward_hook(lambda layer, args, out: seen.append(out.detach().transpose(0, 1).flatten(1)[None]))
+    cfg = Config.fromfile(DEMO / f'{name}.py')
+    for batch in calibration.Batches(model, Unlabelled(cfg, 'test'), 32):
+        with torch.no_grad():
+            model.backbone(batch)
+    fitted = Moments.of(torch.cat(seen, -1))
+    if stem.bias is not None:  # otherwise the norm behind it holds the constant
+        assert relative_distance(fitted.mean, training[first].mean) < 1e-3
+    assert relative_distance(fitted.covariance, training[first].covariance) < 0.05  # the ridge is 1 % of it
+
+
+def relative_distance(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def test_one_pass_and_a_pass_for_each_layer_come_to_the_same(tmp_path, capsys):
+    options = ['--layers', 'early', '--fit', 'full', '--every', 1]
+    once = state_of(fit('resnet_fashion-mnist', tmp_path / 'once.pth', *options))
+    assert 'in 1 pass' in capsys.readouterr().out
+    often = state_of(fit('resnet_fashion-mnist', tmp_path / 'often.pth', *options, '--memory', 0, '--batch-size', 7))
+    assert 'in 8 passes' in capsys.readouterr().out
+    for key, value in once.items():
+        torch.testing.assert_close(often[key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_folder_gives_what_the_data_set_gives(tmp_path):
+    config, weights = DEMO / 'mask-rcnn_swin_scenes.py', checkpoint('mask-rcnn_swin_scenes')
+    folder = ['--images', 'work_dirs/scenes/images/training', '--mode', 'moments', '--every', 1]
+    call(calibrate, config, weights, tmp_path / 'folder.pth', *folder)
+    expected, about = load_moments(source('mask-rcnn_swin_scenes'))
+    actual, _ = load_moments(tmp_path / 'folder.pth')
+    assert about['images'] == 24 and actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(actual[name].second_moment, expected[name].second_moment, rtol=1e-5, atol=1e-6)
+
+
+def test_a_folder_of_grey_images_for_a_grey_model(tmp_path):
+    for i in range(3):
+        cv2.imwrite(str(tmp_path / f'{i}.png'), np.random.default_rng(i).integers(0, 255, (28, 28), np.uint8))
+    out = fit('vit_fashion-mnist', tmp_path / 'grey.pth', '--images', tmp_path)
+    assert not torch.equal(
+        *(state_of(p)['backbone.patch_embed.projection.weight'] for p in (out, checkpoint('vit_fashion-mnist')))
+    )
+
+
+def test_images_of_different_sizes_take_a_pass_for_each_layer(tmp_path, capsys):
+    for i in range(4):
+        image = np.random.default_rng(i).integers(0, 255, (64 + 32 * (i % 2), 96, 3), np.uint8)
+        cv2.imwrite(str(tmp_path / f'{i}.png'), image)
+    fit('mask-rcnn_swin_scenes', tmp_path / 'out.pth', '--images', tmp_path, '--layers', 'early', '--fit', 'mean')
+    assert 'on 4 images in 18 passes' in capsys.readouterr().out
+
+
+# Schedule mode
+
+
+def test_schedule_mode_writes_a_denoised_checkpoint_that_fuses(tmp_path, capsys):
+    name, output = 'vit_fashion-mnist', tmp_path / 'denoised.pth'
+    config = DEMO / f'{name}_denoiserep.py'
+    call(calibrate, config, checkpoint(name), output, '--mode', 'schedule', '--verify')
+    shown = capsys.readouterr().out
+    rows = [line.split() for line in shown.splitlines() if line.startswith(('patch_embed', 'layers.'))]
+    rows = [row for row in rows if len(row) == 7]
+    losses = [[float(value) for value in row[-3:]] for row in rows]
+    assert len(rows) == 17 and all(1.01 > start >= loss >= optimum > 0 for start, loss, optimum in losses)
+    assert sum(start for start, *_ in losses) > sum(loss for _, loss, _ in losses) > sum(low for *_, low in losses)
+    state = state_of(output)
+    assert any(value.any() for key, value in state.items() if '.denoiser.' in key)
+    vanilla = state_of(checkpoint(name))
+    assert all(torch.equal(state[key], value) for key, value in vanilla.items())
+    call(fuse_checkpoint, output, tmp_path / 'fused.pth', '--verify', config)
+    assert state_of(tmp_path / 'fused.pth').keys() == vanilla.keys()
+    call(calibrate, config, checkpoint(name), tmp_path / 'prior.pth', '--mode', 'schedule', '--prior', 1000)
+    assert any(not torch.equal(state[key], value) for key, value in state_of(tmp_path / 'prior.pth').items())
+    assert 'fused already' in sentence(config, tmp_path / 'fused.pth', tmp_path / 'no.pth', '--mode', 'schedule')
+
+
+def test_a_domain_fit_folds_denoisers_first(tmp_path, capsys):
+    name, denoised = 'vit_fashion-mnist', tmp_path / 'denoised.pth'
+    config = DEMO / f'{name}_denoiserep.py'
+    call(calibrate, config, checkpoint(name), denoised, '--mode', 'schedule')
+    call(calibrate, config, denoised, tmp_path / 'moments.pth', '--mode', 'moments')
+    call(calibrate, config, denoised, tmp_path / 'out.pth', '--mode', 'domain', '--source', tmp_path / 'moments.pth')
+    assert state_of(tmp_path / 'out.pth').keys() == state_of(checkpoint(name)).keys()
+
+
+# Safe by default
+
+
+def test_layers_that_the_first_image_does_not_reach_have_no_flow():
+    layer = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    assert calibration.measure_flows(layer, ['0'], torch.ones(1, 3)) == [
+        calibration.Flow(3, 1, 12),
+        calibration.Flow(2, 1, 8),
+    ]
+    assert calibration.choose_every([], 100) == 16 and calibration.fits_memory([], 100, 0.0)
+
+
+def test_what_is_safe_depends_on_the_images():
+    layers = ['a', 'b', 'c']
+    first = dict(layers=('a',), fit='covariance', rank=None, prior=16.0)
+    assert safe_fit(layers, 100_000) == first == safe_fit(layers, 31, representative=True)
+    assert safe_fit(layers, 32, True) == dict(layers=('a', 'b'), fit='full', rank=None, prior=16.0)
+    assert safe_fit(layers, 511, True)['layers'] == ('a', 'b')
+    assert safe_fit(layers, 512, True) == dict(layers=('a', 'b', 'c'), fit='full', rank=64, prior=0.0)
+
+
+def test_only_the_first_layer_changes_unless_the_images_are_representative(tmp_path, capsys):
+    name = 'vit_fashion-mnist'
+    before = state_of(checkpoint(name))
+
+    def changed(path):
+        return {key.rpartition('.')[0] for key, value in state_of(path).items() if not torch.equal(value, before[key])}
+
+    assert changed(fit(name, tmp_path / 'safe.pth')) == {'backbone.patch_embed.projection'}
+    early = changed(fit(name, tmp_path / 'early.pth', '--representative'))
+    assert len(early) == 9 and 'backbone.layers.3.ffn.layers.1' not in early
+    assert 'warning' not in capsys.readouterr().out
+
+
+def test_warnings(tmp_path, capsys):
+    fit('vit_fashion-mnist', tmp_path / 'all.pth', '--layers', 'all', '--fit', 'full')
+    assert 'warning: 60 images are few for 17 layers (from 512 on)' in capsys.readouterr().out
+    (tmp_path / 'other').mkdir()
+    for i in range(20):
+        image = np.full((28, 28), 250, np.uint8) - (np.indices((28, 28)).sum(0) == i)
+        cv2.imwrite(str(tmp_path / f'other/{i}.png'), image)
+    other = ['--images', tmp_path / 'other', '--mode', 'domain', '--source', source('vit_fashion-mnist')]
+    args = [DEMO / 'vit_fashion-mnist.py', checkpoint('vit_fashion-mnist'), tmp_path / 'other.pth', *other]
+    assert 'which looks like another data set' in sentence(*args)
+    assert not (tmp_path / 'other.pth').exists()
+    call(calibrate, *args, '--layers', 'first')
+    assert 'look like another data set altogether' in capsys.readouterr().out
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    args = ['--mode', 'domain', '--source', source('vit_fashion-mnist'), '--dry-run']
+    call(calibrate, DEMO / 'vit_fashion-mnist.py', checkpoint('vit_fashion-mnist'), tmp_path / 'no.pth', *args)
+    shown = capsys.readouterr().out
+    assert 'patch_embed.projection' in shown and 'nothing was written' in shown
+    assert not list(tmp_path.iterdir())
+
+
+# Bad input
+
+
+def test_files_that_do_not_belong_together(tmp_path):
+    name = 'vit_fashion-mnist'
+    config, weights, out = DEMO / f'{name}.py', checkpoint(name), tmp_path / 'no.pth'
+    domain = ['--mode', 'domain', '--source']
+    other = torch.load(weights, weights_only=True)
+    other['state_dict']['backbone.ln1.weight'] += 1
+    torch.save(other, tmp_path / 'other.pth')
+    assert 'gathered with other weights' in sentence(config, tmp_path / 'other.pth', out, *domain, source(name))
+    assert 'holds no moments' in sentence(config, weights, out, *domain, weights)
+    assert 'does not exist' in sentence(config, weights, out, *domain, 'nowhere.pth')
+    assert 'does not exist' in sentence(config, 'nowhere.pth', out, *domain, source(name))
+    assert 'does not fit the vanilla model' in sentence(
+        config, checkpoint('swin_fashion-mnist'), out, *domain, source(name)
+    )
+    assert 'no DenoiseRepBackbone' in sentence(config, weights, out, '--mode', 'schedule')
+    assert 'is the input itself' in sentence(config, weights, weights, '--mode', 'moments', '--overwrite')
+    assert 'exists' in sentence(config, weights, source(name), '--mode', 'moments')
+    assert 'is not a folder' in sentence(config, weights, out, '--mode', 'moments', '--images', 'nowhere')
+    (tmp_path / 'broken.png').write_bytes(b'no picture')
+    assert 'broken.png cannot be read' in sentence(config, weights, out, '--mode', 'moments', '--images', tmp_path)
+    assert 'train_dataloader cannot be read' in sentence(
+        config, weights, out, '--mode', 'moments', '--cfg-options', 'train_dataloader.dataset.data_root=nowhere'
+    )
+    assert not out.exists() and not out.with_suffix('.png').exists()
+
+
+@pytest.mark.parametrize(
+    'args',
+    [
+        ['c.pth', '--mode', 'domain'],
+        ['c.pth', '--mode', 'domain', '--source', 'x/../c.pth'],
+        ['c.pth', '--mode', 'moments', '--source', 'x'],
+        ['c.pth', '--mode', 'moments', '--verify'],
+        ['c.pth', '--mode', 'moments', '--num-images', '0'],
+        ['c.pth', '--mode', 'schedule', '--representative'],
+        ['c.pth', '--mode', 'schedule', '--memory', '0'],
+        ['c.pth', '--mode', 'schedule', '--rank', '0'],
+        ['c.pth', '--mode', 'domain', '--source', 'x', '--fit', 'mean', '--rank', '4'],
+        ['c.png', '--mode', 'schedule'],
+        ['c.pth', '--mode', 'schedule', '--plot', 'c.pth'],
+        ['.', '--mode', 'schedule'],
+        ['c.pth'],
+    ],
+)
+def test_arguments_that_make_no_sense(args, capsys):
+    """Among them options that the mode would ignore, and two files under one name."""
+    with pytest.raises(SystemExit) as stopped:
+        call(calibrate, 'a.py', 'b.pth', *args)
+    assert stopped.value.code == 2 and 'usage' in capsys.readouterr().err
+
+
+# Files of moments
+
+
+def test_moments_come_back_from_their_file(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    moments = {f'{g}': Moments.of(torch.randn(g, 5, 40, generator=generator) + 3) for g in (1, 3)}
+    save_moments(moments, tmp_path / 'm.pth', dict(images=40))
+    loaded, meta = load_moments(tmp_path / 'm.pth')
+    assert meta == dict(images=40) and loaded.keys() == moments.keys()
+    for name, seen in moments.items():
+        assert loaded[name].count == 40
+        torch.testing.assert_close(loaded[name].mean, seen.mean)
+        torch.testing.assert_close(loaded[name].covariance, seen.covariance, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [dict(mean=torch.zeros(1, 4)), dict(covariance=None), dict(count=0 / torch.zeros(())), dict(count=-5)],
+)
+def test_damaged_files_of_moments_are_refused(change, tmp_path):
+    save_moments({'fc': Moments.of(torch.randn(1, 5, 40))}, tmp_path / 'm.pth', {})
+    content = torch.load(tmp_path / 'm.pth', weights_only=True)
+    content['moments']['fc'] |= change
+    torch.save(content, tmp_path / 'm.pth')
+    with pytest.raises(CheckpointError, match='no usable moments of fc'):
+        load_moments(tmp_path / 'm.pth')
+
+
+def test_a_fingerprint_knows_names_and_values():
+    state = dict(a=torch.ones(3), b=torch.zeros((), dtype=torch.int64), c=torch.ones(2, dtype=torch.bfloat16))
+    assert fingerprint(state) == fingerprint(dict(reversed(state.items())))
+    changed = [
+        state | dict(a=torch.tensor([1.0, 1.0, 1.0000001])),
+        state | dict(d=torch.ones(1)),
+        dict(list(state.items())[1:]),
+    ]
+    assert len({fingerprint(s) for s in [state, *changed]}) == 4
+    assert fingerprint(state | {'head._extra_state': dict(scale=2)}) == fingerprint(state)
+
+
+# Several processes
+
+
+def test_two_processes_gather_what_one_does(tmp_path):
+    name = 'vit_fashion-mnist'
+    args = [DEMO / f'{name}.py', checkpoint(name), tmp_path / 'two.pth', '--mode', 'moments', '--every', 1]
+    launch = [
+        sys.executable,
+        '-W',
+        'ignore',
+        '-m',
+        'torch.distributed.run',
+        '--nproc-per-node=2',
+        '--master-port=29577',
+    ]
+    result = subprocess.run(
+        [*launch, str(ROOT / 'tools/calibrate.py'), *map(str, args), '--launcher', 'pytorch', '--device', 'cpu'],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''},
+        timeout=300,
+    )
+    assert result.stdout.count('moments of') == 1, 'one process prints'
+    two, about = load_moments(tmp_path / 'two.pth')
+    one, _ = load_moments(source(name))
+    assert about['images'] == 100
+    for layer in one:
+        assert two[layer].count == one[layer].count
+        torch.testing.assert_close(two[layer].covariance, one[layer].covariance, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,149 @@
+"""Tests of tools/prepare_fashion_mnist.py."""
+
+import gzip
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmpretrain.datasets import FashionMNIST
+from helpers import ROOT
+
+TOOL = ROOT / 'tools/prepare_fashion_mnist.py'
+SHIPPED = ROOT / 'demo/fashion-mnist'
+PARTS = 'images-idx3', 'labels-idx1'
+
+
+def run_tool(*arguments):
+    """Runs the tool and returns the finished process."""
+    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=60)
+
+
+def read(out, split):
+    """Reads a split as mmpretrain does: images (N, 28, 28) and labels (N,)."""
+    data = FashionMNIST(data_root=str(out), split=split, test_mode=split == 'test', download=False)
+    items = [data[i] for i in range(len(data))]
+    return np.stack([item['img'] for item in items]), np.array([item['gt_label'] for item in items])
+
+
+def write_split(folder, split, images, labels):
+    """Writes gzipped idx files as Fashion-MNIST is distributed."""
+    folder.mkdir(exist_ok=True)
+    for part, array in zip(PARTS, (images, labels), strict=True):
+        header = bytes([0, 0, 8, array.ndim]) + b''.join(size.to_bytes(4, 'big') for size in array.shape)
+        (folder / f'{split}-{part}-ubyte.gz').write_bytes(gzip.compress(header + array.tobytes()))
+
+
+def random_split(count, seed):
+    """Makes noisy images, with the labels in turn."""
+    images = np.random.default_rng(seed).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+    return images, np.arange(count, dtype=np.uint8) % 10
+
+
+@pytest.fixture
+def both_splits(tmp_path):
+    """A source in the layout of Debian's package, 30 training and 20 test images."""
+    write_split(tmp_path / 'source', 'train', *random_split(30, 0))
+    write_split(tmp_path / 'source', 't10k', *random_split(20, 1))
+    return tmp_path / 'source'
+
+
+def test_a_source_with_both_splits_is_taken_as_it_is(both_splits, tmp_path):
+    done = run_tool(tmp_path / 'new/out', '--source', both_splits)
+    assert done.returncode == 0, done.stderr
+    assert 'train: 30 images, 3 to 3 of each of 10 classes' in done.stdout
+    assert 't10k: 20 images, 2 to 2 of each of 10 classes' in done.stdout
+    assert str(both_splits) in done.stdout
+    for split, (images, labels) in {'train': random_split(30, 0), 'test': random_split(20, 1)}.items():
+        read_images, read_labels = read(tmp_path / 'new/out', split)
+        assert (read_images == images).all() and (read_labels == labels).all()
+    assert [path.name for path in (tmp_path / 'new').iterdir()] == ['out'], 'nothing temporary stays'
+    assert len(list((tmp_path / 'new/out').iterdir())) == 4
+
+
+def test_the_shipped_images_are_divided(tmp_path):
+    done = run_tool(tmp_path / 'out', '--source', SHIPPED)
+    assert done.returncode == 0, done.stderr
+    assert 'train: 8000 images, 776 to 827 of each' in done.stdout
+    assert 't10k: 2000 images, 173 to 224 of each' in done.stdout
+    (train, train_labels), (test, test_labels) = read(tmp_path / 'out', 'train'), read(tmp_path / 'out', 'test')
+    whole = gzip.decompress((SHIPPED / 't10k-images-idx3-ubyte.gz').read_bytes())[16:]
+    assert train.tobytes() + test.tobytes() == whole
+    labels = gzip.decompress((SHIPPED / 't10k-labels-idx1-ubyte.gz').read_bytes())[8:]
+    assert bytes([*train_labels, *test_labels]) == labels
+
+
+def test_overwrite(both_splits, tmp_path):
+    out = tmp_path / 'out'
+    out.mkdir()
+    (out / 'train-images-idx3-ubyte').write_text('old')
+    done = run_tool(out, '--source', both_splits)
+    assert done.returncode == 1 and 'not empty' in done.stderr
+    assert (out / 'train-images-idx3-ubyte').read_text() == 'old'
+    assert run_tool(out, '--source', both_splits, '--overwrite').returncode == 0
+    assert len(read(out, 'train')[0]) == 30
+    (out / 'thesis.txt').write_text('precious')
+    done = run_tool(out, '--source', both_splits, '--overwrite')
+    assert done.returncode == 1 and 'holds thesis.txt' in done.stderr
+    assert (out / 'thesis.txt').read_text() == 'precious'
+
+
+def without_labels(source):
+    (source / 'train-labels-idx1-ubyte.gz').unlink()
+
+
+def without_everything(source):
+    for path in source.iterdir():
+        path.unlink()
+
+
+def truncated(source):
+    path = source / 't10k-images-idx3-ubyte.gz'
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def fewer_labels(source):
+    images, labels = random_split(30, 0)
+    write_split(source, 'train', images, labels[:29])
+
+
+def eleven_classes(source):
+    images, labels = random_split(20, 1)
+    write_split(source, 't10k', images, np.minimum(labels + 2, 10).astype(np.uint8))
+
+
+def no_bags(source):
+    images, labels = random_split(30, 0)
+    write_split(source, 'train', images[labels != 8], labels[labels != 8])
+
+
+def too_few_to_divide(source):
+    for path in source.glob('train-*'):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'message'),
+    [
+        (without_labels, 'train-labels-idx1-ubyte.gz is missing'),
+        (without_everything, 't10k-images-idx3-ubyte.gz is missing'),
+        (truncated, 't10k-images-idx3-ubyte.gz cannot be read'),
+        (fewer_labels, 'do not belong together'),
+        (eleven_classes, 'do not belong together'),
+        (no_bags, 'the train split of'),
+        (too_few_to_divide, 'the t10k split of'),
+    ],
+)
+def test_bad_sources(both_splits, tmp_path, spoil, message):
+    spoil(both_splits)
+    done = run_tool(tmp_path / 'out', '--source', both_splits)
+    assert done.returncode == 1
+    assert done.stderr.startswith('prepare_fashion_mnist: ') and message in done.stderr
+    assert done.stderr.count('\n') == 1
+    assert [path.name for path in tmp_path.iterdir()] == ['source'], 'nothing is left behind'
+
+
+def test_help():
+    done = run_tool('--help')
+    assert done.returncode == 0 and '--source' in done.stdout

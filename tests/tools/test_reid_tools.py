@@ -1,0 +1,452 @@
+"""The tools around re-identification: the picture of the matches, and features of a folder of images."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from mmengine.config import Config
+from mmengine.evaluator import Evaluator
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmpretrain.datasets import BaseDataset
+
+from helpers import ROOT, randomise
+from mmdenoiserep import fuse_checkpoint
+
+sys.path.append(str(ROOT / 'tools'))
+
+import draw_matches  # noqa: E402
+import extract_features  # noqa: E402
+import outputs  # noqa: E402
+from launch import launch  # noqa: E402
+
+MEAN, STD = [90.0, 100.0, 110.0], [50.0, 60.0, 70.0]
+CONFIG = f"""
+default_scope = 'mmpretrain'
+custom_imports = dict(
+    imports=['mmdenoiserep', 'mmdenoiserep.tasks.reid', 'mmdenoiserep.evaluation.reid_metric'], allow_failed_imports=False)
+data_preprocessor = dict(mean={MEAN}, std={STD}, to_rgb=True)
+backbone = dict(type='VisionTransformer', img_size=(32, 16), patch_size=8, out_type='cls_token',
+                arch=dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64))
+model = dict(type='ImageClassifier', backbone=backbone, head=dict(type='BNNeckReIDHead', num_classes=3, in_channels=32))
+meta_keys = ('sample_idx', 'img_path', 'pid', 'camid', 'is_query')
+pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(16, 32)),
+            dict(type='PackInputs', meta_keys=meta_keys)]
+test_dataloader = dict(dataset=dict(type='Strips', data_root='strips', pipeline=pipeline))
+test_evaluator = dict(type='ReIDMetric', matches_file='matches.json', num_matches=4)
+"""
+DENOISED = """
+_base_ = './config.py'
+model = dict(backbone=dict(_delete_=True, type='DenoiseRepBackbone', backbone=_base_.backbone, targets='mlp'))
+"""
+QUERIES = 6
+
+
+@DATASETS.register_module()
+class Strips(BaseDataset):
+    """Named by identity and camera; the first images are queries. With ``loaded`` it brings ``img`` itself."""
+
+    def __init__(self, loaded=False, **kwargs):
+        self.loaded = loaded
+        super().__init__(ann_file='', test_mode=True, **kwargs)
+
+    def load_data_list(self):
+        samples = []
+        for i, path in enumerate(sorted(Path(self.data_root).glob('*.png'))):
+            _, pid, camid = map(int, path.stem.split('_'))
+            samples.append(dict(img_path=str(path), pid=pid, camid=camid, is_query=i < QUERIES))
+        return samples
+
+    def prepare_data(self, idx):
+        sample = self.get_data_info(idx)
+        if self.loaded:
+            sample['img'] = cv2.imread(sample['img_path'])
+        return self.pipeline(sample)
+
+
+def main(tool, *args):
+    """Runs a tool in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', [f'tools/{tool.__name__}.py', *map(str, args)])
+        launch(tool.main)
+
+
+def sentence(tool, *args):
+    """Runs a tool on bad input and returns the one line that it must end with."""
+    with pytest.raises(SystemExit) as error:
+        main(tool, *args)
+    text = error.value.code
+    assert isinstance(text, str) and '\n' not in text and text.startswith(f'{tool.__name__}: '), text
+    return text.partition(': ')[2]
+
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory):
+    """A folder with images, both configs, random weights with and without denoisers, and a file of matches."""
+    folder = tmp_path_factory.mktemp('reid')
+    generator = np.random.default_rng(0)
+    (folder / 'strips').mkdir()
+    for i in range(QUERIES + 14):
+        pid = i % 3 + 1
+        image = generator.integers(0, 200, (24 + i, 12, 3), dtype=np.uint8)
+        image[:, :, pid - 1] += 25  # BGR: identity 1 is a little blue, so it is found better than by chance
+        assert cv2.imwrite(str(folder / f'strips/{i:02d}_{pid}_{i // 3 % 2}.png'), image)
+    (folder / 'config.py').write_text(CONFIG)
+    (folder / 'denoised.py').write_text(DENOISED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ('config', 'denoised'):
+            torch.manual_seed(0)
+            model = randomise(build(f'{name}.py'))
+            torch.save(dict(meta={}, state_dict=model.state_dict()), f'{name}.pth')
+        write_matches()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_work(work, monkeypatch):
+    """Lets every test run in that folder."""
+    monkeypatch.chdir(work)
+    init_default_scope('mmpretrain')
+
+
+def build(config):
+    """Builds the model of a config as a runner does."""
+    cfg = Config.fromfile(config)
+    init_default_scope('mmpretrain')
+    return MODELS.build(dict(cfg.model, data_preprocessor=cfg.data_preprocessor)).eval()
+
+
+def write_matches():
+    """Evaluates the vanilla model."""
+    cfg = Config.fromfile('config.py')
+    model = build('config.py')
+    model.load_state_dict(torch.load('config.pth')['state_dict'])
+    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    evaluator = Evaluator(cfg.test_evaluator)
+    for i in range(len(dataset)):
+        with torch.no_grad():
+            evaluator.process(model.test_step({key: [value] for key, value in dataset[i].items()}))
+    evaluator.evaluate(len(dataset))
+
+
+# The picture
+
+
+def drawn(monkeypatch, *args):
+    """Draws, and returns the rows of the figure, each the axes with an image."""
+    figures = []
+    draw = draw_matches.draw
+    monkeypatch.setattr(draw_matches, 'draw', lambda *given: figures.append(draw(*given)) or figures[-1])
+    main(draw_matches, 'config.py', 'matches.json', 'out.png', '--overwrite', *args)
+    axes = figures[0].axes
+    columns = axes[0].get_gridspec().ncols
+    rows = [axes[i : i + columns] for i in range(0, len(axes), columns)]
+    return [[cell for cell in row if cell.images] for row in rows]
+
+
+def test_the_picture(monkeypatch):
+    """The query in grey, right matches in green, wrong ones in red, with the figures of the file below the images."""
+    entries = json.loads(Path('matches.json').read_text())
+    rows = drawn(monkeypatch, '--queries', '6')
+    assert len(rows) == len(entries) == 6
+    colours = set()
+    for row, entry in zip(rows, entries, strict=True):
+        assert len(row) == 1 + len(entry['matches']) == 5
+        for axes, image in zip(row, [entry, *entry['matches']], strict=True):
+            expected = draw_matches.GREY
+            if 'correct' in image:
+                expected = draw_matches.GREEN if image['pid'] == entry['pid'] else draw_matches.RED
+            assert {to_hex(spine.get_edgecolor()) for spine in axes.spines.values()} == {to_hex(expected)}
+            colours.add(expected)
+            assert np.array_equal(axes.images[0].get_array(), cv2.imread(image['img_path'])[..., ::-1])
+            figure = f'{image["distance"]:.3f}' if 'distance' in image else f'AP {image["ap"]:.2f}'
+            assert axes.get_xlabel() == f'{figure}\nid {image["pid"]}, cam {image["camid"]}'
+    assert len(colours) == 3
+    picture = cv2.imread('out.png')
+    for colour in (draw_matches.GREEN, draw_matches.RED):
+        bgr = [int(colour[i : i + 2], 16) for i in (5, 3, 1)]
+        assert (picture == bgr).all(2).sum() > 1000
+    assert not list(Path().glob('.*'))
+
+
+def test_hardest_queries(monkeypatch):
+    precisions = sorted(entry['ap'] for entry in json.loads(Path('matches.json').read_text()))
+    rows = drawn(monkeypatch, '--queries', '3', '--hardest')
+    labels = [row[0].get_xlabel().partition('\n')[0] for row in rows]
+    assert labels == [f'AP {value:.2f}' for value in precisions[:3]] and precisions[0] < precisions[-1]
+
+
+def test_random_queries_depend_on_the_seed_alone(monkeypatch):
+    def chosen(seed):
+        with monkeypatch.context() as patch:
+            rows = drawn(patch, '--queries', '1', '--seed', seed)
+        return [row[0].images[0].get_array().tobytes() for row in rows]
+
+    assert chosen(3) == chosen(3)
+    assert len({tuple(chosen(seed)) for seed in range(5)}) > 1
+
+
+def test_fewer_matches_than_columns(monkeypatch):
+    """The rest of the row stays empty."""
+    entries = json.loads(Path('matches.json').read_text())
+    entries[1]['matches'] = entries[1]['matches'][:2]
+    Path('fewer.json').write_text(json.dumps(entries))
+    draw_rows = []
+    show = draw_matches.show
+    monkeypatch.setattr(draw_matches, 'show', lambda *args: draw_rows.append(args[1]['sample_idx']) or show(*args))
+    main(draw_matches, 'config.py', 'fewer.json', 'fewer.png', '--queries', '99')
+    assert len(draw_rows) == 6 * 5 - 2
+
+
+def test_a_data_set_that_brings_its_images(monkeypatch):
+    """As CUHK-03 does: its pipeline has no step that loads."""
+    options = ['test_dataloader.dataset.loaded=True', 'test_dataloader.dataset.pipeline=[]']
+    rows = drawn(monkeypatch, '--cfg-options', *options)
+    assert np.array_equal(rows[0][0].images[0].get_array(), cv2.imread('strips/00_1_0.png')[..., ::-1])
+
+
+def test_images_behind_wrappers_and_in_grey():
+    """The pipeline is shortened inside of a wrapper, and the loading step keeps its options."""
+    cfg = Config.fromfile('config.py')
+    cfg.test_dataloader.dataset.pipeline[0].color_type = 'grayscale'
+    cfg.test_dataloader.dataset = dict(type='RepeatDataset', times=1, dataset=cfg.test_dataloader.dataset)
+    entries = json.loads(Path('matches.json').read_text())
+    images = draw_matches.read_images(cfg, [entries[0], *entries[0]['matches']], Path('matches.json'))
+    assert np.array_equal(images[0], cv2.imread('strips/00_1_0.png', cv2.IMREAD_GRAYSCALE))
+    shown = draw_matches.draw(entries[:1], images).axes[0].images[0].get_array()
+    assert np.array_equal(shown, np.repeat(images[0][..., None], 3, 2))
+
+
+@pytest.mark.parametrize(
+    ('pixels', 'colour'),
+    [
+        (np.full((8, 4, 4), [255, 0, 0, 9], np.uint8), [0, 0, 255]),
+        (np.full((8, 4, 3), [255.0, 0, 0], np.float32), [0, 0, 255]),
+        (np.full((8, 4, 3), [4095, 0, 0], np.uint16), [0, 0, 255]),
+        (np.full((8, 4, 6), [255, 0, 0, 9, 9, 9], np.uint8), [0, 0, 255]),
+        (np.full((8, 4), 4095, np.uint16), [255, 255, 255]),
+    ],
+)
+def test_images_of_other_kinds_are_drawn_as_people_see_them(pixels, colour):
+    """Blue with alpha, as floats, in 12 bits, with more channels; and grey in 12 bits."""
+    entries = json.loads(Path('matches.json').read_text())
+    images = {image['sample_idx']: pixels for entry in entries[:1] for image in (entry, *entry['matches'])}
+    for axes in draw_matches.draw(entries[:1], images).axes[:2]:
+        assert (axes.images[0].get_array() == colour).all()
+
+
+def changed(change):
+    """Writes a changed file of matches."""
+    entries = json.loads(Path('matches.json').read_text())
+    change(entries)
+    Path('changed.json').write_text(json.dumps(entries))
+    return 'changed.json'
+
+
+@pytest.mark.parametrize(
+    'change, text',
+    [
+        (lambda entries: entries[0].update(sample_idx=1000), 'changed.json is of another data set: its image 1000 is'),
+        (lambda entries: entries[0]['matches'][1].update(img_path='x.png'), 'is x.png, in the test data set it is'),
+        (
+            lambda entries: entries[2].pop('ap'),
+            "changed.json is no file of ReIDMetric(matches_file=...): KeyError 'ap'",
+        ),
+        (lambda entries: entries[2]['matches'][0].pop('distance'), 'is no file of ReIDMetric'),
+        (lambda entries: entries[2].update(matches=3), 'is no file of ReIDMetric'),
+        (lambda entries: entries.clear(), 'changed.json has no queries'),
+    ],
+)
+def test_matches_that_do_not_fit(change, text):
+    assert text in sentence(draw_matches, 'config.py', changed(change), 'no.png', '--queries', '6')
+    assert not Path('no.png').exists()
+
+
+def test_bad_arguments_of_the_picture():
+    Path('half.json').write_text(Path('matches.json').read_text()[:-9])
+    Path('binary.json').write_bytes(b'\x80\x02\xff')
+    Path('there.png').write_text('mine')
+    for matches, output, text in (
+        ('half.json', 'no.png', 'half.json is not JSON'),
+        ('binary.json', 'no.png', 'binary.json is not JSON'),
+        ('none.json', 'no.png', 'none.json cannot be read: No such file'),
+        ('matches.json', 'no.jpg', 'no.jpg must end with .png'),
+        ('matches.json', 'there.png', 'there.png exists; name another file, or pass --overwrite'),
+        ('matches.json', 'none/no.png', 'the folder none does not exist'),
+    ):
+        assert text in sentence(draw_matches, 'config.py', matches, output)
+    assert Path('there.png').read_text() == 'mine' and not Path('no.png').exists()
+    text = sentence(draw_matches, 'config.py', 'matches.json', 'no.png', '--cfg-options', 'test_dataloader=None')
+    assert text == 'the config has no test_dataloader'
+    root = 'test_dataloader.dataset.type=Nothing'
+    assert 'the data set of test_dataloader cannot be read' in sentence(
+        draw_matches, 'config.py', 'matches.json', 'no.png', '--cfg-options', root
+    )
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / 'a.txt'
+    with outputs.written_whole(target) as file:
+        file.write(b'first')
+        assert not target.exists()
+    for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, 'No space left'), SystemExit)):
+        with pytest.raises(raised), outputs.written_whole(target) as file:
+            file.write(b'second')
+            raise error
+    assert target.read_text() == 'first' and list(tmp_path.iterdir()) == [target]
+
+
+# Features
+
+
+def features_by_hand(model, paths):
+    """Features of image files one by one, without the library's pipeline and preprocessing."""
+    rows = []
+    for path in paths:
+        image = cv2.resize(cv2.imread(str(path)), (16, 32), interpolation=cv2.INTER_LINEAR)[..., ::-1]
+        image = (image.astype(np.float32) - MEAN) / STD
+        tensor = torch.from_numpy(image.transpose(2, 0, 1)).float()[None]
+        with torch.no_grad():
+            rows.append(model.backbone(tensor)[-1][0].numpy())
+    return np.stack(rows)
+
+
+def extracted(*args):
+    """Extracts into a file and returns its content, which needs no pickle."""
+    main(extract_features, *args, 'out.npz', '--overwrite', '--device', 'cpu')
+    with np.load('out.npz') as content:
+        return content['features'], content['paths'].tolist()
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder with images in folders, some with rare suffixes, and a file that is none."""
+    for i, name in enumerate(('b.png', 'a/2.JPG', 'a/1.bmp', 'c/d/3.jpeg', 'z.png')):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(tmp_path / name), np.random.default_rng(i).integers(0, 255, (30, 20, 3), dtype=np.uint8))
+    (tmp_path / 'a/readme.txt').write_text('no image')
+    return tmp_path
+
+
+def test_features_are_those_of_the_model(images):
+    """From all folders, in sorted order, in batches of any size, with the preprocessing at the top of the config."""
+    names = ['a/1.bmp', 'a/2.JPG', 'b.png', 'c/d/3.jpeg', 'z.png']
+    model = build('config.py')
+    model.load_state_dict(torch.load('config.pth')['state_dict'])
+    expected = features_by_hand(model, [images / name for name in names])
+    assert np.abs(expected).max() > 0.1 and np.abs(expected[0] - expected[1]).max() > 1e-2
+    for size in (2, 64):
+        features, paths = extracted('config.py', 'config.pth', images, '--batch-size', size)
+        assert paths == names and features.dtype == np.float32 and features.shape == (5, 32)
+        np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_of_denoised_and_fused_checkpoints(images):
+    """The same ones, and not those of the model without its denoisers."""
+    fuse_checkpoint('denoised.pth', 'fused.pth', overwrite=True)
+    denoised, _ = extracted('denoised.py', 'denoised.pth', images)
+    fused, _ = extracted('config.py', 'fused.pth', images)
+    np.testing.assert_allclose(denoised, fused, rtol=1e-3, atol=1e-4)
+    state = torch.load('denoised.pth')['state_dict']
+    torch.save({key: value for key, value in state.items() if '.denoiser.' not in key}, 'plain.pth')
+    plain, _ = extracted('config.py', 'plain.pth', images)
+    assert np.abs(plain - fused).max() > 1e-2
+
+
+def test_a_pipeline_without_a_loading_step_gets_one(images):
+    expected, _ = extracted('config.py', 'config.pth', images)
+    config = Path('loaded.py')
+    config.write_text("_base_ = './config.py'\ntest_dataloader = dict(dataset=dict(pipeline=_base_.pipeline[1:]))\n")
+    features, _ = extracted('loaded.py', 'config.pth', images)
+    assert np.array_equal(features, expected)
+
+
+def with_state(change):
+    """Writes the vanilla checkpoint with other parameters."""
+    state = torch.load('config.pth')['state_dict']
+    change(state)
+    torch.save(dict(state_dict=state), 'other.pth')
+    return 'other.pth'
+
+
+def test_a_classifier_that_is_not_used_may_be_missing(images):
+    expected, _ = extracted('config.py', 'config.pth', images)
+    features, _ = extracted('config.py', with_state(lambda state: state.pop('head.classifier.weight')), images)
+    assert np.array_equal(features, expected)
+
+
+@pytest.mark.parametrize(
+    'change, text',
+    [
+        (lambda s: s.pop('backbone.layers.1.ln1.bias'), 'other.pth has no backbone.layers.1.ln1.bias, 1 are missing'),
+        (lambda s: s.update({'backbone.ln1.weight': torch.zeros(31)}), 'other.pth has no backbone.ln1.weight'),
+        (lambda s: s['backbone.ln1.weight'].fill_(torch.nan), 'are not finite'),
+    ],
+)
+def test_weights_that_are_missing_or_broken(change, text, images):
+    text_of_tool = sentence(extract_features, 'config.py', with_state(change), images, 'no.npz', '--device', 'cpu')
+    assert text in text_of_tool and f'the features of {images / "a/1.bmp"} and others' in text_of_tool
+    assert not Path('no.npz').exists()
+
+
+class Evil:
+    """Runs code when it is read as a pickle."""
+
+    def __reduce__(self):
+        return os.mkdir, ('evil',)
+
+
+def test_bad_input_of_the_features(images, tmp_path_factory):
+    empty = tmp_path_factory.mktemp('empty')
+    torch.save(Evil(), 'evil.pth')
+    Path('there.npz').write_text('mine')
+    head = "dict(_delete_=True, type='LinearClsHead', num_classes=2, in_channels=32)"
+    Path('no_head.py').write_text(f"_base_ = './config.py'\nmodel = dict(head={head})\n")
+    state = torch.load('config.pth')['state_dict']
+    fc = {'head.fc.weight': torch.ones(2, 32), 'head.fc.bias': torch.ones(2)}
+    torch.save({key: v for key, v in state.items() if not key.startswith('head.')} | fc, 'no_head.pth')
+    for config, checkpoint, folder, output, text in (
+        ('config.py', 'config.pth', 'none', 'no.npz', 'none is not a folder'),
+        ('config.py', 'config.pth', empty, 'no.npz', f'{empty} has no images (.bmp, '),
+        ('config.py', 'config.pth', images, 'no.npy', 'no.npy must end with .npz'),
+        ('config.py', 'config.pth', images, 'there.npz', 'there.npz exists'),
+        ('none.py', 'config.pth', images, 'no.npz', 'the config none.py cannot be read'),
+        ('config.py', 'none.pth', images, 'no.npz', 'the checkpoint none.pth does not exist'),
+        ('config.py', 'evil.pth', images, 'no.npz', 'evil.pth can only be read by running code'),
+        ('config.py', 'denoised.pth', images, 'no.npz', 'denoised.pth has denoisers and the config has none'),
+        ('denoised.py', 'config.pth', images, 'no.npz', 'config.pth has no backbone.layers.0.ffn.layers.0.0.denoiser.'),
+        ('no_head.py', 'no_head.pth', images, 'no.npz', 'the model of no_head.py predicts no pred_feature'),
+    ):
+        assert text in sentence(extract_features, config, checkpoint, folder, output, '--device', 'cpu')
+    assert '--device nowhere cannot be used' in sentence(
+        extract_features, 'config.py', 'config.pth', images, 'no.npz', '--device', 'nowhere'
+    )
+    assert not Path('evil').exists() and not Path('no.npz').exists() and Path('there.npz').read_text() == 'mine'
+
+
+def test_a_broken_image_is_named(images):
+    (images / 'c/broken.png').write_bytes((images / 'z.png').read_bytes()[:40])
+    text = sentence(extract_features, 'config.py', 'config.pth', images, 'no.npz', '--device', 'cpu')
+    assert text.startswith(f'{images / "c/broken.png"} cannot be read') and not Path('no.npz').exists()
+
+
+# As commands
+
+
+@pytest.mark.parametrize('name', ['draw_matches', 'extract_features'])
+def test_help_is_shown_at_once(name):
+    """With all options, without importing torch."""
+    command = [sys.executable, '-X', 'importtime', ROOT / 'tools' / f'{name}.py', '--help']
+    result = subprocess.run(command, text=True, capture_output=True, timeout=60)
+    assert result.returncode == 0
+    assert '--overwrite' in result.stdout and '--cfg-options' in result.stdout
+    imported = re.findall(r'[| ](\w+)$', result.stderr, re.MULTILINE)
+    assert 'argparse' in imported and not {'torch', 'mmengine', 'numpy', 'matplotlib'} & set(imported)

@@ -1,0 +1,434 @@
+"""tools/train.py and tools/test.py within this process: resuming, other runners, and whose fault an error is."""
+
+import argparse
+import importlib
+import itertools
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.registry import DefaultScope
+from mmengine.runner import CheckpointLoader
+from helpers import ROOT
+
+CONFIG = """
+default_scope, custom_imports = 'mmpretrain', dict(imports=['mmdenoiserep'])
+pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=16), dict(type='PackInputs')]
+data = dict(type='CustomDataset', data_root='images', pipeline=pipeline)
+train_dataloader = dict(batch_size=2, num_workers=0, dataset=data, sampler=dict(type='DefaultSampler', shuffle=False))
+test_dataloader = train_dataloader
+vit = dict(type='VisionTransformer', img_size=16, patch_size=8, out_type='cls_token',
+           arch=dict(embed_dims=8, num_layers=1, num_heads=2, feedforward_channels=8))
+model = dict(type='ImageClassifier', backbone=vit,
+             head=dict(type='VisionTransformerClsHead', num_classes=2, in_channels=8, topk=(1,)))
+data_preprocessor, test_cfg = dict(num_classes=2, mean=[127] * 3, std=[64] * 3), dict()
+test_evaluator = dict(type='SingleLabelMetric', num_classes=2)
+train_cfg, optim_wrapper = dict(by_epoch=True, max_epochs=1), dict(optimizer=dict(type='SGD', lr=0.0))
+randomness = dict(seed=0)
+"""
+FLEXIBLE = """
+runner_type, strategy = 'FlexibleRunner', dict(type='SingleDeviceStrategy')
+env_cfg, default_hooks = dict(dist_cfg=dict(backend='gloo')), dict()
+"""
+NUMBER = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A folder to work in, with images and a config; the process is left as it was."""
+    allowed, scopes = torch.serialization.get_safe_globals(), dict(DefaultScope._instance_dict)
+    schemes, modules = dict(CheckpointLoader._schemes), set(sys.modules)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+    generator = np.random.default_rng(0)
+    for label in '01':
+        Path('images', label).mkdir(parents=True)
+        for i in range(2):
+            cv2.imwrite(f'images/{label}/{i}.png', generator.integers(0, 255, (16, 16, 3), np.uint8))
+    Path('config.py').write_text(CONFIG)
+    yield tmp_path
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(allowed)
+    DefaultScope._instance_dict.clear()
+    DefaultScope._instance_dict.update(scopes)
+    CheckpointLoader._schemes = schemes
+    for name in set(sys.modules) - modules:
+        if name in ('common', 'launch', 'mine'):
+            del sys.modules[name]
+
+
+def tool(name, *args, options=()):
+    """Runs a tool; what it ends with instead is the SystemExit or the error of the user's code."""
+    argv = sys.argv
+    sys.argv = [f'{name}.py', *map(str, args), '--cfg-options', f'experiment_name=run{next(NUMBER)}', *options]
+    try:
+        runpy.run_path(str(ROOT / f'tools/{name}.py'), run_name='__main__')
+    finally:
+        sys.argv = argv
+
+
+def sentence(name, *args, options=()):
+    """Runs a tool on bad input and returns the sentence that it ends with."""
+    with pytest.raises(SystemExit) as caught:
+        tool(name, *args, options=options)
+    assert isinstance(caught.value.code, str) and '\n' not in caught.value.code
+    return caught.value.code
+
+
+def weights(number=7.0, path='start.pth', **others):
+    """Writes a checkpoint whose class token has one number, and returns its path."""
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    cfg = Config.fromfile('config.py')
+    init_default_scope('mmpretrain')
+    state = MODELS.build(dict(cfg.model, data_preprocessor=cfg.data_preprocessor)).state_dict()
+    state['backbone.cls_token'].fill_(number)
+    torch.save(dict(meta={}, state_dict=state, **others), path)
+    return path
+
+
+def token(path):
+    """Returns the number in the class token of a checkpoint."""
+    return torch.load(path, weights_only=False)['state_dict']['backbone.cls_token'].mean().item()
+
+
+@pytest.mark.parametrize('runner', ['', FLEXIBLE])
+def test_resume_from_the_first_start_on(runner):
+    """The same command with --resume starts from load_from, goes on, and does so in a folder that was renamed."""
+    Path('config.py').write_text(CONFIG + runner)
+    start = [f'load_from={weights()}']
+    tool('train', 'config.py', '--work-dir', 'a', '--resume', options=start)
+    assert token('a/epoch_1.pth') == 7
+    weights(1.0)
+    tool('train', 'config.py', '--work-dir', 'a', '--resume', options=[*start, 'train_cfg.max_epochs=2'])
+    assert token('a/epoch_2.pth') == 7
+    shutil.move('a', 'b')
+    tool('train', 'config.py', '--work-dir', 'b', '--resume', options=[*start, 'train_cfg.max_epochs=3'])
+    assert token('b/epoch_3.pth') == 7
+    meta = torch.load('b/epoch_3.pth', weights_only=False)['meta']
+    assert meta['epoch'] == 3
+
+
+def test_resume_from_an_address(monkeypatch):
+    """An address is handed to mmengine; a file that is not there is not."""
+    tool('train', 'config.py', '--work-dir', 'a', options=[f'load_from={weights()}'])
+    asked = []
+
+    def fetch(filename, map_location=None):
+        asked.append(filename)
+        return torch.load('a/epoch_1.pth', map_location, weights_only=False)
+
+    CheckpointLoader.register_scheme('https://', fetch, force=True)
+    address = 'https://example.org/epoch_1.pth'
+    tool('train', 'config.py', '--work-dir', 'c', '--resume', address, options=['train_cfg.max_epochs=2'])
+    assert asked == [address] and token('c/epoch_2.pth') == 7
+    assert 'nowhere.pth' in sentence('train', 'config.py', '--resume', 'nowhere.pth')
+
+
+@pytest.mark.parametrize('runner', ['', FLEXIBLE])
+@pytest.mark.parametrize('others', [{}, dict(message_hub={}), dict(optimizer={})])
+def test_weights_are_not_resumed(runner, others):
+    """Released weights, and fused ones, have no place in a run; the sentence says how to start from them."""
+    Path('config.py').write_text(CONFIG + runner)
+    for args, options in (['--resume', weights(**others)], []), ([], ['resume=True', 'load_from=start.pth']):
+        said = sentence('train', 'config.py', '--work-dir', 'a', *args, options=options)
+        assert 'load_from=start.pth' in said and 'KeyError' not in said
+
+
+@pytest.mark.parametrize('runner', ['', FLEXIBLE])
+def test_a_config_that_says_resume_is_tested(runner):
+    """A checkpoint of weights alone is tested, whatever the config says about its training."""
+    Path('config.py').write_text(f'{CONFIG}{runner}resume = True\n')
+    tool('test', 'config.py', weights(), '--work-dir', 't', '--out', 't.pkl')
+    assert Path('t.pkl').stat().st_size > 100
+    assert 'single-label/precision' in json.loads(next(Path('t').glob('*/*.json')).read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize('runner', ['', FLEXIBLE])
+@pytest.mark.parametrize('name', ['train', 'test'])
+def test_weights_of_another_model(name, runner):
+    """Both tools, with both runners, refuse them with the names of both sides."""
+    Path('config.py').write_text(CONFIG + runner)
+    torch.save({f'blocks.{i}.weight': torch.zeros(2) for i in range(9)}, 'mae.pth')
+    args = ['config.py', 'mae.pth'] if name == 'test' else ['config.py']
+    said = sentence(name, *args, '--work-dir', 'w', options=[] if name == 'test' else ['load_from=mae.pth'])
+    assert 'blocks.0.weight' in said and 'backbone.cls_token' in said and 'mae.pth' in said
+
+
+OWN = 'class Own(VisionTransformer):\n    def __init__(self, **options):\n        super().__init__(**options)\n        '
+BUGS = {
+    'import': 'undefined_name',
+    'build': f'{OWN}self.undefined',
+    'shape': f'{OWN}import torch; torch.zeros(2) @ torch.zeros(3)',
+}
+
+
+@pytest.mark.parametrize('bug', BUGS)
+@pytest.mark.parametrize('name', ['train', 'test'])
+def test_a_bug_of_the_user_keeps_its_traceback(bug, name, folder):
+    """In a module of custom_imports, in a model of their own, and in torch where their code called it."""
+    register = '@MODELS.register_module(force=True)\n' if bug != 'import' else ''
+    imports = 'from mmpretrain.models import VisionTransformer\nfrom mmpretrain.registry import MODELS\n'
+    (folder / 'mine.py').write_text(imports + register + BUGS[bug])
+    Path('config.py').write_text(CONFIG)
+    weights()
+    Path('config.py').write_text(f"{CONFIG}custom_imports['imports'].append('mine')\nvit['type'] = 'Own'\n")
+    with pytest.raises((NameError, AttributeError, RuntimeError)) as caught:
+        tool(name, 'config.py', *(['start.pth'] if name == 'test' else []))
+    assert any(Path(entry.path).name == 'mine.py' for entry in caught.traceback)
+
+
+@pytest.mark.parametrize(
+    'option', ['model.backbone.type=VisionTransfromer', 'model.backbone.depht=3', 'optim_wrapper.optimizer.type=SGDD']
+)
+def test_a_mistake_in_the_config_is_a_sentence(option):
+    """It goes through libraries alone."""
+    assert 'config.py' in sentence('train', 'config.py', options=[option])
+
+
+OUTER = """
+import torch
+from mmengine.registry import MODELS
+@MODELS.register_module(force=True)
+class Outer(torch.nn.Module):
+    def __init__(self, detector, data_preprocessor=None):
+        super().__init__()
+        self.detector = MODELS.build(dict(detector, data_preprocessor=data_preprocessor))
+        self.data_preprocessor = self.detector.data_preprocessor
+"""
+
+
+def test_a_backbone_within_another_model_is_calibrated(folder):
+    """As in soft teacher, whose model is in its detector; the file has the names of the whole model, and is vanilla."""
+    start = torch.load(weights(), weights_only=True)['state_dict']
+    (folder / 'mine.py').write_text(OUTER)
+    imports = "custom_imports['imports'].append('mine')\n"
+    Path('config.py').write_text(f"{CONFIG}{imports}model = dict(type='Outer', detector=model)\n")
+    from mmengine.config import Config
+
+    wrap = "model['detector']['backbone'] = dict(type='DenoiseRepBackbone', backbone=vit)\n"
+    Path('den.py').write_text(Path('config.py').read_text() + wrap)
+    state = {f'detector.{key}': value for key, value in start.items()}
+    torch.save(dict(meta=dict(cfg=Config.fromfile('den.py').pretty_text), state_dict=state), 'outer.pth')
+    tool('calibrate', 'config.py', 'outer.pth', 'moments.pth', '--mode', 'moments', '--images', 'images')
+    fit = [
+        '--mode',
+        'domain',
+        '--source',
+        'moments.pth',
+        '--images',
+        'images',
+        '--layers',
+        'all',
+        '--fit',
+        'covariance',
+    ]
+    for path in Path('images').rglob('*.png'):
+        cv2.imwrite(str(path), 255 - cv2.imread(str(path)) // 2)
+    tool('calibrate', 'config.py', 'outer.pth', 'fitted.pth', *fit)
+    fitted = torch.load('fitted.pth', weights_only=True)
+    assert fitted['state_dict'].keys() == state.keys()
+    assert not torch.equal(
+        fitted['state_dict']['detector.backbone.patch_embed.projection.weight'],
+        state['detector.backbone.patch_embed.projection.weight'],
+    )
+    vanilla = Config.fromstring(fitted['meta']['cfg'], '.py')
+    assert vanilla.model.detector.backbone.type == 'VisionTransformer'
+    torch.save(state, 'bare.pth')
+    tool('calibrate', 'den.py', 'bare.pth', 'again.pth', *fit)
+    again = torch.load('again.pth', weights_only=True)
+    assert all(torch.equal(value, again['state_dict'][key]) for key, value in fitted['state_dict'].items())
+    assert Config.fromstring(again['meta']['cfg'], '.py').model == vanilla.model
+    assert 'does not fit' in sentence(
+        'calibrate', 'config.py', 'start.pth', 'x.pth', '--mode', 'moments', '--images', 'images'
+    )
+
+
+def load_strictly(model, state):
+    """Loads a state dict as the tools do that take all of it."""
+    opening = runpy.run_path(str(ROOT / 'tools/opening.py'))
+    opening['load_strictly'](model, state, 'in.pth', 'vanilla')
+    return model
+
+
+def small():
+    """A model with BatchNorm and a state of its own."""
+
+    class Counting(torch.nn.Linear):
+        seen = 0
+
+        def get_extra_state(self):
+            return dict(seen=self.seen)
+
+        def set_extra_state(self, state):
+            self.seen = state['seen']
+
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), Counting(4, 4))
+
+
+def test_all_of_a_model_is_loaded():
+    """Values, statistics and state of a module; batch counters, which old files lack, may be missing."""
+    trained = small()
+    trained[1].running_var.uniform_(0.5, 2)
+    trained[2].seen = 5
+    state = trained.state_dict()
+    model = load_strictly(small(), {key: value for key, value in state.items() if 'tracked' not in key})
+    assert torch.equal(model[1].running_var, state['1.running_var']) and model[2].seen == 5
+    assert torch.equal(model[2].weight, state['2.weight'])
+
+
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        (lambda key: None if 'running' in key else key, ['1.running_mean', 'BatchNorm']),
+        (lambda key: f'model.{key}', ['8 tensors besides: 0.weight', 'model.0.weight']),
+        (lambda key: None if key == '2.bias' else key, ['1 tensors besides: 2.bias', 'nothing besides']),
+    ],
+)
+def test_weights_that_are_not_all_of_a_model(change, words):
+    """The sentence has the first names of both sides, and says what statistics are."""
+    from mmdenoiserep.core import CheckpointError
+
+    state = {change(key): value for key, value in small().state_dict().items() if change(key)}
+    with pytest.raises(CheckpointError) as caught:
+        load_strictly(small(), state)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_weights_of_another_shape():
+    """Both shapes are told."""
+    from mmdenoiserep.core import CheckpointError
+
+    with pytest.raises(CheckpointError, match=r'2.weight is \(5, 4\) in the file and \(4, 4\) in the model'):
+        load_strictly(small(), small().state_dict() | {'2.weight': torch.zeros(5, 4)})
+
+
+def test_weights_under_a_key_become_a_checkpoint():
+    """convert_checkpoint plain takes those of several that --key names; train.py starts from the result."""
+    path = weights(3.0, student=dict(w=torch.zeros(1)), args=dict(lr=1))
+    content = torch.load(path, weights_only=True)
+    content['run'] = dict(teacher={f'module.{key}': value for key, value in content.pop('state_dict').items()})
+    content['other'] = dict(w=torch.zeros(1))
+    torch.save(content, 'released.pth')
+    plain = ['plain', 'released.pth', 'out.pth']
+    argv = sys.argv
+    for args, code in (
+        ([*plain, '--key', 'run.teacher'], None),
+        (plain, 'student, other'),
+        (['vmamba', *plain[1:], '--key', 'a'], 2),
+    ):
+        sys.argv = ['convert_checkpoint.py', *args]
+        try:
+            runpy.run_path(str(ROOT / 'tools/convert_checkpoint.py'), run_name='__main__')
+        except SystemExit as error:
+            assert code == error.code or code in str(error.code)
+        finally:
+            sys.argv = argv
+        Path('out.pth').rename('kept.pth') if code is None else None
+    tool('train', 'config.py', '--work-dir', 'a', options=['load_from=kept.pth'])
+    assert token('a/epoch_1.pth') == 3
+
+
+def test_the_command_is_not_a_package_of_that_name(folder, monkeypatch, capsys):
+    """denoiserep-test runs tools/test.py where Python's own package "test" was imported, or comes first."""
+    (folder / 'test').mkdir()
+    (folder / 'test/__init__.py').write_text('')
+    (folder / 'test/__main__.py').write_text('print("the tests of Python")')
+    monkeypatch.setitem(sys.modules, 'test', importlib.import_module('test'))
+    monkeypatch.setattr(sys, 'argv', [str(folder / 'denoiserep-test'), '--help'])
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    monkeypatch.setitem(sys.modules, '__main__', sys.modules['__main__'])
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module('denoiserep_commands').main()
+    assert caught.value.code == 0 and 'Evaluates a checkpoint' in capsys.readouterr().out
+
+
+CLASSES = """
+import dataclasses, enum
+from collections import namedtuple
+from mmpretrain.datasets import CustomDataset
+from mmpretrain.registry import DATASETS
+Label = namedtuple('Label', ['name', 'id'])
+class Side(enum.Enum):
+    LEFT = 1
+@dataclasses.dataclass
+class Camera:
+    bands: int
+@DATASETS.register_module(force=True)
+class Mine(CustomDataset):
+    METAINFO = dict(classes=('a', 'b'), labels=[Label('a', 0)], side=Side.LEFT, camera=Camera(3))
+"""
+
+
+def test_plain_classes_of_the_user_in_the_metainfo(folder):
+    """The run has fused copies, without what needs the module, and can be resumed; --verify reads it, too."""
+    (folder / 'mine.py').write_text(CLASSES)
+    text = f"{CONFIG}custom_imports['imports'].append('mine')\ndata['type'] = 'Mine'\n"
+    hooks = "custom_hooks = [dict(type='DenoiseLossHook'), dict(type='DenoiseFusionHook')]\n"
+    Path('config.py').write_text(f"{text}{hooks}model['backbone'] = dict(type='DenoiseRepBackbone', backbone=vit)\n")
+    tool('train', 'config.py', '--work-dir', 'a')
+    meta = torch.load('a/epoch_1_fused.pth', weights_only=True)['meta']['dataset_meta']
+    assert meta == dict(classes=('a', 'b'))
+    tool('train', 'config.py', '--work-dir', 'a', '--resume', options=['train_cfg.max_epochs=2'])
+    again = torch.load('a/epoch_2.pth', weights_only=False)['meta']['dataset_meta']
+    assert again['labels'][0].name == 'a' and again['camera'].bands == 3 and again['side'].value == 1
+
+
+@pytest.mark.parametrize('name', ['common', 'launch', 'images', 'verify'])
+def test_own_modules_called_as_those_of_the_tools(name, folder):
+    """custom_imports mean the user's module, not that of tools/."""
+    imports = 'from mmpretrain.models import VisionTransformer\nfrom mmpretrain.registry import MODELS\n'
+    (folder / f'{name}.py').write_text(
+        f'{imports}@MODELS.register_module()\nclass Own_{name}(VisionTransformer):\n    pass\n'
+    )
+    custom = f"custom_imports['imports'].append('{name}')\nvit['type'] = 'Own_{name}'\n"
+    Path('config.py').write_text(f"{CONFIG}{custom}model['backbone'] = dict(type='DenoiseRepBackbone', backbone=vit)\n")
+    run = subprocess.run(
+        [sys.executable, ROOT / 'tools/print_targets.py', 'config.py'],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': f'{folder}{os.pathsep}{ROOT}'},
+    )
+    assert run.returncode == 0, run.stderr
+    assert f'Own_{name}' in run.stdout + run.stderr
+
+
+def test_what_lies_at_an_address_runs_no_code(folder, monkeypatch):
+    """Addresses of every scheme are downloaded once and read as local files."""
+    from mmengine.runner import checkpoint
+
+    from mmdenoiserep.core import CheckpointError
+    from mmdenoiserep.engine.resume import allow_training_checkpoints
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(folder / 'ran'),)
+
+    torch.save(dict(state_dict=dict(w=torch.ones(2)), args=Evil()), 'evil.pth')
+    torch.save(dict(model=dict(w=torch.ones(2)), args=argparse.Namespace(lr=1)), 'good.pth')
+    Path('page.pth').write_text('<html>Sign in</html>')
+    Path('hub').mkdir()
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(folder / 'hub'))
+    monkeypatch.setattr(checkpoint, 'load_url', checkpoint.load_url)
+    monkeypatch.setattr(checkpoint, 'get_torchvision_models', lambda: dict(good=f'{folder.as_uri()}/good.pth'))
+    fetched = []
+    fetch = torch.hub.download_url_to_file
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda *a, **k: fetched.append(a[0]) or fetch(*a, **k))
+    allow_training_checkpoints()
+    for _ in range(2):
+        assert 'w' in CheckpointLoader.load_checkpoint('torchvision://good')['model']
+    assert len(fetched) == 1
+    for name, words in dict(evil='running code', page='web page').items():
+        with pytest.raises(CheckpointError, match=words):
+            checkpoint.load_from_http(f'{folder.as_uri()}/{name}.pth')
+    assert not (folder / 'ran').exists()
