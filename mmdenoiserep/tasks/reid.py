@@ -3,13 +3,13 @@
 Importing it registers all names: ``custom_imports = dict(imports=['mmdenoiserep.tasks.reid'])``.
 """
 
-from .reid_check_hook import ReIDCheckHook
+from ..datasets.pk_sampler import PKSampler
 from ..datasets.reid_datasets import CUHK03, MSMT17, DukeMTMCReID, Market1501, VehicleID
-from ..models.reid_head import BNNeckReIDHead, batch_hard_triplet_loss
 from ..evaluation.reid_metric import ReIDMetric
 from ..evaluation.reid_ranking import Ranking, rank_matches
-from ..datasets.pk_sampler import PKSampler
+from ..models.reid_head import BNNeckReIDHead, batch_hard_triplet_loss
 from ..models.reid_vit import ReIDVisionTransformer
+from .reid_check_hook import ReIDCheckHook
 
 __all__ = [
     'CUHK03',

@@ -8,9 +8,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
 from ..core import InputError
+from ..datasets.pk_sampler import PKSampler
 from ..datasets.reid_datasets import ReIDDataset
 from ..models.reid_head import BNNeckReIDHead
-from ..datasets.pk_sampler import PKSampler
 
 
 @HOOKS.register_module()

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .batches import count_images
-from ..utils.intercept import intercepting
 from ..method.layers import DenoiseLayer, input_channels
-from .moments import CalibrationError, Moments, gather_processes
 from ..method.probe import evaluating, run_model
 from ..method.sample import Sample
+from ..utils.intercept import intercepting
+from .batches import count_images
+from .moments import CalibrationError, Moments, gather_processes
 
 
 def denoised_layers(module: nn.Module) -> dict[str, DenoiseLayer]:

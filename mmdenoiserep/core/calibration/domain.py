@@ -11,8 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..method.layers import DenoiseLayer
+from ..method.probe import evaluating, run_model
+from ..method.sample import Sample
+from ..utils.intercept import intercepting
+from ..utils.storage import shared_parameters
 from .batches import count_images
-from .readers import Readers
 from .collect import (
     SeenAll,
     check_finite,
@@ -23,14 +27,10 @@ from .collect import (
     too_few,
     without_zero_denoisers,
 )
-from ..utils.intercept import intercepting
-from ..method.layers import DenoiseLayer
+from .match import transport
 from .moments import CalibrationError, Moments, gather_processes
 from .norms import find_norms, taker, why_not_norm
-from ..method.probe import evaluating, run_model
-from ..method.sample import Sample
-from ..utils.storage import shared_parameters
-from .match import transport
+from .readers import Readers
 
 
 def apply_map(layer: nn.Module, x: Tensor, linear: Tensor, constant: Tensor) -> Tensor:

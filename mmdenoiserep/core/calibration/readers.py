@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..utils.intercept import intercepting
-from .moments import gather_processes
 from ..method.probe import evaluating, run_model, tensors_in
+from ..utils.intercept import intercepting
 from ..utils.storage import Storages
+from .moments import gather_processes
 
 
 def find_sole_readers(module: nn.Module, layers: Mapping[str, nn.Module], example_input: Any) -> dict[str, str]:

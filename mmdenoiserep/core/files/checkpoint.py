@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config_text import vanilla_text
-from ..utils.errors import CheckpointError, printable
-from .file_kinds import describe_kind, is_safetensors, pickle_protocol, read_safetensors
-from .atomic import whole_file
 from ..fusing.fuse import FusionError, fuse_state_dict
+from ..utils.errors import CheckpointError, printable
+from .atomic import whole_file
+from .config_text import vanilla_text
+from .file_kinds import describe_kind, is_safetensors, pickle_protocol, read_safetensors
 from .plain import LEFT_OUT, is_dense, to_plain
 from .stand_ins import STAND_INS, Inert
 

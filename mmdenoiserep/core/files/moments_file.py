@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointError, read_checkpoint, write_atomically
 from ..calibration.moments import Moments
+from .checkpoint import CheckpointError, read_checkpoint, write_atomically
 
 KIND = 'moments'
 """Key of the moments in such a file, beside ``meta``."""

@@ -6,7 +6,7 @@ One function on state dicts serves live models, checkpoint files and the trainin
 import copy
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..method.convert import MERGERS, fuse_before_deploy
-from ..method.denoiser import fold
-from ..utils.errors import InputError
+from ..method.fold import FusionError, fold_layer
 from ..method.layers import DenoiseLayer, restore_layer
 from ..utils.storage import Storages, shared_parameters, storage_of
 
@@ -25,13 +24,6 @@ DENOISER_KEY = re.compile(r'(?P<layer>(?:.*\.)?)denoiser\.(?P<name>[^.]+)')
 
 DIMENSIONS = dict(weight=3, scale=1, up=3, down=3, bias=1)
 """Names of what a denoiser holds, and how many dimensions each has."""
-
-PART = 2**19
-"""Elements of a weight that are folded at a time: 4 MiB in float64, which the cache may hold."""
-
-
-class FusionError(InputError, ValueError):
-    """A state dict that can't be fused; the message names the key or the layer."""
 
 
 def fuse_state_dict(state: Mapping[str, Tensor], changes: dict[str, float] | None = None) -> 'OrderedDict[str, Tensor]':
@@ -66,7 +58,7 @@ def fuse_state_dict(state: Mapping[str, Tensor], changes: dict[str, float] | Non
         weight, bias = state.get(f'{layer}weight'), state.get(f'{layer}bias')
         if not isinstance(weight, Tensor):
             raise FusionError(f'{name} has a denoiser but no weight; the file is incomplete')
-        weight, bias, change = _fold(name, weight, bias, parameters)
+        weight, bias, change = fold_layer(name, weight, bias, parameters)
         if changes is not None:
             changes[name] = change
         fused[f'{layer}weight'] = weight
@@ -170,7 +162,7 @@ def fuse_model(module: nn.Module) -> nn.Module:
                 'exclude both from the targets'
             )
         denoiser = dict(layer.denoiser.named_parameters())
-        weight, bias, _ = _fold(name or 'the model', layer.weight, parameters.get('bias'), denoiser)
+        weight, bias, _ = fold_layer(name or 'the model', layer.weight, parameters.get('bias'), denoiser)
         folded[name] = dict(weight=weight) if bias is None else dict(weight=weight, bias=bias)
     fused = _copy(module)
     for name, values in folded.items():
@@ -211,74 +203,6 @@ def _calls_the_original(forward: Any) -> bool:
             held.append(cell.cell_contents)
     held = [value for value in held if isinstance(value, nn.Module)]
     return any(isinstance(part, DenoiseLayer) for module in held for part in module.modules())
-
-
-def _fold(
-    name: str, weight: Tensor, bias: Tensor | None, parameters: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor | None, float]:
-    """Returns the fused weight and bias of one layer and the change of its weight; a FusionError names the layer."""
-    kinds = set(parameters) - {'bias'}
-    if kinds not in ({'weight'}, {'scale', 'up', 'down'}):
-        raise FusionError(f'the denoiser of {name} is incomplete: it has only {", ".join(sorted(parameters))}')
-    if 'bias' in parameters and bias is None:
-        raise FusionError(f'the denoiser of {name} has a bias, but the layer has none to fold it into')
-    if not _fits(weight, bias, parameters):
-        shapes = ', '.join(f'{key} {tuple(value.shape)}' for key, value in parameters.items())
-        raise FusionError(f'the denoiser of {name} ({shapes}) does not fit its weight {tuple(weight.shape)}')
-
-    wide = {key: value.detach().double().cpu() for key, value in parameters.items()}
-    folded = torch.empty_like(weight)
-    shifted = None if bias is None else torch.empty_like(bias)
-    change = size = 0.0
-    groups = len(wide['weight'] if 'weight' in wide else wide['scale'])
-    for part in _parts(weight, groups):
-        before = _wide(weight[part])
-        after, b = fold(before, None if bias is None else _wide(bias[part]), wide)
-        folded[part] = after
-        change += after.copy_(folded[part]).sub_(before).norm().item() ** 2
-        size += before.norm().item() ** 2
-        if shifted is not None and b is not None:
-            shifted[part] = b
-    if not _is_finite(folded) or (shifted is not None and not _is_finite(shifted)):
-        for key, value in dict(weight=weight, bias=bias, **{f'denoiser.{k}': v for k, v in parameters.items()}).items():
-            if value is not None and not _is_finite(value):
-                raise FusionError(f'{name}.{key} holds NaN or Inf; fuse an earlier checkpoint')
-        raise FusionError(f'the fused weight of {name} overflows {weight.dtype}; fuse in a wider dtype')
-    return folded, shifted, (change / (size or 1)) ** 0.5
-
-
-def _parts(weight: Tensor, groups: int) -> Iterator[slice]:
-    """Yields ranges of outputs that are small enough to be folded in the cache; groups stay together."""
-    outputs = len(weight)
-    step = outputs if groups > 1 else max(1, PART // max(1, weight[:1].numel()))
-    for start in range(0, outputs, step):
-        yield slice(start, start + step)
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.detach().double().cpu()
-
-
-def _fits(weight: Tensor, bias: Tensor | None, parameters: Mapping[str, Tensor]) -> bool:
-    """Whether the shapes are those of a denoiser of this layer: a Linear layer has one group."""
-    matrix = parameters.get('weight', parameters.get('up'))
-    if weight.dim() not in (2, 4) or matrix is None or matrix.dim() != 3 or not matrix.shape[0]:
-        return False
-    groups, size, rank = matrix.shape
-    shapes = dict(weight=(groups, size, size), scale=(groups,), up=(groups, size, rank), down=(groups, rank, size))
-    shapes['bias'] = (groups * size,)
-    return (
-        size == weight.shape[1]
-        and weight.shape[0] % groups == 0
-        and (weight.dim() == 4 or groups == 1)
-        and (bias is None or bias.shape == weight.shape[:1])
-        and all(value.shape == shapes[key] for key, value in parameters.items())
-    )
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or Inf; either would show in the extremes."""
-    return not values.numel() or all(torch.isfinite(extreme).item() for extreme in torch.aminmax(values))
 
 
 def _drop_own_hooks(module: nn.Module) -> None:

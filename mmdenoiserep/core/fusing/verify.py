@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fuse import FusionError, fuse_model
-from ..utils.intercept import intercepting
 from ..method.layers import DenoiseLayer
 from ..method.probe import evaluating, run_model
+from ..utils.intercept import intercepting
 from ..utils.randomness import equal_draws
 from ..utils.table import format_table
 from ..utils.tensors import named_tensors
+from .fuse import FusionError, fuse_model
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Largest relative difference of a whole model by the dtype of its weights: rounding, amplified by depth."""

@@ -1,9 +1,9 @@
-"""The linear denoiser of one layer, and what folding it into the weights of the layer gives."""
-
-from collections.abc import Mapping
+"""The linear denoiser of one layer: the parameters of its correction."""
 
 import torch
 from torch import Tensor, nn
+
+from .correction import Correction
 
 DEFAULT_RANK = 16
 """Rank of the denoisers that a converted model gets; docs/speed.md has the evidence."""
@@ -57,45 +57,14 @@ class Denoiser(nn.Module):
             self.down = nn.Parameter(noise.to(device=device, dtype=dtype or self.up.dtype))
         self.bias = zeros(channels) if bias else None
 
+    def correction(self) -> Correction:
+        """Returns ``B x + b~`` with these parameters, which get its gradients."""
+        return Correction.of(dict(self.named_parameters()))
+
     def is_zero(self) -> bool:
         """Whether the correction is zero, as at the start."""
         return not any(p.any() for key, p in self.named_parameters() if key != 'down')
 
     def matrix(self) -> Tensor:
         """Returns B, shape (groups, C/g, C/g), differentiable."""
-        return correction_matrix(dict(self.named_parameters()))
-
-
-def correction_matrix(parameters: Mapping[str, Tensor]) -> Tensor:
-    """Assembles B, shape (groups, C/g, C/g), from the parameters of a full or low-rank :class:`Denoiser`."""
-    if 'weight' in parameters:
-        return parameters['weight']
-    low_rank = parameters['up'] @ parameters['down']
-    identity = torch.eye(low_rank.shape[-1], device=low_rank.device, dtype=low_rank.dtype)
-    return parameters['scale'][:, None, None] * identity + low_rank
-
-
-def fold(weight: Tensor, bias: Tensor | None, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Returns ``W' = W - W B`` and ``b' = b - W b~``, differentiable, in the dtype of what it is given.
-
-    Args:
-        weight: W of a Linear layer, (O, C), or of a convolution, (O, C/g, kernel height, kernel width).
-        bias: b, shape (O,), or None.
-        parameters: Those of its :class:`Denoiser` by name.
-    """
-    columns = parameters['weight'] if 'weight' in parameters else parameters['up']
-    groups, size, count = columns.shape
-    if 'bias' in parameters:
-        columns = torch.cat([columns, parameters['bias'].reshape(groups, size, 1)], 2)
-    taps = weight.reshape(groups, weight.shape[0] // groups, size, -1).mT
-    rows = taps.reshape(groups, -1, size)  # one for each output and kernel tap, (groups, ..., C/g)
-    products = columns.mT @ rows.mT  # W B or W up, and W b~, of all rows; in float64 twice as fast as rows @ columns
-    if 'weight' in parameters:
-        folded = rows - products[:, :count].mT
-    else:
-        folded = rows * (1 - parameters['scale'][:, None, None])
-        folded.baddbmm_(products[:, :count].mT, parameters['down'], alpha=-1)
-    if 'bias' in parameters and bias is not None:
-        bias = bias - products[:, count].reshape(len(bias), -1).sum(1)
-    folded = folded.reshape(taps.shape).mT.reshape(len(weight), -1)  # a copy where there are several taps
-    return folded.reshape(weight.shape), bias
+        return self.correction().matrix()

@@ -1,5 +1,6 @@
 """Embedding layers with a denoiser on their input: ``y = W x' + b`` with ``x' = x - (B x + b~)``."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .denoiser import Denoiser, fold
 from ..utils.errors import InputError
-from .loss import curvature, denoise_loss, limit_curvature
+from .correction import Correction
+from .denoiser import Denoiser
+from .fold import fold_layer
+from .loss import limit_curvature
 from .sample import Sample
 from .schedule import NoiseSchedule, ReverseStep
 
@@ -74,15 +77,10 @@ class DenoiseLayer(nn.Module):
 
     def correct(self, x: Tensor) -> Tensor:
         """Returns the denoised input ``x' = x - (B x + b~)``, same shape as x; B and b~ are constants here."""
-        parameters = self._constants()
-        bias = parameters.get('bias')
-        if 'weight' in parameters:
-            return x - self._project(x, parameters['weight'], bias)
-        low_rank = self._project(self._project(x, parameters['down'], None), parameters['up'], bias)
-        return x - (self._scale(x, parameters['scale']) + low_rank)
+        return x - self._constants().apply(x, self._project, self._scale)
 
     def denoise_loss(self, x: Tensor, limit: float = 1.0) -> Tensor:
-        """Returns the expected error of the noise prediction on an input, see :func:`~.loss.denoise_loss`.
+        """Returns the expected error of the noise prediction on an input, see :meth:`~.correction.Correction.loss`.
 
         Args:
             x: An input of the layer, of any shape that the layer accepts. It is detached.
@@ -97,24 +95,41 @@ class DenoiseLayer(nn.Module):
     def denoise_loss_of(self, parts: Sequence[tuple[Tensor, float]], limit: float = 1.0) -> Tensor:
         """Does the same for parts of inputs: vectors of :class:`~.sample.Sample`, (groups, C/g, n), and their share."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            parameters = {name: p.to(_accurate(p.dtype)) for name, p in self.denoiser.named_parameters()}
-            dtype = next(iter(parameters.values())).dtype
+            dtype = _accurate(next(self.denoiser.parameters()).dtype)
+            correction, step = self.denoiser.correction().to(dtype), self.reverse_step
             losses, curvatures = [], []
             for vectors, share in parts:
                 vectors = vectors.detach().to(dtype)
-                losses.append(denoise_loss(parameters, vectors, self.reverse_step) * share)
-                curvatures.append(curvature(parameters, vectors, self.reverse_step) * share)
+                losses.append(correction.loss(vectors, step) * share)
+                curvatures.append(correction.curvature(vectors, step) * share)
             return limit_curvature(torch.stack(losses).sum(), torch.stack(curvatures).sum(), limit)
 
-    def _constants(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.denoiser.named_parameters()}
+    def fuse(self) -> nn.Module:
+        """Returns the plain layer with the denoiser folded in, as ``timm.utils.reparameterize_model`` asks for it.
+
+        Returns:
+            A copy of the layer, of the class that it had before the conversion.
+
+        Raises:
+            FusionError: A value is not finite, or overflows the dtype of the weight.
+        """
+        weight, bias, _ = fold_layer('the layer', self.weight, self.bias, dict(self.denoiser.named_parameters()))
+        plain = restore_layer(copy.deepcopy(self))
+        with torch.no_grad():
+            plain.weight.copy_(weight)
+            if bias is not None:
+                plain.bias.copy_(bias)
+        return plain
+
+    def _constants(self) -> Correction:
+        return Correction.of({name: p.detach() for name, p in self.denoiser.named_parameters()})
 
     def _fold(self) -> tuple[Tensor, Tensor | None]:
         """Returns the fused weight and bias, computed in float32 or float64, in the dtype of the weight."""
         with torch.autocast(self.weight.device.type, enabled=False):
             dtype = _accurate(self.weight.dtype)
-            parameters = {name: p.to(dtype) for name, p in self._constants().items()}
-            weight, bias = fold(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), parameters)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            weight, bias = self._constants().to(dtype).fold(self.weight.to(dtype), bias)
         return weight.to(self.weight.dtype), None if bias is None else bias.to(self.weight.dtype)
 
     def forward_plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -268,13 +283,14 @@ def convert_layer(
     return layer
 
 
-def restore_layer(layer: DenoiseLayer) -> None:
-    """Turns a denoised layer back into the plain layer it was, in place and without folding anything."""
+def restore_layer(layer: DenoiseLayer) -> nn.Module:
+    """Turns a denoised layer back into the plain layer it was, in place and without folding anything; returns it."""
     vanilla = layer.vanilla_class
     layer._modules.pop('denoiser', None)
     for name in ('timestep', 'schedule', 'vanilla_class'):
         layer.__dict__.pop(name, None)
     layer.__class__ = vanilla  # type: ignore[assignment]
+    return layer
 
 
 def reserved_names(layer: nn.Module) -> set[str]:
