@@ -12,13 +12,15 @@ from .core import (
     Moments,
     NoiseSchedule,
     apply_denoiserep,
-    calibrate,
     closed_form,
     collect_moments,
     denoise_losses,
+    fit_domain,
     fuse_checkpoint,
     fuse_model,
     fuse_state_dict,
+    select_layers,
+    solve_denoisers,
     verify_fusion,
 )
 
@@ -29,13 +31,15 @@ __all__ = [
     'Moments',
     'NoiseSchedule',
     'apply_denoiserep',
-    'calibrate',
     'closed_form',
     'collect_moments',
     'denoise_losses',
+    'fit_domain',
     'fuse_checkpoint',
     'fuse_model',
     'fuse_state_dict',
+    'select_layers',
+    'solve_denoisers',
     'verify_fusion',
 ]
 

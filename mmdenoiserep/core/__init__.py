@@ -1,22 +1,23 @@
 """The method itself; imports torch only."""
 
-from .calibration.calibrate import CalibratedLayer, CalibrationReport, calibrate
 from .calibration.closed_form import closed_form
 from .calibration.collect import collect_moments
-from .calibration.domain import explicit_maps
-from .calibration.match import transport
+from .calibration.domain import explicit_maps, fit_domain
+from .calibration.match import safe_fit, transport
 from .calibration.moments import CalibrationError, Moments
-from .calibration.safety import safe_fit
+from .calibration.report import CalibratedLayer, CalibrationReport
+from .calibration.solve import solve_denoisers
 from .files.checkpoint import CheckpointError, fuse_checkpoint, read_checkpoint
 from .files.moments_file import fingerprint, load_moments, save_moments
 from .fusing.fuse import FusionError, fuse_model, fuse_state_dict
-from .fusing.verify import Verification, verify_fusion
+from .fusing.verify import Verification, compare_models, verify_fusion
 from .method.convert import ConversionReport, apply_denoiserep
 from .method.denoiser import DEFAULT_RANK, Denoiser
 from .method.layers import DenoiseConv2d, DenoiseLayer, DenoiseLinear
 from .method.losses import DenoiseLosses, denoise_losses
 from .method.probe import evaluating
 from .method.schedule import NoiseSchedule, ReverseStep
+from .method.select import select_layers
 from .utils.errors import InputError
 from .utils.table import format_table
 
@@ -39,12 +40,13 @@ __all__ = [
     'ReverseStep',
     'Verification',
     'apply_denoiserep',
-    'calibrate',
     'closed_form',
     'collect_moments',
     'denoise_losses',
     'evaluating',
+    'compare_models',
     'explicit_maps',
+    'fit_domain',
     'fingerprint',
     'format_table',
     'fuse_checkpoint',
@@ -53,6 +55,8 @@ __all__ = [
     'load_moments',
     'read_checkpoint',
     'safe_fit',
+    'select_layers',
+    'solve_denoisers',
     'save_moments',
     'transport',
     'verify_fusion',

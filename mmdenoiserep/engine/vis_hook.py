@@ -8,7 +8,7 @@ from mmengine.visualization import TensorboardVisBackend
 from torch import Tensor
 
 from ..core import DenoiseLayer
-from ..core.calibration.collect import denoised_layers
+from ..core.calibration.solve import denoised_layers
 
 
 @HOOKS.register_module()

@@ -1,12 +1,12 @@
-"""Gathers the moments of what flows through the denoised layers of a model."""
+"""Gathers the moments of what flows through the layers of a model."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..method.layers import DenoiseLayer, input_channels
+from ..method.layers import Layer, input_channels
 from ..method.probe import evaluating, run_model
 from ..method.sample import Sample
 from ..utils.intercept import intercepting
@@ -14,39 +14,42 @@ from .batches import count_images
 from .moments import CalibrationError, Moments, gather_processes
 
 
-def denoised_layers(module: nn.Module) -> dict[str, DenoiseLayer]:
-    """Returns the denoised layers by name, first executed first.
-
-    Raises:
-        CalibrationError: There is none.
-    """
-    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, DenoiseLayer)}
-    if not found:
-        raise CalibrationError('the model has no denoisers; convert it with apply_denoiserep first')
-    return dict(sorted(found.items(), key=lambda item: -item[1].timestep))
-
-
 def collect_moments(
-    module: nn.Module, batches: Iterable[Any], *, inputs: bool = False, every: int = 1
+    module: nn.Module,
+    layers: Mapping[str, Layer],
+    batches: Iterable[Any],
+    *,
+    inputs: bool = False,
+    every: int = 1,
 ) -> dict[str, Moments]:
-    """Gathers the moments of every denoised layer in one pass, in eval mode and without gradients.
+    """Gathers the moments of layers in one pass, in eval mode and without gradients.
 
     Where a domain fit acts: on the input of a Linear layer, on the output of a convolution. They are those of all
     processes, where there are several, each with its own batches, and of all calls of a layer.
 
     Args:
-        module: A model that :func:`apply_denoiserep` converted.
+        module: The model.
+        layers: Layers of the model by name, of :func:`select_layers`.
         batches: What to call the module with, one batch of images after the other.
         inputs: Takes the inputs of convolutions too.
         every: Takes a random one in so many vectors (tokens, pixels) of each batch; the same ones every time.
 
     Returns:
-        The moments by layer name, first executed first; those of a layer that no image reaches have the count 0.
+        The moments by layer name, in the order of ``layers``; those of a layer that no image reaches have the count 0.
 
     Raises:
-        CalibrationError: The module has no denoisers, there is no image, or the features are not finite.
+        CalibrationError: There is no layer or no image, or the features are not finite.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+        >>> images = torch.randn(64, 3, 2, 2)
+        >>> source = collect_moments(model, select_layers(model, example_input=images), [images])
+        >>> source['1'].count
+        64
     """
-    moments, images = gather(module, batches, denoised_layers(module), inputs, every)
+    if not layers:
+        raise CalibrationError('there is no layer to gather moments of')
+    moments, images = gather(module, batches, layers, inputs, every)
     if not images:
         raise CalibrationError('there is no image to gather moments of')
     return moments
@@ -55,7 +58,7 @@ def collect_moments(
 def gather(
     module: nn.Module,
     batches: Iterable[Any],
-    layers: Mapping[str, DenoiseLayer],
+    layers: Mapping[str, Layer],
     inputs: bool,
     every: int,
     run: Callable[[nn.Module, Any], Any] = run_model,
@@ -91,7 +94,7 @@ def gather(
             raise SeenAll
         return forward(x) if output is None else output
 
-    with evaluating(module), without_zero_denoisers(module), intercepting(layers, listen):
+    with evaluating(module), intercepting(layers, listen):
         for batch in batches:
             images += count_images(batch)
             done = 0
@@ -104,7 +107,7 @@ def gather(
     return moments, sum_processes(images)
 
 
-def empty_moments(layer: DenoiseLayer, inputs: bool = False) -> Moments:
+def empty_moments(layer: Layer, inputs: bool = False) -> Moments:
     """Returns moments that have seen nothing, of what a domain fit corrects in a layer, or of its input."""
     channels, groups = input_channels(layer)  # type: ignore[arg-type]
     if fitted_on_output(layer) and not inputs:
@@ -139,23 +142,11 @@ def check_finite(name: str, moments: Moments) -> None:
         )
 
 
-@contextmanager
-def without_zero_denoisers(module: nn.Module) -> Iterator[None]:
-    """Leaves denoisers that are zero out of the forward while it lasts: they cost as much as any other."""
-    idle = {n: m for n, m in module.named_modules() if isinstance(m, DenoiseLayer) and m.denoiser.is_zero()}
-
-    def plain(name: str, forward: Callable, x: Tensor) -> Tensor:
-        return idle[name].forward_plain(x, idle[name].weight, idle[name].bias)
-
-    with intercepting(idle, plain):
-        yield
-
-
 class SeenAll(BaseException):
     """Ends a forward whose rest nobody needs; a model that catches every Exception does not catch it."""
 
 
-def fitted_on_output(layer: nn.Module) -> bool:
+def fitted_on_output(layer: Layer) -> bool:
     """Whether a domain fit corrects what the layer returns: a convolution, whose padding a constant would miss."""
     return isinstance(layer, nn.Conv2d)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..method.layers import DenoiseLayer
+from ..method.layers import DenoiseLayer, Layer
 from ..method.probe import evaluating, run_model
 from ..method.sample import Sample
 from ..utils.intercept import intercepting
@@ -25,15 +25,15 @@ from .collect import (
     gather,
     sum_processes,
     too_few,
-    without_zero_denoisers,
 )
-from .match import transport
+from .match import FITS, RANKED, transport
 from .moments import CalibrationError, Moments, gather_processes
 from .norms import find_norms, taker, why_not_norm
 from .readers import Readers
+from .report import CalibrationReport, make_report, make_row
 
 
-def apply_map(layer: nn.Module, x: Tensor, linear: Tensor, constant: Tensor) -> Tensor:
+def apply_map(layer: Layer, x: Tensor, linear: Tensor, constant: Tensor) -> Tensor:
     """Returns ``A x + c`` of what a layer takes (Linear) or gives (convolution), laid out as it is there.
 
     Args:
@@ -53,10 +53,10 @@ def explicit_maps(module: nn.Module, maps: Mapping[str, tuple[Tensor, Tensor]]) 
     """Makes layers take or give ``A x + c`` while it lasts, step by step: what a domain fit folds into the weights.
 
     Args:
-        module: A model before the fit, with denoisers or without.
+        module: A model before the fit.
         maps: A and c by layer name.
     """
-    layers = {name: module.get_submodule(name) for name in maps}
+    layers: dict[str, Any] = {name: module.get_submodule(name) for name in maps}
 
     def run(name: str, forward: Callable, *args: Tensor, **keywords: Tensor) -> Tensor:
         x, *rest = (*args, *keywords.values())
@@ -64,10 +64,91 @@ def explicit_maps(module: nn.Module, maps: Mapping[str, tuple[Tensor, Tensor]]) 
             return apply_map(layers[name], forward(x, *rest), *maps[name])
         return forward(apply_map(layers[name], x, *maps[name]), *rest)
 
-    denoised = {name: layer for name, layer in layers.items() if isinstance(layer, DenoiseLayer)}
-    plain = {name: layer for name, layer in layers.items() if name not in denoised}
-    with intercepting(plain, run), intercepting(denoised, run, 'forward_plain'):  # verify_fusion replaces their forward
+    with intercepting(layers, run):
         yield
+
+
+def fit_domain(
+    module: nn.Module,
+    layers: Mapping[str, Layer],
+    batches: Iterable[Any],
+    source: Mapping[str, Moments],
+    *,
+    fit: str = 'full',
+    rank: int | None = None,
+    prior: float = 0.0,
+    every: int = 1,
+) -> CalibrationReport:
+    """Fits layers of a model to the images of the place where it will run, in place: the maps are in the weights.
+
+    An affine map carries the moments of each layer's features to those in the training domain, see :func:`transport`
+    and :class:`DomainFit`. Layers follow each other in the order of execution, each fitted on the stream that the
+    earlier ones correct: a single batch is run through the model once, and each layer is fitted when its turn comes;
+    several batches once for each layer.
+
+    Args:
+        module: The model.
+        layers: Layers of the model by name, first executed first, of :func:`select_layers`; the others stay.
+        batches: What to call the module with; each process has its own.
+        source: Moments in the training domain, of :func:`collect_moments`.
+        fit: ``'full'``, ``'covariance'``, ``'diagonal'`` or ``'mean'``, see :func:`transport`.
+        rank: Rank of the maps less the identity; None for full. Means and variances alone have none.
+        prior: Images that the source is worth, so that few images cannot wreck a model.
+        every: See :func:`collect_moments`.
+
+    Returns:
+        A :class:`CalibrationReport`.
+
+    Raises:
+        CalibrationError: There is no layer or no image, the model has denoisers, the source or an option does not fit,
+            or no layer can be fitted. Nothing has been changed then. Or the features of a layer are not finite, which
+            leaves the layers before it fitted.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+        >>> images = torch.randn(64, 3, 2, 2)
+        >>> layers = select_layers(model, example_input=images)
+        >>> source = collect_moments(model, layers, [images])
+        >>> dark = 0.5 * images
+        >>> report = fit_domain(model, layers, [dark], source)
+        >>> report.layers[0].name
+        '1'
+    """
+    if not layers:
+        raise CalibrationError('there is no layer to fit')
+    if any(isinstance(layer, DenoiseLayer) for layer in module.modules()):
+        raise CalibrationError('the model has denoisers; fuse it first (fuse_model) and select its layers then')
+    if prior < 0:
+        raise CalibrationError(f'prior must be a number of images, 0 or more, got {prior}')
+    if fit not in FITS:
+        raise CalibrationError(f'fit must be one of {", ".join(FITS)}, got {fit!r}')
+    if rank is not None and rank < 1:
+        raise CalibrationError(f'rank must be 1 or more, or None for full maps, got {rank}')
+    for name, layer in layers.items():
+        _check_source(name, layer, source)
+    batches = list(batches) if iter(batches) is batches else batches  # several passes read them several times
+    domain = DomainFit(module, layers, source, fit, rank, prior, every)
+    domain.run(batches)
+    rows = []
+    for name in layers:
+        if name in domain.fitted:
+            fitted = domain.fitted[name]
+            low = rank if fit in RANKED and rank is not None and rank < fitted.linear.shape[-1] else None
+            rows.append(make_row(name, fitted.linear, fitted.constant, fitted.target, rank=low, note=fitted.note))
+    return make_report('domain', domain.images, domain.passes, rows, domain.skipped)
+
+
+def _check_source(name: str, layer: Layer, source: Mapping[str, Moments]) -> None:
+    """Raises a CalibrationError if there are no usable moments of a layer."""
+    if name not in source:
+        raise CalibrationError(f'source has no moments of {name}; gather them with the same targets')
+    expected, given = empty_moments(layer).mean, source[name]
+    if given.mean.shape != expected.shape:
+        raise CalibrationError(
+            f'the moments of {name} in source are of {given.mean.numel()} channels, not {expected.numel()}'
+        )
+    if not (given.mean.isfinite().all() and given.scatter.isfinite().all()):
+        raise CalibrationError(f'the moments of {name} in source hold NaN or Inf; gather them again')
 
 
 @dataclass(frozen=True)
@@ -99,7 +180,7 @@ class DomainFit:
 
     Args:
         module: The model.
-        layers: The layers to fit, first executed first; their denoisers must be zero.
+        layers: The layers to fit, first executed first.
         source: Moments in the training domain by layer name.
         fit: See :func:`transport`.
         rank: Likewise.
@@ -116,7 +197,7 @@ class DomainFit:
     def __init__(
         self,
         module: nn.Module,
-        layers: Mapping[str, DenoiseLayer],
+        layers: Mapping[str, Layer],
         source: Mapping[str, Moments],
         fit: str,
         rank: int | None,
@@ -188,7 +269,7 @@ class DomainFit:
         self.images = sum_processes(count_images(batch))
         if not self.images:
             raise CalibrationError('there is no image to calibrate with')
-        with evaluating(self.module), without_zero_denoisers(self.module):
+        with evaluating(self.module):
             one = batch[:1] if isinstance(batch, Tensor) else batch  # who reads what, one image shows
             self.readers.run(self.module, one)
         (calls,) = self.readers.calls
@@ -198,7 +279,7 @@ class DomainFit:
         self._find_takers()
         before = [(tensor, tensor.detach().clone()) for _, tensor in self.owned if tensor is not None]
         sample = Sample(self.every)
-        all_layers = sum(isinstance(layer, DenoiseLayer) for layer in self.module.modules())
+        all_layers = sum(isinstance(layer, nn.Linear | nn.Conv2d) for layer in self.module.modules())
 
         def reach(place: str) -> None:
             if len(set(gather_processes(place))) > 1:
@@ -241,7 +322,6 @@ class DomainFit:
         try:
             with (
                 evaluating(self.module),
-                without_zero_denoisers(self.module),
                 intercepting(self.layers, run),
                 suppress(SeenAll),
             ):
@@ -325,7 +405,7 @@ class DomainFit:
         self.fitted[name] = FittedLayer(linear, constant, target, note)
         return shift
 
-    def _why_not(self, layer: DenoiseLayer, source: Moments, target: Moments) -> str:
+    def _why_not(self, layer: Layer, source: Moments, target: Moments) -> str:
         """Returns why the moments of a layer are not enough to fit it; empty if they are."""
         size = target.mean.shape[1]
         accuracy = (4 * torch.finfo(torch.promote_types(layer.weight.dtype, torch.float32)).eps) ** 2

@@ -1,4 +1,7 @@
-"""The affine map that gives features the mean and the covariance which they have in the training domain."""
+"""The map that gives features the moments which they have in the training domain, and how much of it is safe."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,3 +79,50 @@ def _power(matrix: Tensor, exponent: float) -> Tensor:
     info = torch.finfo(values.dtype)
     smallest = (values.amax(-1, keepdim=True) * info.eps).clamp_min(info.tiny)  # a dead layer has no variance at all
     return vectors * values.maximum(smallest)[:, None, :] ** exponent @ vectors.mT
+
+
+FEW, MANY = 32, 512
+"""Images below which the later layers, and from which on all layers, can be fitted; measured, see docs/domain.md."""
+
+PRIOR = 16
+"""Images that the source is worth below :data:`MANY`, or where the mix of classes is unknown."""
+
+RANK = 64
+"""Rank of the maps, less the identity, from :data:`MANY` on."""
+
+
+def early_half(layers: Sequence[str]) -> tuple[str, ...]:
+    """Returns the first half of the layers, with the middle one of an odd number."""
+    return tuple(layers[: (len(layers) + 1) // 2])
+
+
+def safe_fit(layers: Sequence[str], images: int, representative: bool = False) -> dict[str, Any]:
+    """Returns the options of a domain fit that were found to risk least on small models.
+
+    docs/domain.md has what they cost. On a DINOv2 ViT-S all layers with 512 images did harm, also on images of the
+    training domain (docs/which-when.md, one seed); the first case did not.
+
+    Early layers carry most of what a fit recovers from noise or blur. Late layers hold classes: fitted to images of
+    other classes than the training had, or to few images, they unlearn. The mean of any layer moves with the mix of
+    classes. So only these are touched:
+
+        unknown mix, or fewer than :data:`FEW` images:  the first layer, its covariance but not its mean
+        fewer than :data:`MANY`:  the early half, mean and covariance
+        more:                     all layers, mean and covariance, at rank :data:`RANK`
+
+    with a prior worth :data:`PRIOR` images in the first two cases. The first one harms where the light is another one,
+    because the mean stays: look at :attr:`CalibratedLayer.moved`.
+
+    Args:
+        layers: Names of all layers, first executed first.
+        images: Number of images to fit on.
+        representative: Whether they show the classes about as often as the training images did.
+
+    Returns:
+        ``layers``, ``fit``, ``rank`` and ``prior`` for :func:`fit_domain`.
+    """
+    if not representative or images < FEW:
+        return dict(layers=tuple(layers[:1]), fit='covariance', rank=None, prior=float(PRIOR))
+    if images < MANY:
+        return dict(layers=early_half(layers), fit='full', rank=None, prior=float(PRIOR))
+    return dict(layers=tuple(layers), fit='full', rank=RANK, prior=0.0)

@@ -1,6 +1,6 @@
 """Denoisers without training: the optimum of their loss, from the moments of the features, in one pass."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def solve_denoisers(
         chosen = {name: layer for name, layer in chosen.items() if name in set(layers)}
     if prior < 0:
         raise CalibrationError(f'prior must be a number of images, 0 or more, got {prior}')
-    moments, images = gather(module, batches, chosen, True, every)
+    moments, images = gather(module, batches, chosen, True, every)  # type: ignore[arg-type]
     if not images:
         raise CalibrationError('there is no image to calibrate with')
     rows, skipped = [], {}

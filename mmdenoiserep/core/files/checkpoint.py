@@ -59,8 +59,8 @@ def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict
     """Reads a checkpoint file on the CPU: one of ``torch.save``, or a safetensors file.
 
     By default only tensors and plain data are read (``weights_only=True``); the other objects of a training
-    checkpoint, which :data:`~mmdenoiserep.core.files.stand_ins.STAND_INS` names, become inert placeholders, so no code of
-    the file runs.
+    checkpoint, which :data:`~mmdenoiserep.core.files.stand_ins.STAND_INS` names, become inert placeholders, so no code
+    of the file runs.
 
     Args:
         path: The file.

@@ -1,0 +1,1 @@
+"""Folds denoisers into weights, and compares what comes out."""

@@ -97,11 +97,35 @@ def verify_fusion(
     def by_definition(name: str, forward: Callable, x: Tensor) -> Tensor:
         return layers[name].forward_by_definition(x)
 
-    with evaluating(denoised, fused), intercepting(layers, by_definition):
-        with equal_draws(denoised):
-            returned = run_model(denoised, example_input)
-        with equal_draws(fused):
-            actual = _numbers(run_model(fused, example_input))
+    with intercepting(layers, by_definition):
+        return compare_models(denoised, fused, example_input, tolerance)
+
+
+def compare_models(
+    model: nn.Module, other: nn.Module, example_input: Any, tolerance: float | None = None
+) -> Verification:
+    """Compares what two models return for the same input, both in eval mode and with the same random numbers.
+
+    Args:
+        model: The model that is right.
+        other: The model to compare with it.
+        example_input: What to call both with.
+        tolerance: Largest relative difference; None takes :data:`TOLERANCES` for the dtype of the model's weights.
+
+    Returns:
+        A :class:`Verification` of every floating-point tensor that the models return.
+
+    Raises:
+        FusionError: The models return different structures or no floating-point tensor.
+    """
+    if tolerance is None:
+        dtypes = {p.dtype for p in model.parameters()}
+        tolerance = max(value for dtype, value in TOLERANCES.items() if dtype in dtypes)
+    with evaluating(model, other):
+        with equal_draws(model):
+            returned = run_model(model, example_input)
+        with equal_draws(other):
+            actual = _numbers(run_model(other, example_input))
     expected = _numbers(returned)
     if expected.keys() != actual.keys():
         raise FusionError(f'the models return different outputs: {sorted(expected)} and {sorted(actual)}')

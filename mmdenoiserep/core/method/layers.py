@@ -19,6 +19,9 @@ from .schedule import NoiseSchedule, ReverseStep
 
 OFFICIAL_SCHEDULE = NoiseSchedule()
 
+Layer = nn.Linear | nn.Conv2d
+"""The layers that the method works on."""
+
 
 class DenoiseLayer(nn.Module):
     """What :class:`DenoiseLinear` and :class:`DenoiseConv2d` share.
@@ -114,7 +117,7 @@ class DenoiseLayer(nn.Module):
             FusionError: A value is not finite, or overflows the dtype of the weight.
         """
         weight, bias, _ = fold_layer('the layer', self.weight, self.bias, dict(self.denoiser.named_parameters()))
-        plain = restore_layer(copy.deepcopy(self))
+        plain: Any = restore_layer(copy.deepcopy(self))
         with torch.no_grad():
             plain.weight.copy_(weight)
             if bias is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..utils.storage import shared_parameters
-from .layers import DENOISE_CLASSES, DenoiseLayer, reserved_names
+from .layers import DENOISE_CLASSES, DenoiseLayer, Layer, reserved_names
 from .probe import Execution, probe_execution
 from .targets import Target, Targets, compile_pattern, near_names, parse_targets
 
@@ -42,7 +42,7 @@ class Selection:
         failure: Why the model could not be run on the dummy image, else empty; the order is then that of registration.
     """
 
-    layers: Mapping[str, nn.Module]
+    layers: Mapping[str, Layer]
     overrides: Mapping[str, Mapping]
     skipped: Mapping[str, str]
     failure: str
@@ -50,7 +50,7 @@ class Selection:
 
 def select_layers(
     module: nn.Module, targets: Targets = 'all', exclude: str | Sequence[str] = (), example_input: Any = None
-) -> dict[str, nn.Module]:
+) -> dict[str, Layer]:
     """Returns the layers of a model that can be fitted or get a denoiser, exactly.
 
     Args:
@@ -80,13 +80,13 @@ def find_layers(
 ) -> Selection:
     """Does the same as :func:`select_layers`; returns what was left out, and why, too."""
     if any(isinstance(m, DenoiseLayer) for m in module.modules()):
-        raise ValueError('the model has denoisers already; convert a model once, with all its targets')
+        raise ValueError('the model has denoisers already; convert a model once, with all its targets, or fuse it first (fuse_model)')
     if any(map(is_lazy, module.parameters())):
         raise ValueError('the model has lazy parameters, which have no size yet; run it on an example input first')
     parsed = parse_targets(targets, OPTIONS)
     excluded = [compile_pattern(text) for text in ([exclude] if isinstance(exclude, str) else exclude)]
     names = _layer_names(module)
-    layers = {aliases[0]: module.get_submodule(aliases[0]) for aliases in names}
+    layers: dict[str, Any] = {aliases[0]: module.get_submodule(aliases[0]) for aliases in names}
     execution = probe_execution(
         module, {n: m for n, m in layers.items() if _own_parameters(m) and 'forward' not in m.__dict__}, example_input
     )
