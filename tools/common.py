@@ -16,7 +16,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import init_default_scope
 
 from launch import describe_missing, stop
-from mmdenoiserep.apis.tracebacks import is_from_user
+from mmdenoiserep.apis.errors import is_from_user
 from mmdenoiserep.engine.resume import allow_plain_classes
 
 

@@ -62,7 +62,7 @@ def main() -> None:
         random_images,
         run_onnx,
     )
-    from mmdenoiserep.apis.tracebacks import is_from_user
+    from mmdenoiserep.apis.errors import is_from_user
 
     cfg = load_config(args)
     model = Deployed(load_fused(cfg, args.config, args.checkpoint))

@@ -19,7 +19,7 @@ from ..core.method.probe import evaluating
 from ..core.utils.randomness import equal_draws
 from ..core.utils.tensors import tensors_in
 from ..engine.backbone import DenoiseRepBackbone, find_guards
-from .tracebacks import is_from_user
+from .errors import is_from_user
 
 
 def backbone_configs(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

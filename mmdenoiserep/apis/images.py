@@ -33,8 +33,8 @@ from ..core.method import probe
 from ..core.utils.errors import printable
 from ..engine.backbone import CHANNELS
 from .backbones import backbone_configs
+from .errors import is_from_user
 from .folders import SUFFIXES, find_images
-from .tracebacks import is_from_user
 
 ANNOTATIONS = {
     'FilterAnnotations',

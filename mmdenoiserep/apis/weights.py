@@ -12,7 +12,8 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 
 from ..core import DenoiseLayer, InputError
-from ..core.files.checkpoint import STAMP, find_weights
+from ..core.files.content import find_weights
+from ..core.files.fused import STAMP
 from ..core.fusing.fuse import denoiser_keys
 
 HARDLY = 0.1

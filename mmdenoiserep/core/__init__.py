@@ -7,7 +7,8 @@ from .calibration.match import safe_fit, transport
 from .calibration.moments import CalibrationError, Moments
 from .calibration.report import CalibratedLayer, CalibrationReport
 from .calibration.solve import solve_denoisers
-from .files.checkpoint import CheckpointError, fuse_checkpoint, read_checkpoint
+from .files.checkpoint import read_checkpoint
+from .files.fused import FusedCheckpoint, fuse_checkpoint
 from .files.moments_file import fingerprint, load_moments, save_moments
 from .fusing.fuse import FusionError, fuse_model, fuse_state_dict
 from .fusing.verify import Verification, compare_models, verify_fusion
@@ -18,7 +19,7 @@ from .method.losses import DenoiseLosses, denoise_losses
 from .method.probe import evaluating
 from .method.schedule import NoiseSchedule, ReverseStep
 from .method.select import select_layers
-from .utils.errors import InputError
+from .utils.errors import CheckpointError, InputError
 from .utils.table import format_table
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     'DenoiseLinear',
     'DenoiseLosses',
     'Denoiser',
+    'FusedCheckpoint',
     'FusionError',
     'InputError',
     'Moments',

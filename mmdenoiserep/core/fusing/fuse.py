@@ -26,7 +26,7 @@ DIMENSIONS = dict(weight=3, scale=1, up=3, down=3, bias=1)
 """Names of what a denoiser holds, and how many dimensions each has."""
 
 
-def fuse_state_dict(state: Mapping[str, Tensor], changes: dict[str, float] | None = None) -> 'OrderedDict[str, Tensor]':
+def fuse_state_dict(state: Mapping[str, Tensor]) -> 'OrderedDict[str, Tensor]':
     """Returns the vanilla state dict with every denoiser folded in; the input is not changed.
 
     Everything is computed in float64 on the CPU and cast once to the dtype of the stored weight. Nothing is random:
@@ -34,7 +34,6 @@ def fuse_state_dict(state: Mapping[str, Tensor], changes: dict[str, float] | Non
 
     Args:
         state: Parameters by name, with ``<layer>.denoiser.*`` beside ``<layer>.weight`` and ``<layer>.bias``.
-        changes: Gets the relative change of each weight, ``|W' - W| / |W|`` (Frobenius norm), by layer name.
 
     Returns:
         A new dict in the same order, without the denoisers; the entries of other layers are shared with the input.
@@ -42,6 +41,15 @@ def fuse_state_dict(state: Mapping[str, Tensor], changes: dict[str, float] | Non
     Raises:
         FusionError: There is no denoiser, a shape does not fit, a weight is shared with another layer, or a value is
             not finite.
+    """
+    return fold_state_dict(state)[0]
+
+
+def fold_state_dict(state: Mapping[str, Tensor]) -> 'tuple[OrderedDict[str, Tensor], dict[str, float]]':
+    """Does the same as :func:`fuse_state_dict`.
+
+    Returns:
+        The vanilla state dict; the relative change of each weight, ``|W' - W| / |W|`` (Frobenius norm), by layer name.
     """
     denoisers = find_denoisers(state)
     if not denoisers:
@@ -51,6 +59,7 @@ def fuse_state_dict(state: Mapping[str, Tensor], changes: dict[str, float] | Non
     _refuse_shared(state, denoisers)
     ours = denoiser_keys(state)
     fused = OrderedDict((key, value) for key, value in state.items() if key not in ours)
+    changes = {}
     for layer, parameters in denoisers.items():
         if foreign := [key for key in fused if key.startswith(f'{layer}denoiser.')]:
             raise FusionError(f'{foreign[0]} is nothing that a denoiser of this package holds')
@@ -58,9 +67,7 @@ def fuse_state_dict(state: Mapping[str, Tensor], changes: dict[str, float] | Non
         weight, bias = state.get(f'{layer}weight'), state.get(f'{layer}bias')
         if not isinstance(weight, Tensor):
             raise FusionError(f'{name} has a denoiser but no weight; the file is incomplete')
-        weight, bias, change = fold_layer(name, weight, bias, parameters)
-        if changes is not None:
-            changes[name] = change
+        weight, bias, changes[name] = fold_layer(name, weight, bias, parameters)
         fused[f'{layer}weight'] = weight
         if bias is not None:
             fused[f'{layer}bias'] = bias
@@ -68,7 +75,7 @@ def fuse_state_dict(state: Mapping[str, Tensor], changes: dict[str, float] | Non
         gone = {f'{layer}denoiser' for layer in denoisers}
         versions = ((key, value) for key, value in state._metadata.items() if key not in gone)
         fused._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
-    return fused
+    return fused, changes
 
 
 def find_denoisers(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:

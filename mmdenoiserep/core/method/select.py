@@ -80,7 +80,9 @@ def find_layers(
 ) -> Selection:
     """Does the same as :func:`select_layers`; returns what was left out, and why, too."""
     if any(isinstance(m, DenoiseLayer) for m in module.modules()):
-        raise ValueError('the model has denoisers already; convert a model once, with all its targets, or fuse it first (fuse_model)')
+        raise ValueError(
+            'the model has denoisers already; convert a model once, with all its targets, or fuse it first (fuse_model)'
+        )
     if any(map(is_lazy, module.parameters())):
         raise ValueError('the model has lazy parameters, which have no size yet; run it on an example input first')
     parsed = parse_targets(targets, OPTIONS)

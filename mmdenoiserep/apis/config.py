@@ -1,0 +1,184 @@
+"""Reads the config of a user and changes it as the options of the tools ask for."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.metadata import distributions
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.registry import init_default_scope
+
+from ..engine.resume import allow_plain_classes
+from .errors import ConfigError, find_missing, is_from_user
+
+LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
+
+
+def load_config(
+    path: str | Path, options: Sequence[str] = (), work_dir: str | None = None, launcher: str | None = None
+) -> Config:
+    """Reads a config and imports what it needs.
+
+    Args:
+        path: Path of the config.
+        options: Settings to override, ``KEY=VALUE`` each, as after ``--cfg-options``.
+        work_dir: Folder of a run; None takes that of the config, or ``work_dirs/<name of the config>``.
+        launcher: How the processes of a run were started; None where there is no run.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: The config can't be read, or the options do not fit it.
+        ModuleNotFoundError: The config needs a library that is not installed.
+
+    Example:
+        >>> cfg = load_config('configs/demo/vit_fashion-mnist.py', ['model.head.num_classes=5'])
+        >>> cfg.model.head.num_classes
+        5
+    """
+    if find_spec('mmseg') and not any(distributions(name='mmsegmentation')):
+        # the maintained fork of the stack ships mmseg under another name, and mmengine looks for the old one
+        MODULE2PACKAGE['mmseg'] = 'mmseg'
+    MODULE2PACKAGE['mmdenoiserep'] = 'mmdenoiserep'  # for _base_ = 'mmdenoiserep::...'
+    try:
+        cfg = Config.fromfile(path)
+        if (scope := cfg.get('default_scope')) in LIBRARIES:
+            import_module(scope)
+    except Exception as error:  # a config is a program: reading it may fail in any way
+        if name := find_missing(error):
+            raise ModuleNotFoundError(f'the config {path} needs {name}', name=name) from error
+        if is_from_user(error):  # a module of custom_imports
+            raise
+        raise ConfigError(f'the config {path} cannot be read ({type(error).__name__}: {error})') from error
+    imports = (cfg.get('custom_imports') or {}).get('imports') or ()
+    allow_plain_classes([imports] if isinstance(imports, str) else imports)
+    _drop_scope(cfg._cfg_dict, 'mmdenoiserep')
+    if options:
+        parsed = _parse_options(options)
+        try:
+            cfg.merge_from_dict(parsed)
+        except Exception as error:  # a key may lead through anything
+            raise ConfigError(f'--cfg-options do not fit {path} ({type(error).__name__}: {error})') from error
+    if launcher is not None:
+        cfg.launcher = launcher
+        cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(path).stem)
+    return cfg
+
+
+def _drop_scope(config: Any, scope: str) -> None:
+    """Removes a package that has no registries of its own from the scopes that mmengine notes at what is inherited."""
+    if isinstance(config, dict):
+        if config.get('_scope_') == scope:
+            del config['_scope_']
+        config = list(dict.values(config))  # lazy stays lazy
+    if isinstance(config, list | tuple):
+        for value in config:
+            _drop_scope(value, scope)
+
+
+def _parse_options(options: Sequence[str]) -> dict:
+    """Turns ``KEY=VALUE`` words into a dict as mmengine's own tools do."""
+    if wrong := [option for option in options if '=' not in option]:
+        raise ConfigError(f'--cfg-options takes KEY=VALUE, got {wrong[0]!r}')
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--options', nargs='+', action=DictAction)
+    try:
+        return parser.parse_args(['--options', *options]).options
+    except Exception as error:  # unbalanced brackets and the like
+        raise ConfigError(f'--cfg-options cannot be read ({type(error).__name__}: {error})') from error
+
+
+def set_default_scope(cfg: Config) -> None:
+    """Does what a runner does with ``default_scope``: lazy configs set it to None, and then there is none."""
+    if scope := cfg.get('default_scope', 'mmengine'):
+        init_default_scope(scope)
+
+
+def type_name(config: Mapping[str, Any]) -> str:
+    """Returns the bare name of what a config builds; ``type`` is a name, or in lazy configs the object itself."""
+    kind = config.get('type', '')
+    return getattr(kind, '__name__', str(kind)).split('.')[-1]
+
+
+def without_denoising(model: Any) -> Any:
+    """Returns a model config in which every DenoiseRepBackbone is replaced by the backbone inside it."""
+    if isinstance(model, dict):
+        if type_name(model) == 'DenoiseRepBackbone':
+            inner = without_denoising(model['backbone'])
+            return inner if model.get('pretrained') is None else ConfigDict(inner, pretrained=model['pretrained'])
+        return ConfigDict({key: without_denoising(value) for key, value in dict.items(model)})  # lazy stays lazy
+    return type(model)(map(without_denoising, model)) if isinstance(model, list | tuple) else model
+
+
+def use_amp(cfg: Config) -> None:
+    """Switches the optimizer wrapper of a config to automatic mixed precision.
+
+    Raises:
+        ConfigError: The config has no optimizer wrapper, or one of another kind.
+    """
+    wrapper = cfg.get('optim_wrapper')
+    if not wrapper or type_name(wrapper) not in ('', 'OptimWrapper', 'AmpOptimWrapper'):
+        kind = type_name(wrapper) if wrapper else 'no optim_wrapper'
+        raise ConfigError(f'--amp works with OptimWrapper, the config has {kind}')
+    wrapper.type = 'AmpOptimWrapper'
+    wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def scale_learning_rate(cfg: Config) -> None:
+    """Makes a run scale its learning rate with the batch size.
+
+    Raises:
+        ConfigError: The config does not say which batch size its rate is for.
+    """
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+        raise ConfigError(f'{cfg.filename} has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs')
+    cfg.auto_scale_lr.enable = True
+
+
+def show_predictions(cfg: Config, folder: str | None = None, window: bool = False, seconds: float = 2) -> None:
+    """Makes the visualization hook of a config draw every prediction; each library names its options its own way.
+
+    Args:
+        cfg: The config.
+        folder: Folder of the work dir for the pictures; None writes none.
+        window: Whether to show them in a window.
+        seconds: Time from one window to the next.
+
+    Raises:
+        ConfigError: The config has no such hook.
+    """
+    hook = (cfg.get('default_hooks') or {}).get('visualization')
+    if hook is None:
+        raise ConfigError(f'{cfg.filename} has no default_hooks.visualization, which --show and --show-dir need')
+    kind = type_name(hook)  # mmpretrain's is VisualizationHook, mmseg's SegVisualizationHook
+    switch = 'enable' if kind == 'VisualizationHook' else 'draw'
+    hook.update({switch: True}, show=window, wait_time=seconds, interval=1)
+    if folder and kind == 'SegVisualizationHook':
+        cfg.visualizer.save_dir = folder
+    elif folder:
+        hook['out_dir' if kind == 'VisualizationHook' else 'test_out_dir'] = folder
+
+
+def use_tta(cfg: Config) -> None:
+    """Wraps the model and the test pipeline of a config with the test-time augmentation that it defines.
+
+    Raises:
+        ConfigError: It defines none, or its test data set is built already.
+    """
+    if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+        raise ConfigError('--tta needs tta_model and tta_pipeline in the config')
+    from .images import datasets_of, leaves
+
+    for dataset in datasets_of(cfg, 'test'):
+        for leaf in leaves(dataset):
+            if not isinstance(leaf, dict):
+                raise ConfigError(
+                    f'--tta needs the config of the test data set, not a {type(leaf).__name__} that is built already'
+                )
+            leaf['pipeline'] = cfg.tta_pipeline
+    cfg.model = ConfigDict(cfg.tta_model, module=cfg.model)

@@ -1,0 +1,144 @@
+"""Builds the model of a config and loads a checkpoint into it, strictly."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ..core import CheckpointError, InputError, fuse_state_dict
+from ..core.files.content import EXTRA_STATE, open_checkpoint
+from ..core.fusing.fuse import denoiser_keys
+from .backbones import find_backbones
+from .config import set_default_scope, without_denoising
+from .errors import ConfigError, config_at_fault
+
+
+def build_model(cfg: Config, denoised: bool = True) -> nn.Module:
+    """Returns the model of a config in eval mode, with random weights, as mmengine's runner builds it.
+
+    It is built from a copy, for some models (DINO) write into their config, and would not be built a second time.
+
+    Args:
+        cfg: The config; it is not changed.
+        denoised: Whether to keep what DenoiseRepBackbone adds.
+
+    Raises:
+        ConfigError: The config has no model, or names what can't be built.
+    """
+    with config_at_fault(cfg.filename):
+        if not cfg.get('model'):
+            raise ConfigError(f'{cfg.filename} has no model')
+        set_default_scope(cfg)
+        model = deepcopy(cfg.model)
+        if 'data_preprocessor' in cfg:
+            model.setdefault('data_preprocessor', deepcopy(cfg.data_preprocessor))
+        return MODELS.build(model if denoised else without_denoising(model)).eval()
+
+
+def open_model(
+    cfg: Config, checkpoint: str, *, denoisers: str = 'fold', allow_pickle: bool = False
+) -> tuple[nn.Module, dict]:
+    """Returns the model of a config with the weights of a checkpoint, and the meta of the checkpoint.
+
+    Args:
+        cfg: The config.
+        checkpoint: Path of the checkpoint.
+        denoisers: ``'fold'`` gives the vanilla model, into whose weights those of the file are folded; ``'refuse'`` the
+            same, of a file that has none; ``'keep'`` the denoised one, with denoisers of zero where the file has none.
+        allow_pickle: See :func:`mmdenoiserep.core.read_checkpoint`.
+
+    Returns:
+        The model, and ``meta`` as plain data; that of a vanilla model has the config without denoising.
+
+    Raises:
+        CheckpointError: The file can't be read, has denoisers that are refused, or does not fit.
+        FusionError: Its denoisers can't be folded in.
+        InputError: The model has no backbone.
+
+    Example:
+        >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
+        >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
+        >>> model, meta = open_model(cfg, 'vit.pth')
+    """
+    content = open_checkpoint(checkpoint, allow_pickle)
+    if denoisers != 'keep':
+        content = content.without_denoising()
+    state: Mapping[str, Tensor] = content.weights
+    has_some = bool(denoiser_keys(state))
+    if has_some and denoisers == 'refuse':
+        raise CheckpointError(
+            f'{checkpoint} has denoisers; fold them into the weights first: '
+            f'tools/fuse_checkpoint.py {checkpoint} FUSED.pth'
+        )
+    model = build_model(cfg, denoisers == 'keep')
+    find_backbones(model)
+    if denoisers == 'keep':
+        start = model.state_dict()
+        state = state if has_some else state | {key: start[key] for key in denoiser_keys(start)}
+    elif has_some:
+        state = fuse_state_dict(state)
+    load_strictly(model, state, checkpoint, 'denoised' if denoisers == 'keep' else 'vanilla')
+    return model, content.meta
+
+
+def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], path: str, kind: str) -> None:
+    """Loads a state dict that has exactly the names and shapes of a model.
+
+    Args:
+        model: The model.
+        weights: The state dict.
+        path: Its file, for the message.
+        kind: ``'denoised'`` or ``'vanilla'``, for the message.
+
+    Raises:
+        CheckpointError: The names or shapes differ.
+    """
+    known = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    expected = model.state_dict()  # of a model with LoRA, only a part of what it knows
+    may_differ = ('num_batches_tracked', EXTRA_STATE)
+    missing = [name for name in expected if name not in weights and not name.endswith(may_differ)]
+    unknown = [name for name in weights if name not in expected and name not in known and not name.endswith(may_differ)]
+    if missing or unknown:
+        raise CheckpointError(
+            f'{path} does not fit the {kind} model of the config, which {_describe(missing, "has", "besides")}; '
+            f'the file {_describe(unknown, "has", "besides")}{_about_statistics(missing)}'
+        )
+    for name, value in weights.items():
+        shape = getattr(expected.get(name, known.get(name)), 'shape', None)
+        if shape != getattr(value, 'shape', None) and not name.endswith(may_differ):
+            raise CheckpointError(
+                f'{path} does not fit the {kind} model of the config: {name} is {tuple(getattr(value, "shape", ()))} '
+                f'in the file and {tuple(shape or ())} in the model'
+            )
+    # names and shapes are compared above, because some library models drop buffers of their own while loading
+    model.load_state_dict(weights, strict=False)
+
+
+def _describe(names: Sequence[str], has: str, besides: str) -> str:
+    if not names:
+        return f'{has} nothing {besides}'
+    return f'{has} {len(names)} tensors {besides}: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}'
+
+
+def _about_statistics(missing: Sequence[str]) -> str:
+    statistics = [name for name in missing if name.endswith(('running_mean', 'running_var'))]
+    if not statistics:
+        return ''
+    return f'; {statistics[0]} is a statistic of a BatchNorm layer: take a file with the buffers of the model, too'
+
+
+def to_device(model: nn.Module, device: str | None = None) -> nn.Module:
+    """Moves a model to a device, by default to a GPU where there is one.
+
+    Raises:
+        InputError: The device can't be used.
+    """
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        return model.to(device)
+    except Exception as error:  # a device of another kind may lack a module, or a driver
+        reason = str(error).split('\n')[0]
+        raise InputError(f'--device {device} cannot be used ({reason})') from error

@@ -1,0 +1,153 @@
+"""Trains and tests with mmengine's runners, on GPUs or CPUs, in one process or several."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.evaluator import DumpResults
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from ..core import InputError
+from ..engine.resume import allow_training_checkpoints
+from .errors import ConfigError, blame, config_at_fault, is_from_user
+from .weights import Loading, check_resumable
+
+STARTED_BY = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_LOCAL_RANK')
+"""Launcher: what it sets in the environment of its processes."""
+
+
+def train(cfg: Config) -> None:
+    """Trains a config.
+
+    Args:
+        cfg: The config, of :func:`~.config.load_config` with a launcher.
+
+    Raises:
+        InputError: The config or its ``load_from`` can't be used. What goes wrong later keeps its traceback.
+    """
+    runner = _build_runner(cfg)
+    if 'mmdenoiserep.tasks.reid' in sys.modules:
+        runner.register_hook(dict(type='ReIDCheckHook'))
+    purpose = 'resume' if cfg.get('resume') else 'start'
+    _start(runner, runner.train, cfg.filename, cfg.get('load_from'), purpose)
+
+
+def test(cfg: Config, checkpoint: str, out: str | None = None) -> None:
+    """Evaluates a checkpoint with its config; the metrics are logged.
+
+    Args:
+        cfg: The config, of :func:`~.config.load_config` with a launcher.
+        checkpoint: Path or address of the checkpoint.
+        out: Pickle file for the predictions; None writes none.
+
+    Raises:
+        InputError: The config or the checkpoint can't be used, or they do not belong together.
+    """
+    if '://' not in checkpoint and not os.path.isfile(checkpoint):
+        raise InputError(f'the checkpoint {checkpoint} does not exist')
+    cfg.load_from, cfg.resume = checkpoint, False  # a config may say that its training is resumed
+    runner = _build_runner(cfg)
+    if out:
+        with config_at_fault(cfg.filename):
+            runner.test_evaluator.metrics.append(DumpResults(out_file_path=out))
+    _start(runner, runner.test, cfg.filename, checkpoint, 'test')
+
+
+def resume(cfg: Config, checkpoint: str = 'auto') -> None:
+    """Lets a run go on from a checkpoint, or with ``'auto'`` from its last one; where it has none, it starts anew.
+
+    Raises:
+        InputError: The checkpoint does not exist.
+    """
+    if checkpoint == 'auto':
+        if not (last := find_latest_checkpoint(cfg.work_dir)):
+            cfg.resume = False  # the weights of load_from count, as in any first start
+            return
+        # the folder may have another name by now, or be named from another place
+        moved = os.path.join(cfg.work_dir, os.path.basename(last))
+        checkpoint = moved if os.path.isfile(moved) and not os.path.isfile(last) else last
+    if '://' not in checkpoint and not os.path.isfile(os.path.expanduser(checkpoint)):
+        raise InputError(f'{checkpoint} to resume from does not exist')
+    cfg.resume, cfg.load_from = True, checkpoint
+
+
+def start_gloo(launcher: str) -> bool:
+    """Joins the processes of torchrun where there is no GPU, which mmengine can't; returns whether it did.
+
+    Raises:
+        ConfigError: The processes were not started by the launcher.
+    """
+    if launcher in STARTED_BY and STARTED_BY[launcher] not in os.environ:
+        raise ConfigError(
+            f'--launcher {launcher} needs {STARTED_BY[launcher]} in the environment; start it by the launcher'
+        )
+    if launcher != 'pytorch' or torch.cuda.is_available():
+        return False
+    torch.distributed.init_process_group('gloo')
+    return True
+
+
+def _build_runner(cfg: Config) -> Any:
+    allow_training_checkpoints()
+    if start_gloo(cfg.launcher):
+        default = dict(broadcast_buffers=False, find_unused_parameters=cfg.get('find_unused_parameters', False))
+        cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg', default), device_ids=None)
+    with config_at_fault(cfg.filename):
+        return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def _start(runner: Any, run: Callable[[], object], config: str, checkpoint: str | None, purpose: str) -> None:
+    """Runs; before the first iteration, bad input is told in a sentence.
+
+    Args:
+        runner: The runner.
+        run: Its ``train`` or ``test``.
+        config: Path of its config, to blame for what fails except for the weights.
+        checkpoint: Path of these; None for the last checkpoint of the run.
+        purpose: ``'start'``, ``'resume'`` or ``'test'``; see :class:`~.weights.Loading`.
+
+    Raises:
+        InputError: The checkpoint can't be read, or does not fit the model.
+    """
+    load, call_hook, begun = runner.load_or_resume, runner.call_hook, False
+    what = checkpoint or 'the last checkpoint of this run'
+    loading: Loading | None = None
+
+    def load_and_judge() -> None:
+        nonlocal loading
+        loading = Loading(runner.model, what, purpose)
+        try:
+            load()
+        except InputError:
+            raise
+        except Exception as error:  # files fail in many ways
+            if is_from_user(error):
+                raise
+            raise InputError(f'{what} cannot be loaded ({type(error).__name__}: {error})') from error
+        if loading.shapes:  # otherwise there was nothing to load
+            loading.judge()
+
+    def follow(name: str, **arguments: Any) -> None:
+        nonlocal begun
+        begun = begun or name in ('before_train_iter', 'before_test_iter')
+        if name == 'after_load_checkpoint' and loading:
+            if purpose == 'resume':
+                check_resumable(arguments['checkpoint'], what)
+            loading.unwrap(arguments['checkpoint'])
+        call_hook(name, **arguments)
+        if name == 'after_load_checkpoint' and loading:
+            loading.see(arguments['checkpoint'])
+
+    runner.load_or_resume, runner.call_hook = load_and_judge, follow
+    try:
+        run()
+    except InputError:
+        raise
+    except Exception as error:
+        if begun or is_from_user(error):
+            raise  # code of the model or of the data: its author wants the traceback
+        raise ConfigError(blame(config, error)) from error

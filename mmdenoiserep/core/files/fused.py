@@ -1,0 +1,99 @@
+"""Fuses a checkpoint file: read, fuse, compare, write."""
+
+import os
+import statistics
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..fusing.fuse import FusionError, fold_state_dict
+from ..utils.errors import CheckpointError, printable
+from .atomic import check_output
+from .checkpoint import write_atomically
+from .content import Content, open_checkpoint
+
+STAMP = 'denoiserep'
+"""Key in the ``meta`` of a fused file."""
+
+
+@dataclass(frozen=True)
+class FusedCheckpoint:
+    """A fused checkpoint; ``print`` it for what was changed.
+
+    Attributes:
+        weights: The vanilla state dict.
+        meta: ``meta`` of the file.
+        layers: Relative change of the weight, ``|W' - W| / |W|`` (Frobenius norm), by layer name.
+        notes: Sentences about what was stripped, dropped or may surprise.
+    """
+
+    weights: 'OrderedDict[str, Any]'
+    meta: Mapping[str, Any]
+    layers: Mapping[str, float]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        largest = max(self.layers, key=self.layers.__getitem__)
+        return '\n'.join(
+            [
+                f'{len(self.layers)} layers fused; relative change of their weights: '
+                f'median {statistics.median(self.layers.values()):.2e}, largest {self.layers[largest]:.2e} '
+                f'({printable(largest)})',
+                *(f'note: {printable(note)}' for note in self.notes),
+            ]
+        )
+
+
+def fuse_checkpoint(
+    source: str | os.PathLike, target: str | os.PathLike, *, overwrite: bool = False, allow_pickle: bool = False
+) -> FusedCheckpoint:
+    """Reads a checkpoint with denoisers and writes the vanilla one; the source is not changed.
+
+    The output holds ``meta`` and ``state_dict``, and loads with ``weights_only=True``. Its ``meta`` is that of the
+    source as plain data, with the config without denoising in ``meta['cfg']`` and the stamp ``meta['denoiserep']``:
+    the libraries' inferencers take such a file alone. It appears under its name when it is complete, or not at all.
+
+    Args:
+        source: Checkpoint with ``denoiser.*`` keys; prefixes of DDP and ``torch.compile`` are stripped.
+        target: File to write.
+        overwrite: Whether the target may exist.
+        allow_pickle: See :func:`read_checkpoint`.
+
+    Raises:
+        CheckpointError: Anything that keeps the file from being read, fused or written.
+    """
+    check_output(Path(target), overwrite, source=Path(source))
+    fused = fuse_content(open_checkpoint(source, allow_pickle))
+    write_atomically(dict(meta=fused.meta, state_dict=fused.weights), Path(target))
+    return fused
+
+
+def fuse_content(content: Content) -> FusedCheckpoint:
+    """Folds the denoisers of a checkpoint into its weights; nothing is written.
+
+    Raises:
+        CheckpointError: The checkpoint is fused already, or can't be fused.
+    """
+    if STAMP in content.meta:
+        raise CheckpointError(
+            f'{content.source} is fused already (its meta says so); it loads into the vanilla config as it is'
+        )
+    try:
+        weights, changes = fold_state_dict(content.weights)
+    except (FusionError, NotImplementedError) as error:  # float8 lacks most operations
+        raise CheckpointError(f'{content.source} cannot be fused: {error}') from None
+    vanilla = content.without_denoising()
+    notes = vanilla.notes
+    unchanged = sum(
+        change == 0 and weights[f'{name}.weight' if f'{name}.weight' in weights else 'weight'].element_size() < 4
+        for name, change in changes.items()
+    )
+    if unchanged:
+        notes += (
+            f'{unchanged} of {len(changes)} weights are stored in half precision and did not change: '
+            'the correction is smaller than their rounding; fuse a float32 checkpoint instead',
+        )
+    meta = {**vanilla.meta, STAMP: dict(fused=True, layers=len(changes))}
+    return FusedCheckpoint(weights, meta, changes, notes)
