@@ -42,8 +42,8 @@ class DenoiseLossHook(Hook):
     The input and the correction are constants for the label loss, so ``weight`` scales nothing but the gradient of the
     denoisers: under Adam it makes no difference. That gradient is limited, layer by layer, to a curvature of 1 in the
     whole loss (see :func:`~mmdenoiserep.core.method.loss.limit_curvature`), so that no optimizer diverges on large
-    features. Gradient clipping is applied to the denoisers and to the other parameters separately, so that the others are clipped
-    as they would be without denoisers.
+    features. Gradient clipping is applied to the denoisers and to the other parameters separately, so that the others
+    are clipped as they would be without denoisers.
 
     Args:
         mode: ``'joint'`` or ``'label_free'``. Label-free training on several processes needs

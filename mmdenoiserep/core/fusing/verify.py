@@ -52,6 +52,12 @@ class Verification:
         """Whether every output is within its tolerance."""
         return bool(self.differences) and all(difference.ok for difference in self.differences)
 
+    @property
+    def worst(self) -> str:
+        """The output that is furthest apart, in words."""
+        worst = max(self.differences, key=lambda difference: difference.max_rel)
+        return f'{worst.output} by {worst.max_rel:.1e}, tolerance {worst.tolerance:.0e}'
+
     def __str__(self) -> str:
         rows = [
             (d.output, f'{d.max_abs:.3e}', f'{d.max_rel:.3e}', f'{d.tolerance:.0e}', 'ok' if d.ok else 'TOO LARGE')
