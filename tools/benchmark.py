@@ -16,8 +16,9 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
-import benchmarks
 from launch import launch
+
+import benchmarks
 
 NAMES = [module.name for module in iter_modules(benchmarks.__path__) if module.name != 'measure']
 

@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 
 from launch import launch
+
 from steps import last_checkpoint, last_metric, run, scalars
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,11 +6,9 @@ torch gives.
 """
 
 import argparse
-import re
-import tempfile
 from pathlib import Path
 
-from launch import launch, stop
+from denoiserep_commands import launch
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,7 +33,9 @@ def parse_args() -> argparse.Namespace:
         help='take the newer exporter of torch, which knows more operators and takes longer (UPerNet, PSPNet need it)',
     )
     parser.add_argument('--overwrite', action='store_true', help='replace the output if it exists')
-    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
+    parser.add_argument(
+        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='override settings of the config'
+    )
     args = parser.parse_args()
     if args.size and min(args.size) < 1:
         parser.error('--size must be 1 or more')
@@ -45,51 +45,14 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Exports one model."""
     args = parse_args()
-    from common import load_config
-    from outputs import check_output, written_whole
-
-    check_output(args.output, '.onnx', args.overwrite)
-    import torch
-
     import mmdenoiserep  # noqa: F401  (registers VMamba)
-    from deployment import (
-        TOLERANCE,
-        Deployed,
-        export_onnx,
-        image_shape,
-        largest_difference,
-        load_fused,
-        random_images,
-        run_onnx,
-    )
-    from mmdenoiserep.apis.errors import is_from_user
+    from mmdenoiserep.apis.config import load_config
+    from mmdenoiserep.apis.export import export_file
 
-    cfg = load_config(args)
-    model = Deployed(load_fused(cfg, args.config, args.checkpoint))
-    shape = image_shape(cfg, model, args.size)
-    with tempfile.TemporaryDirectory() as folder:  # exporters want a path
-        temporary = Path(folder, 'model.onnx')
-        runs = False
-        try:
-            with torch.no_grad():
-                model(random_images(1, shape))
-            runs = True
-            export_onnx(model, shape, temporary, args.dynamic_batch, args.dynamo)
-            for batch in (1, 2, 3) if args.dynamic_batch else (1,):
-                images = random_images(batch, shape)
-                with torch.no_grad():
-                    difference = largest_difference(run_onnx(temporary, images), model(images))
-                print(f'{batch} images: onnxruntime differs from torch by {difference:.1e} of the largest output')
-                if difference > TOLERANCE:
-                    raise ValueError(f'onnxruntime differs from torch by {difference:.1e}, more than {TOLERANCE:.0e}')
-        except Exception as error:  # exporters and runtimes fail in many ways
-            if not runs and is_from_user(error):
-                raise  # the author of a model wants the traceback
-            how = 'with --dynamic-batch; leave that out, for one image' if args.dynamic_batch else 'for one image'
-            reason = re.split(r'\n|\. ', str(error).strip())[0]
-            stop(f'{args.config} cannot be exported {how} {shape} ({type(error).__name__}: {reason})')
-        with written_whole(args.output) as file:
-            file.write(temporary.read_bytes())
+    how = dict(size=args.size, dynamic_batch=args.dynamic_batch, dynamo=args.dynamo, overwrite=args.overwrite)
+    cfg = load_config(args.config, args.cfg_options)
+    for batch, difference in export_file(cfg, args.checkpoint, args.output, **how).items():
+        print(f'{batch} images: onnxruntime differs from torch by {difference:.1e} of the largest output')
     print(f'{args.output}: {args.output.stat().st_size / 1e6:.1f} MB')
 
 

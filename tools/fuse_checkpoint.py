@@ -2,7 +2,7 @@
 
 import argparse
 
-from launch import launch
+from denoiserep_commands import launch
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,21 +28,19 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Fuses one file."""
     args = parse_args()
-    from mmdenoiserep.core import fuse_checkpoint
-
-    check = None
     if args.verify:
-        from common import load_config
-        from verify import build_both, compare
+        from mmdenoiserep.apis.config import load_config
+        from mmdenoiserep.apis.fusion import fuse_file
 
-        models = build_both(load_config(argparse.Namespace(config=args.verify)), args.verify)
+        how = dict(overwrite=args.overwrite, allow_pickle=args.allow_pickle)
+        result, differences = fuse_file(args.input, args.output, cfg=load_config(args.verify), **how)
+    else:  # needs torch alone
+        from mmdenoiserep.core import fuse_checkpoint
 
-        def check(denoised, fused):
-            compare(*models, denoised, fused, args.input)
-
-    result = fuse_checkpoint(
-        args.input, args.output, overwrite=args.overwrite, allow_pickle=args.allow_pickle, check=check
-    )
+        result = fuse_checkpoint(args.input, args.output, overwrite=args.overwrite, allow_pickle=args.allow_pickle)
+        differences = {}
+    for name, difference in differences.items():
+        print(f'{name} on two random images, unfused against fused:\n{difference}')
     print(result)
     print(f'{args.output} loads into the config without denoising, on machines without this package too')
 

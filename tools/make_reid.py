@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch import launch, stop
-from make_scenes import SOURCE, cut_out, make_background, read_articles, write_image
 from outputs import check_folder, folder_written_whole
+
+from make_scenes import SOURCE, cut_out, make_background, read_articles, write_image
 
 FOLDERS = ('bounding_box_train', 'query', 'bounding_box_test')
 DISTRACTORS = 25

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from launch import stop
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import load_checkpoint
+from outputs import written_whole
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
@@ -23,12 +25,10 @@ from torch.optim.swa_utils import update_bn
 import study
 from benchmarks.measure import alternate
 from common import load_config, set_default_scope
-from launch import stop
 from mmdenoiserep.apis.corruptions import make_transform
 from mmdenoiserep.core import apply_denoiserep, calibrate, collect_moments, fuse_model, safe_fit
 from mmdenoiserep.core.calibration.safety import FEW, MANY
 from mmdenoiserep.engine.resume import allow_training_checkpoints
-from outputs import written_whole
 from robustness_report import ALL_LAYERS, AS_TRAINED, BATCH_NORM, EARLY_HALF, FIRST_LAYER
 from steps import last_checkpoint
 

@@ -12,8 +12,9 @@ import os
 import warnings
 from pathlib import Path
 
-import study
 from launch import launch, stop
+
+import study
 from robustness_report import Result, draw, report
 from steps import last_checkpoint, run
 from study_report import write_page

@@ -22,6 +22,7 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 from launch import launch, stop
+
 from steps import last_checkpoint, last_metric, run, scalars
 from study_report import STAGES, Result, report, write_page
 

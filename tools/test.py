@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from launch import launch, stop
+from denoiserep_commands import launch
 
 
 def parse_args() -> argparse.Namespace:
@@ -19,6 +19,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
+        default=[],
         metavar='KEY=VALUE',
         help='override settings of the config, such as test_dataloader.batch_size=4 or key="[a,b]"',
     )
@@ -37,30 +38,14 @@ def main() -> None:
     """Builds the runner and evaluates."""
     args = parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if '://' not in args.checkpoint and not os.path.isfile(args.checkpoint):
-        stop(f'the checkpoint {args.checkpoint} does not exist')
+    from mmdenoiserep.apis import config, run
 
-    from common import config_at_fault, draw_predictions, load_config, start, use_cpus, use_tta
-    from mmdenoiserep.engine.resume import allow_training_checkpoints
-
-    cfg = load_config(args)
-    cfg.load_from, cfg.resume = args.checkpoint, False  # a config may say that its training is resumed
+    cfg = config.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     if args.show or args.show_dir:
-        draw_predictions(cfg, args)
+        config.show_predictions(cfg, args.show_dir, args.show, args.wait_time)
     if args.tta:
-        use_tta(cfg)
-
-    from mmengine.evaluator import DumpResults
-    from mmengine.registry import RUNNERS
-    from mmengine.runner import Runner
-
-    allow_training_checkpoints()
-    use_cpus(cfg)
-    with config_at_fault(args.config):
-        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-        if args.out:
-            runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
-    start(runner, runner.test, args.config, args.checkpoint, 'test')
+        config.use_tta(cfg)
+    run.test(cfg, args.checkpoint, args.out)
 
 
 if __name__ == '__main__':

@@ -15,9 +15,9 @@ import argparse
 import re
 from pathlib import Path
 
-from corrupt_images import SEVERITIES
-from launch import launch
+from denoiserep_commands import launch
 
+CORRUPTIONS = ('noise', 'blur', 'jpeg', 'contrast', 'occlusion', 'shot')
 FIGURE = re.compile(r'(signal_to_noise|spectra|embedding|attention|predictions|features_\d+)\.png')
 """Names of what is written, which ``--overwrite`` may replace."""
 
@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
         help='folder of clean images; folders in it are searched too (default: the test data set of the config)',
     )
     parser.add_argument(
-        '--corrupt', choices=SEVERITIES, default='noise', help='what is done to them (default: %(default)s)'
+        '--corrupt', choices=CORRUPTIONS, default='noise', help='what is done to them (default: %(default)s)'
     )
     parser.add_argument('--severity', type=float, help='how much, as in corrupt_images.py, which has the defaults')
     parser.add_argument('--seed', type=int, default=0, help='of the corruption (default: %(default)s)')
@@ -48,15 +48,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--spectra', nargs='+', metavar='LAYER', help='layers of spectra.png (default: nine of them)')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT if it exists')
     parser.add_argument('--device', help='such as cpu or cuda:1 (default: cuda where there is one)')
-    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
+    parser.add_argument(
+        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='override settings of the config'
+    )
     args = parser.parse_args()
     for name, least in dict(num_images=2, show=1, batch_size=1).items():
         if getattr(args, name) < least:
             parser.error(f'--{name.replace("_", "-")} must be {least} or more')
     if args.seed < 0:
         parser.error('--seed must be 0 or more')
-    if args.severity is None:
-        args.severity = SEVERITIES[args.corrupt]
     return args
 
 
@@ -66,19 +66,31 @@ def main() -> None:
     from mmengine.logging import MMLogger
 
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone and VMamba)
-    from common import config_at_fault, load_config
-    from outputs import check_folder, folder_written_whole
-    from visualization import Visualization
-    from visualization_report import table, write_figures
+    from mmdenoiserep.apis.config import load_config
+    from mmdenoiserep.apis.figures import table, write_figures
+    from mmdenoiserep.apis.visualization import Visualization
+    from mmdenoiserep.core.files.atomic import check_folder, write_folder
 
     check_folder(args.out, lambda path: FIGURE.fullmatch(path.name), args.overwrite)
-    cfg = load_config(args)
+    cfg = load_config(args.config, args.cfg_options)
     MMLogger.get_current_instance().setLevel('ERROR')
-    with config_at_fault(args.config):
-        visualization = Visualization(args, cfg)
+    visualization = Visualization(
+        cfg,
+        args.before,
+        args.after,
+        folder=args.images,
+        corruption=args.corrupt,
+        severity=args.severity,
+        seed=args.seed,
+        num_images=args.num_images,
+        shown=args.show,
+        batch_size=args.batch_size,
+        spectra=args.spectra,
+        device=args.device,
+    )
     curves = visualization.measure()
     views = visualization.look()
-    with folder_written_whole(args.out) as folder:
+    with write_folder(args.out) as folder:
         names = write_figures(folder, curves, views, visualization.severity)
     print(table(curves))
     for sentence in visualization.missing(views):

@@ -8,18 +8,23 @@ builds one config twice: soft teacher has ``detector.backbone`` in its config, a
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.model import BaseAveragedModel
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..core import InputError
+from ..core import ConversionReport, InputError
 from ..core.method.probe import evaluating
 from ..core.utils.randomness import equal_draws
 from ..core.utils.tensors import tensors_in
 from ..engine.backbone import DenoiseRepBackbone, find_guards
-from .errors import is_from_user
+from .config import set_default_scope
+from .errors import config_at_fault, is_from_user
 
 
 def backbone_configs(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -141,6 +146,43 @@ def check_input(model: nn.Module, name: str, images: Tensor) -> None:
             f'the model ({type(model).__name__}) hands its {name} something else than its images, {next(iter(seen))} '
             f'for {tuple(images.shape)}, which would be measured; let the data_preprocessor make what the {name} takes'
         )
+
+
+def convert_backbones(cfg: Config, options: Mapping[str, Any]) -> dict[str, ConversionReport]:
+    """Builds the backbones of a config with random weights and converts them.
+
+    Args:
+        cfg: A config with DenoiseRepBackbone, or one without, of which every backbone is converted.
+        options: Arguments of DenoiseRepBackbone that replace those of the config.
+
+    Returns:
+        What was converted, by the place and the class of the backbone.
+
+    Raises:
+        InputError: The config has no backbone, or names what can't be built.
+
+    Example:
+        >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
+        >>> for name, report in convert_backbones(cfg, dict(targets='mlp')).items():
+        ...     print(name, len(report.layers))
+        mmpretrain.models.backbones.vision_transformer.VisionTransformer 8
+    """
+    MMLogger.get_current_instance().setLevel('ERROR')  # the conversion logs its table, which is returned here
+    with config_at_fault(cfg.filename):
+        set_default_scope(cfg)
+        configs = deepcopy(backbone_configs(cfg.get('model') or {}))
+        if not any(denoised_configs(config) for config in configs.values()):
+            configs = {path: dict(type='DenoiseRepBackbone', backbone=config) for path, config in configs.items()}
+        for config in configs.values():
+            for denoised in denoised_configs(config):
+                denoised.update(options)
+        models = {path: MODELS.build(config) for path, config in configs.items() if denoised_configs(config)}
+    reports = {}
+    for path, model in models.items():
+        for _, module, guard in find_guards(model):
+            place = f'model.{path}: ' if len(models) > 1 else ''
+            reports[f'{place}{type(module).__module__}.{type(module).__qualname__}'] = guard.report
+    return reports
 
 
 def denoised_configs(config: Any) -> list[Any]:

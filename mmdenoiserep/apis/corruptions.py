@@ -1,15 +1,22 @@
 """Corrupts images: noise, blur and the like, drawn from a seed and the number of the image."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from ..core import InputError
+from ..core.files.atomic import check_folder, write_folder
+from .folders import find_images
+from .pixels import read_stored
 
 COLOURS = (1, 3)
 """Numbers of channels that JPEG has."""
+SEVERITIES = dict(noise=40 / 255, blur=2.0, jpeg=10, contrast=0.5, occlusion=0.4, shot=0.05)
+"""Corruption: the severity that is taken unless something else is asked for."""
 RANGES = dict(noise=(0, 1), blur=(1e-3, 1e3), jpeg=(1, 100), contrast=(0, 1e6), occlusion=(0, 1), shot=(1e-6, 1))
 """Corruption: least and greatest severity. A blur by 0 would be black, one by more than 1000 pixels would not end."""
 
@@ -99,3 +106,59 @@ def make_transform(corruption: str, severity: float, seed: int) -> Any:
     }
     kind, options = transforms[corruption]
     return A.Compose([kind(**options, p=1.0)], seed=seed)
+
+
+def corrupt_folder(
+    images: str | Path,
+    target: str | Path,
+    corruption: str,
+    severity: float | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> int:
+    """Copies a folder of images with one corruption, all or nothing.
+
+    Image i of the sorted paths depends on the seed and on i alone. Names, formats, channels, bits, alpha and the EXIF
+    of a JPEG file stay; a JPEG file is written at its best quality.
+
+    Args:
+        images: Folder of images; folders in it are searched too.
+        target: Folder to write, with the same folders in it.
+        corruption: See :func:`corrupt`.
+        severity: See :func:`corrupt`; None takes that of :data:`SEVERITIES`.
+        seed: Of all images, 0 or more.
+        overwrite: Whether to replace an older copy.
+
+    Returns:
+        Number of images.
+
+    Raises:
+        InputError: A folder or an image can't be used, or the corruption does not take it.
+    """
+    images, target = Path(images), Path(target)
+    if target.resolve() in (images.resolve(), *images.resolve().parents):
+        raise InputError(f'{target} holds the images themselves; name another folder')
+    if images.resolve() in target.resolve().parents:
+        raise InputError(
+            f'{target} lies among the images, so the next run would take it for some; name a folder beside them'
+        )
+    paths = find_images(images)
+    copies = {target / path.relative_to(images) for path in paths}
+    check_folder(target, lambda path: copies.issuperset(_files_in(path)), overwrite)
+    severity = SEVERITIES[corruption] if severity is None else severity
+    make_transform(corruption, severity, seed)
+    with write_folder(target) as new:
+        for i, path in enumerate(tqdm(paths, unit='image')):
+            stored = read_stored(path)
+            try:
+                pixels = corrupt(stored.pixels, corruption, severity, seed, i)
+            except InputError as error:
+                raise InputError(f'{path}: {error}') from None
+            copy = new / path.relative_to(images)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(stored.encode(pixels))
+    return len(paths)
+
+
+def _files_in(path: Path) -> list[Path]:
+    return [file for file in path.rglob('*') if not file.is_dir()] if path.is_dir() else [path]

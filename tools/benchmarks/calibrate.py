@@ -104,9 +104,9 @@ def compare(
         by what is run, empty without ``memory``.
     """
     import torch
+    from calibration import choose_every, measure_flows
 
     from benchmarks.measure import alternate, peak_memory
-    from calibration import choose_every, measure_flows
     from mmdenoiserep.core import DenoiseLayer, apply_denoiserep, collect_moments
 
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))

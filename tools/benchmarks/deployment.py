@@ -14,9 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from deployment import Deployed
+    from torch import Tensor, nn
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs/demo'
 MODELS = {
@@ -90,7 +89,6 @@ def compare(name: str, strength: float) -> dict[str, Any]:
         and ``int8``: ``error``, ``float32_bytes`` and ``int8_bytes`` of the fused and the vanilla model by quantiser.
     """
     import torch
-
     from deployment import export_onnx, largest_difference, random_images, run_onnx
 
     fused, vanilla, shape = build_pair(name, strength)
@@ -138,11 +136,11 @@ def attempt(function: Callable[..., float], *args: bool) -> float | str:
 def build_pair(name: str, strength: float) -> 'tuple[Deployed, Deployed, tuple[int, int, int]]':
     """Returns a model with random denoisers, fused, the same without them, and the shape (C, H, W) of their images."""
     import torch
+    from deployment import Deployed, image_shape, random_images
     from mmengine.registry import MODELS as REGISTRY
 
     import mmdenoiserep  # noqa: F401  (registers VMamba)
     from common import load_config, set_default_scope
-    from deployment import Deployed, image_shape, random_images
     from mmdenoiserep import apply_denoiserep, fuse_model
 
     cfg = load_config(argparse.Namespace(config=CONFIGS / f'{name}.py'))
@@ -177,9 +175,8 @@ def by_torch(model: 'nn.Module', images: 'Tensor') -> dict[str, float]:
 def by_onnxruntime(model: 'Deployed', images: 'Tensor') -> dict[str, float]:
     """Quantises the weights of all matrix products and convolutions of an ONNX file with onnxruntime."""
     import torch
-    from onnxruntime.quantization import quantize_dynamic
-
     from deployment import export_onnx, run_onnx
+    from onnxruntime.quantization import quantize_dynamic
 
     with TemporaryDirectory() as folder:
         path, small = Path(folder) / 'model.onnx', Path(folder) / 'int8.onnx'

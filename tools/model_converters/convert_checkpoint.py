@@ -8,7 +8,7 @@ plain:     weights that keep their names: a safetensors file, or of several dict
 import argparse
 from pathlib import Path
 
-from launch import launch, stop
+from denoiserep_commands import launch
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,28 +36,13 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Converts one file."""
     args = parse_args()
-    from mmdenoiserep.core import read_checkpoint
-    from mmdenoiserep.core.files.checkpoint import check_target, split_checkpoint, write_atomically
+    from mmdenoiserep.apis.conversion import convert_file
 
-    check_target(args.input, args.output, args.overwrite)
-    released = read_checkpoint(args.input, args.allow_pickle)
-    meta: dict = {}
-    if args.format == 'plain':
-        notes: list[str] = []
-        state, meta = split_checkpoint(released, args.input, notes, args.key)
-        for note in notes:
-            print(f'note: {note}')
-    else:
-        if args.format == 'vmamba':
-            from mmdenoiserep.models.vmamba import convert_vmamba as convert
-        else:
-            from mmdenoiserep.models.transreid import convert_transreid as convert
-        try:
-            state = convert(released)
-        except ValueError as error:
-            stop(f'{args.input} cannot be converted: {error}')
-    write_atomically(dict(meta=meta, state_dict=state), args.output)
-    print(f'{args.output}: {len(state)} tensors')
+    how = dict(key=args.key, overwrite=args.overwrite, allow_pickle=args.allow_pickle)
+    count, notes = convert_file(args.format, args.input, args.output, **how)
+    for note in notes:
+        print(f'note: {note}')
+    print(f'{args.output}: {count} tensors')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,8 @@
-"""The part of a model that is deployed: as torch runs it, as an ONNX file, and how far the two are apart."""
+"""Exports the part of a model that is deployed as an ONNX file, and checks it in onnxruntime."""
 
 import os
+import re
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,20 +14,80 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from mmdenoiserep.apis.images import backbone_arguments, image_channels
-from opening import load
+from ..core.files.atomic import check_output, write_file
+from .errors import ConfigError, is_from_user
+from .images import backbone_arguments, image_channels
+from .model import open_model
 
 TOLERANCE = 1e-4
 """Largest difference of onnxruntime and torch in float32, over the largest output."""
 
 
-def load_fused(cfg: Config, config: str, checkpoint: str) -> nn.Module:
-    """Returns the model of a config without denoising, in eval mode, with the weights of a fused checkpoint.
+def export_file(
+    cfg: Config,
+    checkpoint: str,
+    target: str | Path,
+    *,
+    size: Sequence[int] | None = None,
+    dynamic_batch: bool = False,
+    dynamo: bool = False,
+    overwrite: bool = False,
+) -> dict[int, float]:
+    """Writes the deployed part of a model as an ONNX file; nothing is written if onnxruntime computes something else.
+
+    Args:
+        cfg: Config of the model, with denoising or without.
+        checkpoint: Path of its fused or vanilla checkpoint.
+        target: File to write, which ends with ``.onnx``.
+        size: Height and width of the images in pixels; None takes what the backbone is made for, or 224.
+        dynamic_batch: Whether the file takes any number of images; otherwise it takes one.
+        dynamo: Takes the newer exporter of torch, which stands on ``torch.export``.
+        overwrite: Whether the target may exist.
+
+    Returns:
+        Largest difference of onnxruntime and torch, over the largest output, by number of images.
 
     Raises:
-        CheckpointError: The file can't be read, has denoisers, or does not fit.
+        InputError: The file can't be written, the checkpoint does not fit or has denoisers, or the model can't be
+            exported.
+
+    Example:
+        >>> cfg = load_config('configs/demo/resnet_fashion-mnist.py')
+        >>> torch.save(build_model(cfg).state_dict(), 'resnet.pth')
+        >>> export_file(cfg, 'resnet.pth', 'resnet.onnx', size=(28, 28))[1] < 1e-4
+        True
     """
-    return load(cfg, config, checkpoint, denoisers='refuse')[0]
+    check_output(Path(target), overwrite, suffix='.onnx')
+    model = Deployed(open_model(cfg, checkpoint, denoisers='refuse')[0])
+    shape = image_shape(cfg, model, size)
+    differences = {}
+    with tempfile.TemporaryDirectory() as folder:  # exporters want a path
+        temporary = Path(folder, 'model.onnx')
+        runs = False
+        try:
+            with torch.no_grad():
+                model(random_images(1, shape))
+            runs = True
+            export_onnx(model, shape, temporary, dynamic_batch, dynamo)
+            for batch in (1, 2, 3) if dynamic_batch else (1,):
+                images = random_images(batch, shape)
+                with torch.no_grad():
+                    differences[batch] = largest_difference(run_onnx(temporary, images), model(images))
+                if differences[batch] > TOLERANCE:
+                    raise ValueError(
+                        f'onnxruntime differs from torch by {differences[batch]:.1e}, more than {TOLERANCE:.0e}'
+                    )
+        except Exception as error:  # exporters and runtimes fail in many ways
+            if not runs and is_from_user(error):
+                raise  # the author of a model wants the traceback
+            how = 'with --dynamic-batch; leave that out, for one image' if dynamic_batch else 'for one image'
+            reason = re.split(r'\n|\. ', str(error).strip())[0]
+            raise ConfigError(
+                f'{cfg.filename} cannot be exported {how} {shape} ({type(error).__name__}: {reason})'
+            ) from error
+        with write_file(Path(target)) as file:
+            file.write(temporary.read_bytes())
+    return differences
 
 
 class Deployed(nn.Module):

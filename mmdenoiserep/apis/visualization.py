@@ -1,10 +1,15 @@
-"""What tools/visualize.py looks at: the features of two models on clean and on corrupted images."""
+"""Looks at the features of two models on clean and on corrupted images.
 
-import argparse
+With x the output of a layer for clean images, x~ that for the same images corrupted, and mu the mean of x,
+
+    ``SNR = 10 log10( E|x - mu|^2 / E|x~ - x|^2 )  dB``
+"""
+
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,18 +23,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from calibration import choose_every, measure_flows
-from launch import stop
-from mmdenoiserep.apis.backbones import check_input, predicting_backbone
-from mmdenoiserep.apis.corruptions import corrupt, make_transform
-from mmdenoiserep.apis.images import Batches, NoImage, datasets_of, leaves, open_images, spread
-from mmdenoiserep.apis.pixels import to_rgb
-from mmdenoiserep.core import Moments, evaluating
-from mmdenoiserep.core.method.probe import run_model, tensors_in
-from mmdenoiserep.core.utils.randomness import equal_draws
-from mmdenoiserep.core.method.sample import Sample
-from mmdenoiserep.core.method.targets import near_names
-from opening import load, to_device
+from ..core import InputError, Moments, evaluating
+from ..core.method.probe import run_model
+from ..core.method.sample import Sample
+from ..core.method.targets import near_names
+from ..core.utils.randomness import equal_draws
+from ..core.utils.tensors import tensors_in
+from .backbones import check_input, predicting_backbone
+from .calibration import choose_every, measure_flows
+from .corruptions import SEVERITIES, corrupt, make_transform
+from .errors import config_at_fault
+from .images import Batches, NoImage, datasets_of, leaves, open_images, spread
+from .model import open_model, to_device
+from .pixels import to_rgb
 
 VARIANTS = tuple((model, images) for model in ('before', 'after') for images in ('clean', 'corrupted'))
 """Which model runs on which images."""
@@ -46,7 +52,7 @@ SHORT_EDGE = 224
 """Pixels of an image on which a class is written."""
 
 
-class Spoiled(Dataset):
+class CorruptedImages(Dataset):
     """Images of a data set, corrupted right after they are loaded: image i depends on the seed and on i alone.
 
     Args:
@@ -60,7 +66,7 @@ class Spoiled(Dataset):
     """
 
     def __init__(self, dataset: Any, corruption: str, severity: float = 0, seed: int = 0) -> None:
-        self.dataset = dataset.after_loading(self.spoil)
+        self.dataset = dataset.after_loading(self._corrupt)
         self.how = corruption, severity, seed
         self.image = np.empty(0)
 
@@ -71,14 +77,14 @@ class Spoiled(Dataset):
         with equal_draws(seed=index):  # of random steps in the pipeline, such as a crop
             return self.dataset[index]
 
-    def spoil(self, image: np.ndarray, index: int) -> np.ndarray:
+    def _corrupt(self, image: np.ndarray, index: int) -> np.ndarray:
         """Corrupts an image as it was loaded."""
         swap = (..., slice(None, None, -1)) if self.dataset.is_rgb and image.shape[2:] == (3,) else ...
         self.image = corrupt(image[swap], *self.how, index)
         return self.image[swap]
 
 
-class Ratio:
+class SignalToNoise:
     """A signal-to-noise ratio, gathered batch by batch in float64."""
 
     def __init__(self) -> None:
@@ -103,7 +109,7 @@ class Ratio:
 
 
 @dataclass
-class Curves:
+class LayerFigures:
     """What was measured on many images.
 
     Attributes:
@@ -116,7 +122,7 @@ class Curves:
     """
 
     types: dict[str, str]
-    ratios: dict[str, dict[str, Ratio]]
+    ratios: dict[str, dict[str, SignalToNoise]]
     moments: dict[tuple[str, str], dict[str, Moments]]
     embeddings: dict[tuple[str, str], Tensor]
     labels: list[int] | None
@@ -124,7 +130,7 @@ class Curves:
 
 
 @dataclass
-class View:
+class ImageView:
     """What one model makes of one image.
 
     Attributes:
@@ -150,37 +156,77 @@ class Visualization:
     """Two sets of weights of a model, and images.
 
     Args:
-        args: The command line of tools/visualize.py.
         cfg: The config.
+        before: Path of the checkpoint as trained.
+        after: Path of the checkpoint as fused or fitted; denoisers in it are fused.
+        folder: Folder of clean images; None takes the test data set of the config.
+        corruption: What is done to them, see :func:`~.corruptions.corrupt`.
+        severity: How much.
+        seed: Of the corruption.
+        num_images: Images at most, for the curves.
+        shown: Images that are shown.
+        batch_size: Images at a time.
+        spectra: Layers of which spectra are drawn; None takes nine of them.
+        device: Where to compute; None takes a GPU where there is one.
 
     Raises:
-        CheckpointError: A checkpoint can't be read, or does not fit the config.
+        InputError: A checkpoint or the images can't be used, or do not fit the config.
     """
 
-    def __init__(self, args: argparse.Namespace, cfg: Config) -> None:
-        self.args = args
-        self.severity = f'{args.corrupt} {args.severity:.3g}'
-        make_transform(args.corrupt, args.severity, args.seed)
+    def __init__(
+        self,
+        cfg: Config,
+        before: str,
+        after: str,
+        *,
+        folder: Path | None = None,
+        corruption: str = 'noise',
+        severity: float | None = None,
+        seed: int = 0,
+        num_images: int = 200,
+        shown: int = 4,
+        batch_size: int = 8,
+        spectra: Sequence[str] | None = None,
+        device: str | None = None,
+    ) -> None:
+        severity = SEVERITIES[corruption] if severity is None else severity
+        self.severity = f'{corruption} {severity:.3g}'
+        self.num_images = num_images
+        self.shown = shown
+        self.batch_size = batch_size
+        make_transform(corruption, severity, seed)
+        self.paths = dict(before=before, after=after)
         self.models, metas = {}, {}
-        for which in ('before', 'after'):
-            model, metas[which] = load(cfg, args.config, getattr(args, which), denoisers='fold')
-            self.models[which] = to_device(model, args.device)
-        dataset = open_images(cfg, 'test', args.images, self.models['before'])
+        for which, path in self.paths.items():
+            model, metas[which] = open_model(cfg, path, denoisers='fold')
+            self.models[which] = to_device(model, device)
+        with config_at_fault(cfg.filename):
+            self._open(cfg, folder, (corruption, severity, seed), metas['before'], spectra)
+
+    def _open(
+        self,
+        cfg: Config,
+        folder: Path | None,
+        how: tuple[str, float, int],
+        meta: Mapping[str, Any],
+        spectra: Sequence[str] | None,
+    ) -> None:
+        dataset = open_images(cfg, 'test', folder, self.models['before'])
         self.images = {
-            'clean': Spoiled(dataset, 'clean'),
-            'corrupted': Spoiled(dataset, args.corrupt, args.severity, args.seed),
+            'clean': CorruptedImages(dataset, 'clean'),
+            'corrupted': CorruptedImages(dataset, *how),
         }
         if len(self._chosen) < 2:
-            stop('one image is not enough; take two or more')
-        labels = [] if args.images else [dataset.info(i).get('gt_label') for i in self._chosen]
+            raise InputError('one image is not enough; take two or more')
+        labels = [] if folder else [dataset.info(i).get('gt_label') for i in self._chosen]
         self.labels = None if None in labels else labels or None
-        self.visualizer = self._build_visualizer(cfg, metas['before'].get('dataset_meta'))
+        self.visualizer = self._build_visualizer(cfg, meta.get('dataset_meta'))
         example = next(iter(self._batches('clean', self._chosen)))
         check_input(self.models['before'], predicting_backbone(self.models['before']), example)
         names = list(run(backbone_of(self.models['before']), example)[0])
-        if wrong := set(args.spectra or ()) - set(names):
-            stop(f'the backbone has no layer {min(wrong)}{near_names(min(wrong), names)}')
-        self.spectra = args.spectra or pick(names, MOST_SPECTRA)
+        if wrong := set(spectra or ()) - set(names):
+            raise InputError(f'the backbone has no layer {min(wrong)}{near_names(min(wrong), names)}')
+        self.spectra = list(spectra or ()) or pick(names, MOST_SPECTRA)
         self.every = choose_every(measure_flows(backbone_of(self.models['before']), names, example), len(self._chosen))
 
     def _build_visualizer(self, cfg: Config, dataset_meta: Mapping[str, Any] | None) -> Any:
@@ -199,33 +245,37 @@ class Visualization:
 
     @property
     def _chosen(self) -> list[int]:
-        return spread(self.images['clean'], self.args.num_images).indices
+        return spread(self.images['clean'], self.num_images).indices
 
     def _batches(self, images: str, chosen: Sequence[int], batch_size: int = 1) -> Batches:
         return Batches(self.models['before'], torch.utils.data.Subset(self.images[images], chosen), batch_size)
 
-    def measure(self) -> Curves:
+    def measure(self) -> LayerFigures:
         """Runs both models over all images, clean and corrupted."""
-        curves = Curves({}, {key: {} for key in RATIOS}, {key: {} for key in VARIANTS}, {}, self.labels, self.every)
+        curves = LayerFigures(
+            {}, {key: {} for key in RATIOS}, {key: {} for key in VARIANTS}, {}, self.labels, self.every
+        )
         embeddings: dict[tuple[str, str], list[Tensor]] = {key: [] for key in VARIANTS}
-        pairs = [self._batches(images, self._chosen, self.args.batch_size) for images in ('clean', 'corrupted')]
+        pairs = [self._batches(images, self._chosen, self.batch_size) for images in ('clean', 'corrupted')]
         pairs[1].left_out = pairs[0].left_out  # each is told once
         with tqdm(total=len(self._chosen), unit='image', desc='layers') as bar:
             for clean, corrupted in zip_longest(*pairs):
                 if pairs[0].order != pairs[1].order:
                     sentence = list(pairs[0].left_out)[-1]
-                    stop(f'{sentence}, but not both clean and corrupted; take another --corrupt or --severity')
+                    raise InputError(
+                        f'{sentence}, but not both clean and corrupted; take another --corrupt or --severity'
+                    )
                 batches = dict(clean=clean, corrupted=corrupted)
                 features = {}
                 for which, images in VARIANTS:
                     backbone = backbone_of(self.models[which])
                     features[which, images], embedding = run(backbone, batches[images], self.every)
                     if not embedding.isfinite().all():
-                        stop(f'the features of {getattr(self.args, which)} hold NaN or Inf; look at its weights')
+                        raise InputError(f'the features of {self.paths[which]} hold NaN or Inf; look at its weights')
                     embeddings[which, images].append(embedding.float().cpu())
                 for key, (signal, noisy) in RATIOS.items():
                     for name, vectors in features[signal].items():
-                        curves.ratios[key].setdefault(name, Ratio()).update(vectors, features[noisy][name])
+                        curves.ratios[key].setdefault(name, SignalToNoise()).update(vectors, features[noisy][name])
                 for variant, moments in curves.moments.items():
                     for name in self.spectra:
                         vectors = features[variant][name]
@@ -238,22 +288,22 @@ class Visualization:
         curves.embeddings = {key: torch.cat(parts) for key, parts in embeddings.items()}
         return curves
 
-    def look(self) -> list[dict[tuple[str, str], View]]:
+    def look(self) -> list[dict[tuple[str, str], ImageView]]:
         """Looks at some images one by one; returns the views of each by variant."""
-        chosen = spread(self.images['clean'], self.args.show).indices
+        chosen = spread(self.images['clean'], self.shown).indices
         chosen = [index for index in chosen if not isinstance(self.images['clean'][index], NoImage)]
         if not chosen:
-            stop('none of the images to show is left; take more with --show')
+            raise InputError('none of the images to show is left; take more with --show')
         return [
             {variant: self._view(index, *variant) for variant in VARIANTS}
             for index in tqdm(chosen, unit='image', desc='views')
         ]
 
-    def _view(self, index: int, which: str, images: str) -> View:
+    def _view(self, index: int, which: str, images: str) -> ImageView:
         model, dataset = self.models[which], self.images[images]
         (batch,) = self._batches(images, [index])
         image = to_rgb(dataset.image)
-        return View(image, *watch(backbone_of(model), batch), self._predict(model, dataset[index], image))
+        return ImageView(image, *watch(backbone_of(model), batch), self._predict(model, dataset[index], image))
 
     def _predict(self, model: nn.Module, packed: Any, image: np.ndarray) -> np.ndarray | None:
         """Returns the image with what the whole model predicts, drawn by the library's own visualizer."""
@@ -269,7 +319,7 @@ class Visualization:
         self.visualizer.add_datasample('prediction', image, sample, draw_gt=False)
         return self.visualizer.get_image()
 
-    def missing(self, views: Sequence[Mapping[tuple[str, str], View]]) -> list[str]:
+    def missing(self, views: Sequence[Mapping[tuple[str, str], ImageView]]) -> list[str]:
         """Returns a sentence for each figure that there is not."""
         seen = views[0]['before', 'clean']
         kind = type(backbone_of(self.models['before'])).__name__
@@ -347,7 +397,7 @@ def attention_weights(query: Tensor, key: Tensor, value: Tensor, *args: Any, **k
 
 
 def watch(backbone: nn.Module, image: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Runs a backbone on one image, (1, C, H, W); returns the features of its parts and the attention, see View."""
+    """Runs a backbone on one image, (1, C, H, W); returns the features of its parts and the attention, see ImageView."""
     ratio = image.shape[2] / image.shape[3]
     seen: dict[str, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""The table and the figures of tools/visualize.py."""
+"""The tables and figures of what was measured: signal to noise, spectra, embeddings, features, attention."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,13 +9,12 @@ import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from sklearn.manifold import TSNE
 from torch import Tensor
 
-from mmdenoiserep.core import format_table
-from visualization import MOST_STAGES, VARIANTS, Curves, View, pick
+from ..core import CalibrationReport, Moments, format_table
+from .visualization import MOST_STAGES, VARIANTS, ImageView, LayerFigures, pick
 
-Views = Sequence[Mapping[tuple[str, str], View]]
+Views = Sequence[Mapping[tuple[str, str], ImageView]]
 LABELS = dict(before='before', after='after', restored='restored: after, against clean before')
 COLOURS = dict(before='#d1242f', after='#0969da', restored='#2a9d3a')
 SETS = {('before', 'clean'): '0.35', ('before', 'corrupted'): '#d1242f', ('after', 'corrupted'): '#2a9d3a'}
@@ -26,7 +25,7 @@ HEAT = LinearSegmentedColormap.from_list('heat', [(1, 0.85, 0.2, 0), (1, 0.3, 0,
 """From transparent to red, to lie over an image."""
 
 
-def table(curves: Curves) -> str:
+def table(curves: LayerFigures) -> str:
     """Returns the signal-to-noise ratio of every layer in decibels, first executed first."""
     rows = []
     for name, kind in curves.types.items():
@@ -37,7 +36,7 @@ def table(curves: Curves) -> str:
     return f'{format_table(header, rows)}\none in {curves.every} of the vectors was taken'
 
 
-def write_figures(folder: Path, curves: Curves, views: Views, severity: str) -> list[str]:
+def write_figures(folder: Path, curves: LayerFigures, views: Views, severity: str) -> list[str]:
     """Writes all figures as PNG and returns their names.
 
     Args:
@@ -62,7 +61,7 @@ def write_figures(folder: Path, curves: Curves, views: Views, severity: str) -> 
     return [f'{name}.png' for name in figures]
 
 
-def draw_ratios(curves: Curves, severity: str) -> Figure:
+def draw_ratios(curves: LayerFigures, severity: str) -> Figure:
     """Draws the signal-to-noise ratio over the layers."""
     names = list(curves.types)
     figure = Figure(figsize=(max(6, 0.22 * len(names)), 4.5), layout='constrained')
@@ -77,33 +76,67 @@ def draw_ratios(curves: Curves, severity: str) -> Figure:
     return figure
 
 
-def draw_spectra(curves: Curves, severity: str) -> Figure:
+def draw_spectra(figures: LayerFigures, severity: str) -> Figure:
     """Draws the variances along the principal axes of some layers' outputs."""
-    names = list(curves.moments['before', 'clean'])
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(max(4.5, 3 * columns), 2.4 * rows + 0.7), layout='constrained')
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes, name in zip(grid.flat, names, strict=False):
-        for (variant, colour), style in zip(SETS.items(), ('-', '--', ':'), strict=True):
-            values = torch.linalg.eigvalsh(curves.moments[variant][name].covariance).flatten()
-            values = values.sort(descending=True).values.cpu()
-            axes.semilogy(values.clamp_min(values[0] * 1e-8), style, color=colour, label=', '.join(variant))
-        axes.set_title(name, fontsize=8)
-    for axes in list(grid.flat)[len(names) :]:
-        axes.axis('off')
-    grid[0, 0].legend(fontsize=7)
+    layers = {
+        name: {
+            ', '.join(variant): (torch.linalg.eigvalsh(figures.moments[variant][name].covariance).flatten(), colour)
+            for variant, colour in SETS.items()
+        }
+        for name in figures.moments['before', 'clean']
+    }
+    figure = _spectra_grid(layers, 'variance (squared units of the feature)')
     figure.suptitle(f'spectra of the layers, {severity}')
-    figure.supxlabel('principal axis (number)')
-    figure.supylabel('variance (squared units of the feature)')
     return figure
 
 
-def draw_embedding(curves: Curves, severity: str) -> Figure:
+def _spectra_grid(layers: Mapping[str, Mapping[str, tuple[Tensor, Any]]], ylabel: str) -> Figure:
+    """Draws variances in descending order, a panel for each layer.
+
+    Args:
+        layers: Layer, label: variances, and a colour.
+        ylabel: What the variances are.
+    """
+    columns = min(3, len(layers))
+    rows = -(-len(layers) // columns)
+    figure = Figure(figsize=(max(4.5, 3 * columns), 2.4 * rows + 0.7), layout='constrained')
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, (name, curves) in zip(grid.flat, layers.items(), strict=False):
+        for (label, (values, colour)), style in zip(curves.items(), ('-', '--', ':'), strict=False):
+            values = values.sort(descending=True).values.cpu()
+            axes.semilogy(values.clamp_min(values[0] * 1e-8), style, color=colour, label=label)
+        axes.set_title(name, fontsize=8)
+    for axes in list(grid.flat)[len(layers) :]:
+        axes.axis('off')
+    grid[0, 0].legend(fontsize=7)
+    figure.supxlabel('principal axis (number)')
+    figure.supylabel(ylabel)
+    return figure
+
+
+def draw_calibration(report: CalibrationReport, source: Mapping[str, Moments] | None = None) -> Figure:
+    """Draws the variances along the principal axes of up to nine layers, before and after a calibration.
+
+    Args:
+        report: What was done.
+        source: Moments in the training domain, drawn beside them.
+    """
+    chosen = {layer.name: layer for layer in report.layers}
+    layers: dict[str, dict[str, tuple[Tensor, Any]]] = {}
+    for name in pick(list(chosen), 9):
+        layers[name] = {'these images': (chosen[name].before, None), 'corrected': (chosen[name].after, None)}
+        if source:
+            layers[name]['training domain'] = (torch.linalg.eigvalsh(source[name].covariance).flatten(), None)
+    return _spectra_grid(layers, 'variance')
+
+
+def draw_embedding(curves: LayerFigures, severity: str) -> Figure:
     """Draws the embeddings of the same images clean, corrupted, and corrupted for the model after, by t-SNE.
 
     The titles say for how many corrupted images the nearest clean one, in all dimensions, is the same image.
     """
+    from sklearn.manifold import TSNE
+
     sets = [curves.embeddings[variant].double() for variant in SETS]
     count = len(sets[0])
     tsne = TSNE(init='pca', perplexity=min(30, count - 1), random_state=0)
@@ -185,7 +218,7 @@ def draw_predictions(views: Views, severity: str) -> Figure:
     return figure
 
 
-def picture_grid(rows: Sequence[View], columns: int) -> tuple[Figure, Any]:
+def picture_grid(rows: Sequence[ImageView], columns: int) -> tuple[Figure, Any]:
     """Returns a figure with as many rows as images, as high as they are, and its axes."""
     heights = [view.image.shape[0] / view.image.shape[1] for view in rows]
     figure = Figure(figsize=(WIDTH * columns + 1, WIDTH * sum(heights) + 0.9), layout='constrained')

@@ -9,8 +9,9 @@ import argparse
 from pathlib import Path
 
 from launch import launch, stop
-from make_scenes import CLASSES, SOURCE, read_idx
 from outputs import check_folder, folder_written_whole
+
+from make_scenes import CLASSES, SOURCE, read_idx
 
 DEBIAN = Path('/usr/share/datasets/fashion-mnist')
 TRAINING = 8000

@@ -1,0 +1,115 @@
+"""Extracts the features of images: what a re-identification model compares, before normalisation."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import _load_checkpoint_to_model
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from ..core import InputError
+from ..engine.resume import allow_training_checkpoints
+from .errors import config_at_fault
+from .images import NoImage, open_images
+from .model import build_model, to_device
+from .weights import Loading
+
+
+def extract_features(
+    cfg: Config, checkpoint: str, images: str | Path, *, batch_size: int = 64, device: str | None = None
+) -> tuple[NDArray[np.float32], list[str]]:
+    """Returns the features of all images in a folder.
+
+    Args:
+        cfg: Config with a re-identification head and a test pipeline.
+        checkpoint: Path or address of its checkpoint, denoised or fused as the config is.
+        images: Folder of images; folders in it are searched too.
+        batch_size: Images at a time.
+        device: Where to compute; None takes a GPU where there is one.
+
+    Returns:
+        The features, (N, C), and the paths of the images, relative to the folder with ``/``, in sorted order.
+
+    Raises:
+        InputError: The checkpoint or an image can't be used, or the model predicts no features, or none that are
+            finite.
+    """
+    images = Path(images)
+    if not images.is_dir():
+        raise InputError(f'{images} is not a folder')
+    if '://' not in checkpoint and not Path(checkpoint).is_file():
+        raise InputError(f'the checkpoint {checkpoint} does not exist')
+    model, missing = _open_model(cfg, checkpoint, device)
+    with config_at_fault(cfg.filename):
+        dataset = open_images(cfg, folder=images, model=model)
+    features: list[Any] = []
+    paths: list[str] = []
+    for batch in tqdm(_batches(dataset, batch_size), total=-(-len(dataset) // batch_size), unit='batch'):
+        paths += [path.relative_to(images).as_posix() for path in batch]
+        if not batch:
+            continue
+        with config_at_fault(cfg.filename):
+            features.append(_predict(model, pseudo_collate(list(batch.values())), cfg.filename))
+        if not np.isfinite(features[-1]).all():
+            reason = f': {checkpoint} has no {missing[0]}, {len(missing)} are missing' if missing else ''
+            raise InputError(f'the features of {images / paths[-len(batch)]} and others are not finite{reason}')
+    if not features:
+        raise InputError(f'no image of {images} is left')
+    return np.concatenate(features), paths
+
+
+def _batches(dataset: Any, size: int) -> Iterator[dict[Path, Any]]:
+    """Yields packed images by path; a sentence is printed for each that the config leaves out."""
+    for start in range(0, len(dataset), size):
+        batch = {}
+        for i in range(start, min(start + size, len(dataset))):
+            image = dataset[i]
+            if not isinstance(image, NoImage):
+                batch[Path(dataset.info(i)['img_path'])] = image
+            elif image.left_out:
+                print(image.sentence)
+            else:
+                raise InputError(image.sentence)
+        yield batch
+
+
+def _open_model(cfg: Config, checkpoint: str, device: str | None) -> tuple[Any, list[str]]:
+    """Returns the model with the weights, in eval mode, and the parameters that the checkpoint lacks.
+
+    These are NaN, so that the features are, too, if they depend on one. A classifier that is not used may be missing,
+    statistics of BatchNorm layers may not.
+    """
+    model = build_model(cfg)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    allow_training_checkpoints()
+    loading = Loading(model, checkpoint, 'features')
+    try:
+        content = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
+    except InputError:
+        raise
+    except Exception as error:  # addresses fail in many ways
+        raise InputError(f'{checkpoint} cannot be loaded ({type(error).__name__}: {error})') from error
+    loading.unwrap(content)
+    loading.see(content)
+    _load_checkpoint_to_model(model, content, logger='silent')
+    loading.judge()
+    to_device(model, device)
+    return model, [name for name, parameter in model.named_parameters() if parameter.isnan().all()]
+
+
+def _predict(model: Any, batch: dict[str, Any], config: str) -> Any:
+    """Returns the features (B, C) of a batch, a float32 array."""
+    with torch.no_grad():
+        samples = model.test_step(batch)
+    features = [getattr(sample, 'pred_feature', None) for sample in samples]
+    if any(feature is None for feature in features):
+        raise InputError(f'the model of {config} predicts no pred_feature; it needs a head such as BNNeckReIDHead')
+    return torch.stack(features).float().cpu().numpy()
