@@ -47,9 +47,7 @@ def add_common(parser: argparse.ArgumentParser, split: str) -> None:
         default='none',
         help='how several processes were started (default: %(default)s)',
     )
-    parser.add_argument(
-        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='override settings of the config'
-    )
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
 
 
 def add_result(parser: argparse.ArgumentParser, prior: str) -> None:

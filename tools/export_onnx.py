@@ -33,9 +33,7 @@ def parse_args() -> argparse.Namespace:
         help='take the newer exporter of torch, which knows more operators and takes longer (UPerNet, PSPNet need it)',
     )
     parser.add_argument('--overwrite', action='store_true', help='replace the output if it exists')
-    parser.add_argument(
-        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='override settings of the config'
-    )
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
     args = parser.parse_args()
     if args.size and min(args.size) < 1:
         parser.error('--size must be 1 or more')

@@ -17,9 +17,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--exclude', nargs='+', metavar='REGEX', help='names to leave out')
     parser.add_argument('--rank', type=int, help='rank of the denoisers, 0 for full (default: that of the config)')
-    parser.add_argument(
-        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='override settings of the config'
-    )
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
     return parser.parse_args()
 
 

@@ -23,7 +23,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        default=[],
         metavar='KEY=VALUE',
         help='override settings of the config, such as train_dataloader.batch_size=4 or key="[a,b]"',
     )

@@ -48,9 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--spectra', nargs='+', metavar='LAYER', help='layers of spectra.png (default: nine of them)')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT if it exists')
     parser.add_argument('--device', help='such as cpu or cuda:1 (default: cuda where there is one)')
-    parser.add_argument(
-        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='override settings of the config'
-    )
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
     args = parser.parse_args()
     for name, least in dict(num_images=2, show=1, batch_size=1).items():
         if getattr(args, name) < least:

@@ -19,7 +19,7 @@ LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 
 
 def load_config(
-    path: str | Path, options: Sequence[str] = (), work_dir: str | None = None, launcher: str | None = None
+    path: str | Path, options: Sequence[str] | None = None, work_dir: str | None = None, launcher: str | None = None
 ) -> Config:
     """Reads a config and imports what it needs.
 

@@ -397,7 +397,7 @@ def attention_weights(query: Tensor, key: Tensor, value: Tensor, *args: Any, **k
 
 
 def watch(backbone: nn.Module, image: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Runs a backbone on one image, (1, C, H, W); returns the features of its parts and the attention, see ImageView."""
+    """Runs a backbone on one image, (1, C, H, W); returns features of its parts and the attention."""
     ratio = image.shape[2] / image.shape[3]
     seen: dict[str, Tensor] = {}
 

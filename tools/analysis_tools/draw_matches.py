@@ -20,9 +20,7 @@ def parse_args() -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument('--seed', type=int, default=0, help='of the random choice of queries (default: %(default)s)')
     which.add_argument('--hardest', action='store_true', help='take those with the lowest average precision')
-    parser.add_argument(
-        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='override settings of the config'
-    )
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
     parser.add_argument('--overwrite', action='store_true', help='replace the output if it exists')
     args = parser.parse_args()
     if args.queries < 1:

@@ -18,9 +18,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('output', type=Path, help='file to write, OUT.npz')
     parser.add_argument('--batch-size', type=int, default=64, help='images at a time (default: %(default)s)')
     parser.add_argument('--device', help='such as cpu or cuda:1 (default: cuda where there is one)')
-    parser.add_argument(
-        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='override settings of the config'
-    )
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
     parser.add_argument('--overwrite', action='store_true', help='replace the output if it exists')
     args = parser.parse_args()
     if args.batch_size < 1:
