@@ -158,7 +158,7 @@ def code_lines(name):
 
 
 def test_variants_inherit():
-    """No two configs share ten lines of code: a variant inherits from its sibling, and what several need is in _base_."""
+    """No two configs share ten lines of code: variants inherit from a sibling, and what several need is in _base_."""
     lines = {name: code_lines(name) for name in NAMES if not name.startswith('lazy/')}
     shared = {pair: (lines[pair[0]] & lines[pair[1]]).total() for pair in itertools.combinations(lines, 2)}
     assert not {pair: count for pair, count in shared.items() if count >= 10}
