@@ -1,9 +1,6 @@
 """SegFormer MiT-B1 on ADE20K with DenoiseRep: the released segmentor, trained on with denoisers on its MLPs.
 
-The method and the backbone are the paper's (arXiv 2406.08773); schedule and learning rates are ours, because the
-official repository has no code for segmentation.
-MiT's MLPs are 1x1 convolutions, which the preset 'mlp' (Linear layers) does not take: the pattern names both of each
-block and leaves the depthwise 3x3 between them alone.
+segformer_mit-b0_8xb2-160k_ade20k-512x512_denoiserep.py says what is the paper's, what is ours, and what the pattern is.
 The control is *_baseline-ft.py: all but the denoisers.
 Untested at full size: no result is claimed.
 """

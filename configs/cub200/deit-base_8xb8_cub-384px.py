@@ -8,7 +8,7 @@ _base_ = [
     '../_base_/models/deit-base_in1k-pre.py',
     'mmpretrain::_base_/datasets/cub_bs8_384.py',
     '../_base_/schedules/cub_bs64_adamw.py',
-    'mmpretrain::_base_/default_runtime.py',
+    '../_base_/few-images_runtime.py',
 ]
 
 checkpoint = (
@@ -16,4 +16,3 @@ checkpoint = (
     'deit-base_3rdparty_ft-16xb32_in1k-384px_20211124-822d02f2.pth'
 )
 model = dict(backbone=dict(img_size=384, init_cfg=dict(checkpoint=checkpoint)), head=dict(num_classes=200))
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=3))

@@ -7,6 +7,7 @@ _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     'mmdet::_base_/default_runtime.py',
     '../_base_/datasets/scenes_detection.py',
+    '../_base_/schedules/demo.py',
 ]
 
 model = dict(
@@ -37,16 +38,9 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100)),
 )
 
-# The validation interval is never reached, so that validation runs once, after the last iteration.
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=800, val_interval=10**9)
+train_cfg = dict(max_iters=800)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
-    clip_grad=dict(max_norm=5.0),
-)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, begin=400, end=800, T_max=400),

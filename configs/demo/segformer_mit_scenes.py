@@ -7,6 +7,7 @@ _base_ = [
     'mmseg::_base_/models/segformer_mit-b0.py',
     'mmseg::_base_/default_runtime.py',
     '../_base_/datasets/scenes_segmentation.py',
+    '../_base_/schedules/demo.py',
 ]
 
 model = dict(
@@ -23,20 +24,8 @@ model = dict(
     ),
 )
 
-# The validation interval is never reached, so that validation runs once, after the last iteration.
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=1000, val_interval=10**9)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
-    clip_grad=dict(max_norm=5.0),
-)
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, begin=50, end=1000, T_max=950),
-]
 
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),

@@ -3,11 +3,7 @@
 Make the pictures first: python tools/make_reid.py work_dirs/fashion-reid
 """
 
-_base_ = [
-    'mmpretrain::_base_/default_runtime.py',
-    '../_base_/datasets/fashion-reid.py',
-    '../_base_/schedules/fashion-mnist.py',
-]
+_base_ = ['../_base_/datasets/fashion-reid.py', '../_base_/schedules/demo.py', '../_base_/demo_runtime.py']
 
 custom_imports = dict(imports=['mmdenoiserep.tasks.reid'], allow_failed_imports=False)
 model = dict(
@@ -26,10 +22,3 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, begin=50, end=800, T_max=750),
 ]
-
-default_hooks = dict(
-    logger=dict(interval=20),
-    checkpoint=dict(by_epoch=False, interval=10**9, save_last=True),
-)
-log_processor = dict(by_epoch=False, window_size=20)
-randomness = dict(seed=0)

@@ -3,11 +3,7 @@
 Write the data first: python tools/prepare_fashion_mnist.py
 """
 
-_base_ = [
-    'mmpretrain::_base_/default_runtime.py',
-    '../_base_/datasets/fashion-mnist.py',
-    '../_base_/schedules/fashion-mnist.py',
-]
+_base_ = ['../_base_/datasets/fashion-mnist.py', '../_base_/schedules/demo.py', '../_base_/demo_runtime.py']
 
 custom_imports = dict(imports=['mmdenoiserep'], allow_failed_imports=False)
 model = dict(
@@ -21,10 +17,3 @@ model = dict(
     neck=dict(type='GlobalAveragePooling'),
     head=dict(type='LinearClsHead', num_classes=10, in_channels=64, loss=dict(type='CrossEntropyLoss'), topk=(1,)),
 )
-
-default_hooks = dict(
-    logger=dict(interval=20),
-    checkpoint=dict(by_epoch=False, interval=10**9, save_last=True),
-)
-log_processor = dict(by_epoch=False, window_size=20)
-randomness = dict(seed=0)

@@ -1,7 +1,6 @@
 """VMamba-S on ImageNet-1k with DenoiseRep: the model, trained on with denoisers on its Linear layers.
 
-The method and lambda 0.01 are the paper's (arXiv 2406.08773), which has VMamba without saying which of its versions;
-targets, schedule and the rate of the denoisers are ours.
+vmamba-tiny_16xb64_in1k_denoiserep.py says what is the paper's and what is ours.
 The control is *_baseline-ft.py: all but the denoisers.
 Untested at full size: no result is claimed.
 """

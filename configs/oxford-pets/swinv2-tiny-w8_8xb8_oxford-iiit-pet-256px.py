@@ -8,8 +8,7 @@ _base_ = [
     '../_base_/models/swinv2-tiny-w8_in1k-pre.py',
     '../_base_/datasets/oxford-iiit-pet_bs8_256.py',
     '../_base_/schedules/cub_bs64_adamw.py',
-    'mmpretrain::_base_/default_runtime.py',
+    '../_base_/few-images_runtime.py',
 ]
 
 model = dict(head=dict(num_classes=37))
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=3))

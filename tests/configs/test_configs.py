@@ -4,7 +4,9 @@ import ast
 import copy
 import functools
 import gc
+import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -145,6 +147,21 @@ def test_the_control_differs_in_denoising_only(name):
     for config in (ours, theirs):
         config.pop('filename', None)
     assert ours == theirs
+
+
+def code_lines(name):
+    """Returns how often each line of a config occurs, without its docstring, comments, and lines that hold no word."""
+    text = (CONFIGS / f'{name}.py').read_text()
+    code = text.splitlines()[ast.parse(text).body[0].end_lineno :]  # the docstring is the first statement
+    lines = map(str.strip, code)
+    return Counter(line for line in lines if line.strip('()[]{},') not in ('', 'dict') and not line.startswith('#'))
+
+
+def test_variants_inherit():
+    """No two configs share ten lines of code: variants inherit from a sibling, and what several need is in _base_."""
+    lines = {name: code_lines(name) for name in NAMES if not name.startswith('lazy/')}
+    shared = {pair: (lines[pair[0]] & lines[pair[1]]).total() for pair in itertools.combinations(lines, 2)}
+    assert not {pair: count for pair, count in shared.items() if count >= 10}
 
 
 def released_checkpoints():

@@ -1,4 +1,4 @@
-"""Training from scratch on Fashion-MNIST, for small classifiers on one CPU core."""
+"""Training from scratch for 1,000 iterations, for small models on a CPU."""
 
 # The validation interval is never reached, so that validation runs once, after the last iteration.
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=1000, val_interval=10**9)

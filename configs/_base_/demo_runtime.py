@@ -1,0 +1,10 @@
+"""mmpretrain's runtime for short trainings that count iterations: one checkpoint, after the last."""
+
+_base_ = 'mmpretrain::_base_/default_runtime.py'
+
+default_hooks = dict(
+    logger=dict(interval=20),
+    checkpoint=dict(by_epoch=False, interval=10**9, save_last=True),
+)
+log_processor = dict(by_epoch=False, window_size=20)
+randomness = dict(seed=0)
