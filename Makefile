@@ -15,16 +15,16 @@ help:
 	@echo 'make install  only create .venv and install the pinned stack'
 
 install:
-	@bash tools/install.sh
+	@bash requirements/install.sh
 
 demo: install
-	@$(PYTHON_VENV) tools/demo.py
+	@$(PYTHON_VENV) -m studies.demo
 
 study: install
-	@$(PYTHON_VENV) tools/study.py
+	@$(PYTHON_VENV) -m studies.study
 
 robustness: install
-	@$(PYTHON_VENV) tools/robustness.py
+	@$(PYTHON_VENV) -m studies.robustness
 
 docs: install
 	@OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(PYTHON_VENV) -m mkdocs build
@@ -39,7 +39,7 @@ lint: install
 	@$(PYTHON_VENV) -m ruff check .
 	@$(PYTHON_VENV) -m ruff format --check .
 	@$(PYTHON_VENV) -m mypy mmdenoiserep/core
-	@$(PYTHON_VENV) -m interrogate mmdenoiserep tools
+	@$(PYTHON_VENV) -m interrogate mmdenoiserep tools studies
 
 format: install
 	@$(PYTHON_VENV) -m ruff check --fix .

@@ -11,26 +11,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from launch import stop
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import load_checkpoint
-from outputs import written_whole
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-import study
-from benchmarks.measure import alternate
-from common import load_config, set_default_scope
+from mmdenoiserep.apis.config import load_config, set_default_scope
 from mmdenoiserep.apis.corruptions import make_transform
-from mmdenoiserep.core import apply_denoiserep, calibrate, collect_moments, fuse_model, safe_fit
-from mmdenoiserep.core.calibration.safety import FEW, MANY
+from mmdenoiserep.core import (
+    InputError,
+    apply_denoiserep,
+    collect_moments,
+    fit_domain,
+    fuse_model,
+    safe_fit,
+    select_layers,
+    solve_denoisers,
+)
+from mmdenoiserep.core.calibration.match import FEW, MANY
+from mmdenoiserep.core.files.atomic import write_file
 from mmdenoiserep.engine.resume import allow_training_checkpoints
-from robustness_report import ALL_LAYERS, AS_TRAINED, BATCH_NORM, EARLY_HALF, FIRST_LAYER
-from steps import last_checkpoint
+from studies import study
+from studies.benchmarks.measure import alternate
+from studies.robustness_report import ALL_LAYERS, AS_TRAINED, BATCH_NORM, EARLY_HALF, FIRST_LAYER
+from studies.steps import last_checkpoint
 
 CLASSIFICATION = 'fashion-mnist'
 SEVERITIES = {
@@ -137,9 +145,9 @@ class Measurement:
         self.clean = [
             self.batch(part) for part in Images.load(trained, order[count : count + SOURCE]).inputs.split(500)
         ]
-        self.denoised = self.converted(rank=1)  # a domain fit does not use the denoisers
-        self.moments = collect_moments(self.denoised.backbone, self.clean)
-        self.layers = list(self.moments)
+        layers = select_layers(self.model.backbone, 'all', example_input=self.clean[0][:2])
+        self.moments = collect_moments(self.model.backbone, layers, self.clean)
+        self.layers = list(layers)
         self.fits = {
             ALL_LAYERS: safe_fit(self.layers, MANY, representative=True),
             EARLY_HALF: safe_fit(self.layers, FEW, representative=True),
@@ -149,12 +157,6 @@ class Measurement:
     def order(self, count: int) -> Tensor:
         """Returns the numbers below ``count`` in an order of this seed."""
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
-
-    def converted(self, rank: int | None) -> nn.Module:
-        """Returns a copy of the model with denoisers on all layers of the backbone."""
-        model = copy.deepcopy(self.model)
-        apply_denoiserep(model.backbone, 'all', rank=rank, example_input=self.clean[0][:2])
-        return model
 
     def trained(self, step: str) -> nn.Module:
         """Returns the model that one training of this seed ended with, in eval mode."""
@@ -192,16 +194,17 @@ class Measurement:
 
     def schedule(self) -> nn.Module:
         """Returns the model with the paper's denoisers, solved on the clean images, fused."""
-        model = self.converted(rank=None)
-        calibrate(model.backbone, self.clean, 'schedule')
+        model = copy.deepcopy(self.model)
+        apply_denoiserep(model.backbone, 'all', rank=None, example_input=self.clean[0][:2])
+        solve_denoisers(model.backbone, self.clean)
         model.backbone = fuse_model(model.backbone)
         return model
 
-    def fitted(self, inputs: Tensor, **options: Any) -> nn.Module:
-        """Returns the model fitted to images in one batch, fused; see :func:`calibrate`."""
-        model = copy.deepcopy(self.denoised)
-        calibrate(model.backbone, [self.batch(inputs)], 'domain', self.moments, **options)
-        model.backbone = fuse_model(model.backbone)
+    def fitted(self, inputs: Tensor, layers: Sequence[str] | None = None, **options: Any) -> nn.Module:
+        """Returns the model with some layers, or all, fitted to images in one batch; see :func:`fit_domain`."""
+        model = copy.deepcopy(self.model)
+        chosen = {name: model.backbone.get_submodule(name) for name in layers or self.layers}
+        fit_domain(model.backbone, chosen, [self.batch(inputs)], self.moments, **options)
         return model
 
     def normalised(self, inputs: Tensor) -> nn.Module | None:
@@ -338,16 +341,16 @@ def measure_one(args: argparse.Namespace) -> None:
     name, seed = args.one[0], int(args.one[1])
     folder = study.seed_folder(args.work_dir, name, seed)
     if not (folder / 'baseline.json').exists():
-        stop(f'{folder} has no trained baseline; start this program without --one')
+        raise InputError(f'{folder} has no trained baseline; start this program without --one')
     started = time.process_time()
     torch.set_num_threads(1)
     MMLogger.get_current_instance().setLevel('ERROR')
     allow_training_checkpoints()
     experiment = study.EXPERIMENTS[name]
-    cfg = load_config(argparse.Namespace(config=experiment.config(), cfg_options=args.cfg_options))
+    cfg = load_config(experiment.config(), args.cfg_options)
     set_default_scope(cfg)
     with torch.no_grad():
         result = Measurement(experiment, folder, seed, cfg).measure()
     result['cpu_seconds'] = time.process_time() - started
-    with written_whole(folder / RESULT) as file:
+    with write_file(folder / RESULT) as file:
         file.write(json.dumps(result, indent=1).encode())

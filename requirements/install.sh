@@ -56,7 +56,7 @@ repair_torchvision() {
     "$venv/bin/python" -W ignore -c 'import torchvision' 2>/dev/null && return
     local site
     site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    cp tools/torchvision_repair.py "$site/"
+    cp requirements/torchvision_repair.py "$site/"
     echo 'import torchvision_repair' > "$site/torchvision_repair.pth"
     "$venv/bin/python" -W ignore -c 'import torchvision' || fail "torchvision does not fit this torch, and declaring its operators did not help"
 }
@@ -67,7 +67,7 @@ step 0-venv "Creating the virtual environment $venv" "" create_venv
 step 1-torch "Installing torch (the largest download)" "$requirements/torch.txt" pip_install -r "$requirements/torch.txt"
 step 2-openmmlab "Installing mmengine, mmdet, mmsegmentation and mmpretrain" "$requirements/openmmlab.txt" pip_install -r "$requirements/openmmlab.txt"
 step 3-torchvision "Installing torchvision" "" pip_install --no-deps torchvision==0.28.0
-step 4-repair "Checking torchvision against torch" tools/torchvision_repair.py repair_torchvision
+step 4-repair "Checking torchvision against torch" requirements/torchvision_repair.py repair_torchvision
 step 5-mmcv "Compiling mmcv for this torch (about 7 minutes on 2 cores)" "" compile_mmcv mmcv==2.1.0
 step 6-dev "Installing what tests and linters need" "$requirements/dev.txt" pip_install -r "$requirements/dev.txt"
 step 7-docs "Installing what builds the pages" "$requirements/docs.txt" pip_install -r "$requirements/docs.txt"

@@ -16,9 +16,8 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
-from launch import launch
-
-import benchmarks
+from denoiserep_commands import launch
+from studies import benchmarks
 
 NAMES = [module.name for module in iter_modules(benchmarks.__path__) if module.name != 'measure']
 
@@ -54,14 +53,14 @@ def run_all(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         one = parse_args([name.replace('_', '-')])
         text, figures[name] = one.run(one)
         title = (import_module(f'benchmarks.{name}').__doc__ or '').splitlines()[0].rstrip('.')
-        texts.append(f'## {title}\n\n`python tools/benchmark.py {name.replace("_", "-")}`\n\n{text}')
+        texts.append(f'## {title}\n\n`python -m studies.benchmark {name.replace("_", "-")}`\n\n{text}')
     return '\n\n'.join(texts), figures
 
 
 def main() -> None:
     """Runs one benchmark, or all."""
     args = parse_args()
-    from outputs import check_output, written_whole
+    from mmdenoiserep.core.files.atomic import check_output, write_file
 
     for path, suffix in ((args.json, '.json'), (args.markdown, '.md')):
         if path:
@@ -72,7 +71,7 @@ def main() -> None:
     print(report)
     for path, content in ((args.json, json.dumps(dict(figures, machine=facts), indent=2)), (args.markdown, report)):
         if path:
-            with written_whole(path) as file:
+            with write_file(path) as file:
                 file.write(f'{content}\n'.encode())
 
 

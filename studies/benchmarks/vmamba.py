@@ -70,8 +70,8 @@ def compare_models(size: int, batch: int, repeats: int) -> dict[str, Any]:
     import torch
     from mmpretrain.models import SwinTransformer
 
-    from benchmarks.measure import alternate, peak_memory
     from mmdenoiserep.models.vmamba import VMamba
+    from studies.benchmarks.measure import alternate, peak_memory
 
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     models: dict[str, nn.Module] = {'VMamba-T': VMamba('tiny'), 'Swin-T': SwinTransformer('tiny', pad_small_map=True)}
@@ -104,8 +104,8 @@ def compare_scans(channels: int, length: int, backward: bool, repeats: int) -> d
     """
     import torch
 
-    from benchmarks.measure import alternate
     from mmdenoiserep.models.selective_scan import selective_scan
+    from studies.benchmarks.measure import alternate
 
     values = make_scan(channels, length)
     y = selective_scan(*values)

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         RuntimeError: The system does not tell the memory.
         ValueError: The fused model has other parameters than the plain one.
     """
-    from benchmarks.measure import ratio
+    from studies.benchmarks.measure import ratio
 
     rows = [compare(name, args.batch or SHAPES[name].batch, args) for name in args.models]
     lines = [
@@ -123,8 +123,8 @@ def compare(name: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from mmengine.analysis import FlopAnalyzer
 
-    from benchmarks.measure import alternate, peak_memory
     from mmdenoiserep import fuse_model
+    from studies.benchmarks.measure import alternate, peak_memory
 
     print(f'{name}: takes minutes', file=sys.stderr, flush=True)
     plain = Run(name, batch, None, args.amp)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from study_report import Paired, spread, table
+from studies.study_report import Paired, spread, table
 
 AS_TRAINED, ALL_LAYERS, EARLY_HALF, FIRST_LAYER = 'as trained', 'all layers', 'early half', 'first layer'
 BATCH_NORM = 'BatchNorm'
@@ -39,7 +39,7 @@ class Result:
         data: Name of the data set.
         seeds: In the order of the runs.
         steps: Metric: the step to which it is rounded, in percent (0 where it is not).
-        runs: What ``Measurement.measure`` of tools/robustness.py returned, one a seed.
+        runs: What ``Measurement.measure`` of studies.robustness returned, one a seed.
     """
 
     name: str
@@ -96,7 +96,7 @@ def report(results: list[Result], note: dict, severities: dict[str, dict[str, fl
 
     Args:
         results: What was measured.
-        note: What tools/robustness.py noted about the machine, the software and the time.
+        note: What studies.robustness noted about the machine, the software and the time.
         severities: Data set, then corruption.
     """
     corruptions = list(next(iter(severities.values())))

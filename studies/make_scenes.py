@@ -18,8 +18,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from launch import launch, stop
-from outputs import check_folder, folder_written_whole
+from denoiserep_commands import launch
+from mmdenoiserep.core import InputError
+from mmdenoiserep.core.files.atomic import check_folder, write_folder
 
 CLASSES = (
     'T-shirt/top',
@@ -282,9 +283,9 @@ def main():
         if min(len(part) for part in parts) < MAX_ARTICLES:
             raise ValueError(f'{args.source} has too few articles, each split needs {MAX_ARTICLES} or more.')
     except (ValueError, OSError) as error:
-        stop(str(error))
+        raise InputError(str(error))
 
-    with folder_written_whole(args.out) as new:
+    with write_folder(args.out) as new:
         for split, count, part in zip(SPLITS, (args.train, args.val), parts, strict=True):
             write_split(new, split, count, images[part], labels[part], args.size, args.seed)
 

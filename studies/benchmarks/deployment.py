@@ -14,8 +14,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deployment import Deployed
     from torch import Tensor, nn
+
+    from mmdenoiserep.apis.export import Deployed
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs/demo'
 MODELS = {
@@ -89,7 +90,8 @@ def compare(name: str, strength: float) -> dict[str, Any]:
         and ``int8``: ``error``, ``float32_bytes`` and ``int8_bytes`` of the fused and the vanilla model by quantiser.
     """
     import torch
-    from deployment import export_onnx, largest_difference, random_images, run_onnx
+
+    from mmdenoiserep.apis.export import export_onnx, largest_difference, random_images, run_onnx
 
     fused, vanilla, shape = build_pair(name, strength)
 
@@ -136,14 +138,14 @@ def attempt(function: Callable[..., float], *args: bool) -> float | str:
 def build_pair(name: str, strength: float) -> 'tuple[Deployed, Deployed, tuple[int, int, int]]':
     """Returns a model with random denoisers, fused, the same without them, and the shape (C, H, W) of their images."""
     import torch
-    from deployment import Deployed, image_shape, random_images
     from mmengine.registry import MODELS as REGISTRY
 
     import mmdenoiserep  # noqa: F401  (registers VMamba)
-    from common import load_config, set_default_scope
     from mmdenoiserep import apply_denoiserep, fuse_model
+    from mmdenoiserep.apis.config import load_config, set_default_scope
+    from mmdenoiserep.apis.export import Deployed, image_shape, random_images
 
-    cfg = load_config(argparse.Namespace(config=CONFIGS / f'{name}.py'))
+    cfg = load_config(CONFIGS / f'{name}.py')
     set_default_scope(cfg)
     torch.manual_seed(0)
     vanilla = REGISTRY.build(cfg.model).eval()
@@ -175,8 +177,9 @@ def by_torch(model: 'nn.Module', images: 'Tensor') -> dict[str, float]:
 def by_onnxruntime(model: 'Deployed', images: 'Tensor') -> dict[str, float]:
     """Quantises the weights of all matrix products and convolutions of an ONNX file with onnxruntime."""
     import torch
-    from deployment import export_onnx, run_onnx
     from onnxruntime.quantization import quantize_dynamic
+
+    from mmdenoiserep.apis.export import export_onnx, run_onnx
 
     with TemporaryDirectory() as folder:
         path, small = Path(folder) / 'model.onnx', Path(folder) / 'int8.onnx'

@@ -69,8 +69,8 @@ def measure(size: Sequence[int], repeats: int, loops: bool = True) -> list[dict[
     """
     import torch
 
-    from benchmarks.measure import alternate, peak_memory
     from mmdenoiserep.evaluation.reid_ranking import rank_matches
+    from studies.benchmarks.measure import alternate, peak_memory
 
     case = make_case(*size)
     tensors = [torch.from_numpy(values) for values in case]

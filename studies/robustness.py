@@ -1,6 +1,6 @@
 """Measures what a fit to the deployment domain recovers on corrupted images, and writes what came out.
 
-For each experiment of tools/study.py and each seed: the same baseline (the two programs share their work dir), fitted
+For each experiment of studies.study and each seed: the same baseline (the two programs share their work dir), fitted
 to unlabelled corrupted training images, fused, and evaluated on the test images with other draws of the corruption.
 Beside it: the paper's schedule, re-estimated BatchNorm, entropy minimisation, and fine-tuning with labels and noise.
 A finished step is not run again.
@@ -12,12 +12,12 @@ import os
 import warnings
 from pathlib import Path
 
-from launch import launch, stop
-
-import study
-from robustness_report import Result, draw, report
-from steps import last_checkpoint, run
-from study_report import write_page
+from denoiserep_commands import launch
+from mmdenoiserep.core import InputError
+from studies import study
+from studies.robustness_report import Result, draw, report
+from studies.steps import last_checkpoint, run
+from studies.study_report import write_page
 
 ROOT = Path(__file__).absolute().parents[1]
 ENVIRONMENT = {
@@ -32,7 +32,7 @@ NOTE = 'robustness_note.json'
 
 def run_seed(experiment: study.Experiment, seed: int, folder: Path, overrides: list[str]) -> None:
     """Trains what is missing of one experiment with one seed, and measures in a process of its own."""
-    from measurement import CLASSIFICATION, RESULT, write_noise_config
+    from studies.measurement import CLASSIFICATION, RESULT, write_noise_config
 
     study.train(folder, 'baseline', experiment.config(), seed, overrides)
     if experiment.data == CLASSIFICATION:
@@ -41,13 +41,13 @@ def run_seed(experiment: study.Experiment, seed: int, folder: Path, overrides: l
         study.train(folder, 'noise-augmented', write_noise_config(experiment, folder), seed, more)
     if not (folder / RESULT).exists():
         place = ['--work-dir', str(folder.parents[1]), *(['--cfg-options', *overrides] if overrides else [])]
-        command = ['tools/robustness.py', '--one', folder.parent.name, str(seed), *place]
+        command = ['-m', 'studies.robustness', '--one', folder.parent.name, str(seed), *place]
         run(f'{folder}: robustness', *command, log=folder / 'robustness.log')
 
 
 def read_results(work_dir: Path) -> list[Result]:
     """Reads every finished measurement below a work dir."""
-    from measurement import RESULT
+    from studies.measurement import RESULT
 
     results = []
     for name, experiment in study.EXPERIMENTS.items():
@@ -68,7 +68,7 @@ def main() -> None:
     os.environ |= ENVIRONMENT
     warnings.simplefilter('ignore')
     if args.one:
-        from measurement import measure_one
+        from studies.measurement import measure_one
 
         measure_one(args)
         return
@@ -76,8 +76,8 @@ def main() -> None:
         study.run_all(args, run_seed, NOTE, (*study.PACKAGES, 'albumentations'))
     note, results = args.work_dir / NOTE, read_results(args.work_dir)
     if not note.exists() or not results:
-        stop(f'{args.work_dir} holds no finished measurement; start it without --report')
-    from measurement import SEVERITIES
+        raise InputError(f'{args.work_dir} holds no finished measurement; start it without --report')
+    from studies.measurement import SEVERITIES
 
     text = report(results, json.loads(note.read_text()), SEVERITIES)
     write_page(args.out, text)

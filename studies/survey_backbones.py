@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch import launch, stop
+from denoiserep_commands import launch
+from mmdenoiserep.core import InputError
 
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 PAGE = Path(__file__).resolve().parents[1] / 'docs' / 'backbones.md'
@@ -111,7 +112,7 @@ def main() -> None:
     classes = [(library, name) for library in args.library for name in backbone_classes(library)]
     if args.only:
         if unknown := set(args.only) - {name for _, name in classes}:
-            stop(f'{", ".join(args.library)} registers no backbone {min(unknown)}')
+            raise InputError(f'{", ".join(args.library)} registers no backbone {min(unknown)}')
         classes = [(library, name) for library, name in classes if name in args.only]
     multiprocessing.set_forkserver_preload([f'{library}.models' for library in args.library])
     rows = []
@@ -426,7 +427,7 @@ def page(rows: Sequence[Row]) -> str:
 
 **{summary(rows)}**
 
-Written by `python tools/survey_backbones.py --jobs 2` with {versions()}, on the CPU, in float64.
+Written by `python -m studies.survey_backbones --jobs 2` with {versions()}, on the CPU, in float64.
 
 Every registered class of `<library>.models.backbones` goes the way of a training run: `DenoiseRepBackbone` builds it
 and gives all layers denoisers of rank {RANK}, `init_weights()` runs, the denoisers are fused, and the fused state dict

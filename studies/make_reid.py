@@ -14,10 +14,10 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch import launch, stop
-from outputs import check_folder, folder_written_whole
-
-from make_scenes import SOURCE, cut_out, make_background, read_articles, write_image
+from denoiserep_commands import launch
+from mmdenoiserep.core import InputError
+from mmdenoiserep.core.files.atomic import check_folder, write_folder
+from studies.make_scenes import SOURCE, cut_out, make_background, read_articles, write_image
 
 FOLDERS = ('bounding_box_train', 'query', 'bounding_box_test')
 DISTRACTORS = 25
@@ -212,9 +212,9 @@ def main():
             raise ValueError(f'{args.source} has {len(articles)} articles, {needed} are needed.')
         plan = plan_images(np.random.default_rng([args.seed, 0]).permutation(len(articles)), args)
     except (ValueError, OSError) as error:
-        stop(str(error))
+        raise InputError(str(error))
 
-    with folder_written_whole(args.out) as new:
+    with write_folder(args.out) as new:
         for folder, images in plan.items():
             write_folder(new / folder, images, articles, args.size, args.seed)
 

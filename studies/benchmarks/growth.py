@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Returns the report, and its figures under ``images`` and ``parameters``."""
-    from benchmarks.measure import alternate, exponent
+    from studies.benchmarks.measure import alternate, exponent
 
     middle = WIDTHS[-1]
     models = {width: build(width, args.layers, args.size) for width in WIDTHS}
@@ -75,10 +75,10 @@ def count_parameters(model: 'nn.Module') -> int:
 
 
 def fit(model: 'nn.Module', images: int, size: int) -> None:
-    """Calibrates a model in schedule mode."""
+    """Solves the denoisers of a model."""
     import torch
 
-    from mmdenoiserep import calibrate
+    from mmdenoiserep import solve_denoisers
 
     batch = torch.randn(32, 3, size, size, generator=torch.Generator().manual_seed(0))
-    calibrate(model, [batch] * (images // 32), every=16)
+    solve_denoisers(model, [batch] * (images // 32), every=16)

@@ -21,19 +21,19 @@ from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
-from launch import launch, stop
-
-from steps import last_checkpoint, last_metric, run, scalars
-from study_report import STAGES, Result, report, write_page
+from denoiserep_commands import launch
+from mmdenoiserep.core import InputError
+from studies.steps import last_checkpoint, last_metric, run, scalars
+from studies.study_report import STAGES, Result, report, write_page
 
 ROOT = Path(__file__).absolute().parents[1]
 PACKAGES = 'torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'
 DATA = {
-    'scenes': 'tools/make_scenes.py',
-    'fashion-mnist': 'tools/prepare_fashion_mnist.py',
-    'fashion-reid': 'tools/make_reid.py',
+    'scenes': 'studies.make_scenes',
+    'fashion-mnist': 'studies.prepare_fashion_mnist',
+    'fashion-reid': 'studies.make_reid',
 }
-"""Data set, the end of a config's name: the tool that writes it to ``work_dirs/<data set>``."""
+"""Data set, the end of a config's name: the module that writes it to ``work_dirs/<data set>``."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def step(folder: Path, name: str, *command: str) -> None:
     done = folder / f'{name}.json'
     if done.exists():
         if json.loads(done.read_text())['command'] != list(command):
-            stop(f'{done} is from another command; remove {folder}, or take another --work-dir')
+            raise InputError(f'{done} is from another command; remove {folder}, or take another --work-dir')
         return
     shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def run_all(args: argparse.Namespace, one: Callable[..., None], note: str, packa
     data_sets = sorted({EXPERIMENTS[name].data for name in args.experiments})
     for data in data_sets:
         if not Path('work_dirs', data).exists():
-            run(f'prepare {data}', DATA[data], f'work_dirs/{data}')
+            run(f'prepare {data}', '-m', DATA[data], f'work_dirs/{data}')
     pool = ThreadPoolExecutor(args.jobs)
     futures = [
         pool.submit(one, EXPERIMENTS[name], seed, seed_folder(args.work_dir, name, seed), args.cfg_options)
@@ -181,7 +181,7 @@ def write_note(path: Path, jobs: int, data_sets: list[str], seconds: float, pack
     before = json.loads(path.read_text()) if path.exists() else dict(seconds=0, cpu_seconds=0, images={})
     distributions = [packages_distributions()[package][0] for package in packages]
     note = dict(
-        command=shlex.join(['python', f'tools/{Path(sys.argv[0]).name}', *sys.argv[1:]]),
+        command=shlex.join(['python', '-m', f'studies.{Path(sys.argv[0]).stem}', *sys.argv[1:]]),
         cores=os.cpu_count(),
         jobs=jobs,
         seconds=before['seconds'] + seconds,
@@ -251,11 +251,11 @@ def main() -> None:
         run_all(args, run_seed, NOTE)
     note = args.work_dir / NOTE
     if not note.exists():
-        stop(f'{args.work_dir} holds no study; start it without --report')
+        raise InputError(f'{args.work_dir} holds no study; start it without --report')
     note = json.loads(note.read_text())
     results = read_results(args.work_dir, note['images'])
     if not results:
-        stop(f'no run in {args.work_dir} is finished; the same command without --report goes on')
+        raise InputError(f'no run in {args.work_dir} is finished; the same command without --report goes on')
     text = report(results, note)
     write_page(args.out, text)
     print(f'\n{text}\n\nWritten to {args.out}')

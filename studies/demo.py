@@ -12,9 +12,8 @@ import warnings
 from itertools import count
 from pathlib import Path
 
-from launch import launch
-
-from steps import last_checkpoint, last_metric, run, scalars
+from denoiserep_commands import launch
+from studies.steps import last_checkpoint, last_metric, run, scalars
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {
@@ -39,7 +38,7 @@ def main() -> None:
     def do(title: str, *command: str) -> None:
         run(f'{next(step)}/{STEPS} {title}', *command)
 
-    do('Compose scenes from Fashion-MNIST articles', 'tools/make_scenes.py', 'work_dirs/scenes', '--overwrite')
+    do('Compose scenes from Fashion-MNIST articles', '-m', 'studies.make_scenes', 'work_dirs/scenes', '--overwrite')
     for name, title in {
         'baseline': 'Train the baseline',
         'control': 'Continue it without denoising (the control)',
@@ -52,10 +51,11 @@ def main() -> None:
     do("Evaluate the fused file in the baseline's unchanged config", *evaluate)
 
     baseline, source = [CONFIGS['baseline'], last_checkpoint(WORK / 'baseline')], str(WORK / 'moments.pth')
-    do('Spoil all scenes with noise', 'tools/corrupt_images.py', 'work_dirs/scenes/images', str(NOISY), 'noise')
-    do('Gather moments of the clean training scenes', 'tools/calibrate.py', *baseline, source, '--mode', 'moments')
+    corrupt = ['tools/analysis_tools/corrupt_images.py', 'work_dirs/scenes/images', str(NOISY), 'noise']
+    do('Spoil all scenes with noise', *corrupt)
+    do('Gather moments of the clean training scenes', 'tools/calibrate.py', 'moments', *baseline, source)
     images = ['--images', str(NOISY / 'training'), '--num-images', '300', '--representative', '--verify']
-    fit = ['tools/calibrate.py', *baseline, str(FITTED), '--mode', 'domain', '--source', source, *images]
+    fit = ['tools/calibrate.py', 'domain', *baseline, str(FITTED), '--source', source, *images]
     do('Fit the baseline to noisy training scenes, without labels', *fit)
     noisy = ['--cfg-options', f'test_dataloader.dataset.data_prefix.img=../demo/{NOISY.name}/validation/']
     do('Evaluate the baseline on noisy scenes', 'tools/test.py', *baseline, '--work-dir', str(WORK / 'spoiled'), *noisy)
@@ -64,7 +64,7 @@ def main() -> None:
 
     print(f'\n=== {next(step)}/{STEPS} Compare and draw', flush=True)
     warnings.simplefilter('ignore')
-    import demo_report
+    from studies import demo_report
 
     average_precision = 'coco/bbox_mAP', 'coco/segm_mAP'
     stages = *CONFIGS, 'fused', 'spoiled', 'fitted'

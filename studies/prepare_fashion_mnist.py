@@ -8,10 +8,10 @@ for testing.
 import argparse
 from pathlib import Path
 
-from launch import launch, stop
-from outputs import check_folder, folder_written_whole
-
-from make_scenes import CLASSES, SOURCE, read_idx
+from denoiserep_commands import launch
+from mmdenoiserep.core import InputError
+from mmdenoiserep.core.files.atomic import check_folder, write_folder
+from studies.make_scenes import CLASSES, SOURCE, read_idx
 
 DEBIAN = Path('/usr/share/datasets/fashion-mnist')
 TRAINING = 8000
@@ -98,8 +98,8 @@ def main():
     try:
         splits = read_source(args.source)
     except (ValueError, OSError) as error:
-        stop(str(error))
-    with folder_written_whole(args.out) as new:
+        raise InputError(str(error))
+    with write_folder(args.out) as new:
         for split, (images, labels) in splits.items():
             write_idx(new / f'{split}-images-idx3-ubyte', images)
             write_idx(new / f'{split}-labels-idx1-ubyte', labels)

@@ -10,7 +10,7 @@ from subprocess import DEVNULL
 from subprocess import run as run_process
 from typing import Any
 
-TOOLS = Path(__file__).absolute().parents[1]
+TOOLS = Path(__file__).absolute().parents[2] / 'tools'
 GOAL = 1.5
 """Seconds."""
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Returns the report, and the seconds of all runs by tool under ``seconds``."""
-    from benchmarks.measure import alternate
+    from studies.benchmarks.measure import alternate
 
     helps: dict[str, Callable] = {path.name: partial(print_help, path) for path in find_tools()}
     seconds = alternate(helps, 1, args.repeats)
@@ -37,7 +37,7 @@ def find_tools() -> list[Path]:
     """Returns the programs among the files in ``tools``: those that read a command line."""
     return [
         path
-        for path in sorted(TOOLS.glob('*.py'))
+        for path in sorted(TOOLS.rglob('*.py'))
         if "__name__ == '__main__'" in (text := path.read_text()) and 'argparse' in text
     ]
 

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Returns the report, and the quartiles of the ratios by width under ``widths``."""
-    from benchmarks.measure import alternate, ratio
     from mmdenoiserep.core import DEFAULT_RANK
+    from studies.benchmarks.measure import alternate, ratio
 
     ways = {
         f'rank {DEFAULT_RANK}, 128 tokens': (DEFAULT_RANK, 128),

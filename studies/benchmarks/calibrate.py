@@ -104,34 +104,36 @@ def compare(
         by what is run, empty without ``memory``.
     """
     import torch
-    from calibration import choose_every, measure_flows
 
-    from benchmarks.measure import alternate, peak_memory
-    from mmdenoiserep.core import DenoiseLayer, apply_denoiserep, collect_moments
+    from mmdenoiserep.apis.calibration import choose_every, measure_flows
+    from mmdenoiserep.core import apply_denoiserep, collect_moments, select_layers
+    from studies.benchmarks.measure import alternate, peak_memory
 
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     plain = build(name, images)
     converted, low_rank = deepcopy(plain), deepcopy(plain)
     apply_denoiserep(converted, 'all', rank=None, example_input=images[:1])
     apply_denoiserep(low_rank, 'all', rank=RANK, example_input=images[:1])
+    layers = select_layers(plain, 'all', example_input=images[:1])
+    denoised = {name: converted.get_submodule(name) for name in layers}
     if every is None:
-        layers = [name for name, layer in converted.named_modules() if isinstance(layer, DenoiseLayer)]
-        every = choose_every(measure_flows(converted, layers, images[:1]), IMAGES)
+        every = choose_every(measure_flows(plain, layers, images[:1]), IMAGES)
     loader = [images] * batches
     runs: dict[str, Callable] = {PLAIN: partial(forward, plain, loader)}
     for mode, part in (('schedule', every), ('domain', every), ('schedule', 1)):
+        subject = (converted, denoised) if mode == 'schedule' else (plain, layers)
         runs[f'{mode}, {SOME if part == every else ALL}'] = partial(
-            collect_moments, converted, loader, inputs=mode == 'schedule', every=part
+            collect_moments, *subject, loader, inputs=mode == 'schedule', every=part
         )
     seconds = alternate(runs, 1, repeats)
-    inputs = collect_moments(converted, [images], inputs=True, every=every)
-    source = collect_moments(converted, [images], every=every)
+    inputs = collect_moments(converted, denoised, [images], inputs=True, every=every)
+    source = collect_moments(plain, layers, [images], every=every)
     peaks: dict[str, tuple] = {}
     if memory:
         peaks[PLAIN] = forward, plain, [images]
         for rank, model in ((None, converted), (RANK, low_rank)):
-            peaks[f'schedule, {_rank(rank)}'] = fit, model, images, 'schedule', None, None, every
-            peaks[f'domain, {_rank(rank)}'] = fit, converted, images, 'domain', source, rank, every
+            peaks[f'schedule, {_rank(rank)}'] = fit, model, images, None, None, every
+            peaks[f'domain, {_rank(rank)}'] = fit, plain, images, source, rank, every
     return dict(
         model=name,
         every=every,
@@ -168,15 +170,18 @@ def forward(model: 'nn.Module', batches: 'Sequence[Tensor]') -> None:
 def fit(
     model: 'nn.Module',
     images: 'Tensor',
-    mode: str,
     source: 'dict[str, Moments] | None',
     rank: int | None,
     every: int,
 ) -> None:
-    """Calibrates a model on one batch."""
-    from mmdenoiserep.core import calibrate
+    """Solves the denoisers of a model on one batch, or with a source, fits its layers to it."""
+    from mmdenoiserep.core import fit_domain, select_layers, solve_denoisers
 
-    calibrate(model, [images], mode, source, rank=rank, every=every)
+    if source is None:
+        solve_denoisers(model, [images], every=every)
+    else:
+        layers = select_layers(model, 'all', example_input=images[:1])
+        fit_domain(model, layers, [images], source, rank=rank, every=every)
 
 
 def time_solving(model: 'nn.Module', inputs: 'dict[str, Moments]', outputs: 'dict[str, Moments]') -> dict[str, float]:
@@ -189,8 +194,8 @@ def time_solving(model: 'nn.Module', inputs: 'dict[str, Moments]', outputs: 'dic
         inputs: The moments that schedule mode solves with, by layer.
         outputs: Those of domain mode.
     """
-    from benchmarks.measure import alternate
     from mmdenoiserep.core import closed_form, transport
+    from studies.benchmarks.measure import alternate
 
     layers = dict(model.named_modules())
 

@@ -5,7 +5,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch import stop
+from mmdenoiserep.core import InputError
 
 STAGES = 'baseline', 'control', 'denoised', 'fused', 'label-free-fused'
 """What is measured of an experiment, in the order of the runs."""
@@ -94,7 +94,7 @@ def report(results: list[Result], note: dict) -> str:
 
     Args:
         results: What was measured.
-        note: What tools/study.py noted about the machine, the software and the time.
+        note: What studies.study noted about the machine, the software and the time.
     """
     accuracy, label_free, training, effects, label_free_effects = [], [], [], {}, {}
     for result in results:
@@ -167,5 +167,5 @@ def write_page(path: Path, text: str) -> None:
     page = path.read_text(encoding='utf-8') if path.exists() else ''
     begin, end = (page.find(marker) for marker in MARKERS)
     if not 0 <= begin < end:
-        stop(f'{path} needs the lines {MARKERS[0]} and {MARKERS[1]}, between which the results go')
+        raise InputError(f'{path} needs the lines {MARKERS[0]} and {MARKERS[1]}, between which the results go')
     path.write_text(f'{page[: begin + len(MARKERS[0])]}\n\n{text}\n\n{page[end:]}', encoding='utf-8')

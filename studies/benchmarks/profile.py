@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Returns the report, and the milliseconds a step by way and operator under ``milliseconds``."""
-    from benchmarks.cost import PLAIN, RANKS
+    from studies.benchmarks.cost import PLAIN, RANKS
 
     ways = [PLAIN, *RANKS]
     milliseconds = {way: profile(way, args.batch, args.steps) for way in ways}
@@ -40,7 +40,7 @@ def profile(way: str, batch: int, steps: int) -> dict[str, float]:
     """Returns the milliseconds in each operator, a step, on the GPU where there is one."""
     import torch
 
-    from benchmarks.cost import PLAIN, Run
+    from studies.benchmarks.cost import PLAIN, Run
 
     run = Run(MODEL, batch, None if way == PLAIN else way, amp=False)
     run.start('joint')

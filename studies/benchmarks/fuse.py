@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     Raises:
         RuntimeError: The system does not tell the memory.
     """
-    from benchmarks.measure import exponent, ratio
+    from studies.benchmarks.measure import exponent, ratio
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         rows = [measure(Path(folder), size, args.repeats) for size in args.sizes]
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def measure(folder: Path, millions: int, repeats: int) -> dict[str, Any]:
     """Returns ``parameters``, ``file_mib``, ``seconds`` of all runs by way, and ``peak_mib`` of fusing."""
-    from benchmarks.measure import alternate, peak_memory
+    from studies.benchmarks.measure import alternate, peak_memory
 
     source, target = folder / 'denoised.pth', folder / 'out.pth'
     parameters = write_file(source, millions)

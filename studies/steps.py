@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch import stop
+from mmdenoiserep.core import InputError
 
 
 def run(title: str, *command: str, log: Path | None = None) -> float:
@@ -29,7 +29,7 @@ def run(title: str, *command: str, log: Path | None = None) -> float:
         code = subprocess.run([sys.executable, *command], env=environment, **output).returncode
     if code:
         where = f', see {log}' if log else ''
-        stop(f'this step failed with exit code {code}{where}: {title}')
+        raise InputError(f'this step failed with exit code {code}{where}: {title}')
     seconds = time.perf_counter() - started
     print(f'=== done in {seconds:.0f} s: {title}', flush=True)
     return seconds

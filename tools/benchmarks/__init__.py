@@ -1,1 +1,0 @@
-"""What ``tools/benchmark.py`` measures: one module a subcommand, with ``add_arguments(parser)`` and ``run(args)``."""
