@@ -133,7 +133,7 @@ def plan_images(order, args):
     }
 
 
-def write_folder(folder, images, articles, size, seed):
+def write_images(folder, images, articles, size, seed):
     """Write the images of a folder.
 
     Args:
@@ -212,11 +212,11 @@ def main():
             raise ValueError(f'{args.source} has {len(articles)} articles, {needed} are needed.')
         plan = plan_images(np.random.default_rng([args.seed, 0]).permutation(len(articles)), args)
     except (ValueError, OSError) as error:
-        raise InputError(str(error))
+        raise InputError(str(error)) from None
 
     with write_folder(args.out) as new:
         for folder, images in plan.items():
-            write_folder(new / folder, images, articles, args.size, args.seed)
+            write_images(new / folder, images, articles, args.size, args.seed)
 
 
 if __name__ == '__main__':

@@ -283,7 +283,7 @@ def main():
         if min(len(part) for part in parts) < MAX_ARTICLES:
             raise ValueError(f'{args.source} has too few articles, each split needs {MAX_ARTICLES} or more.')
     except (ValueError, OSError) as error:
-        raise InputError(str(error))
+        raise InputError(str(error)) from None
 
     with write_folder(args.out) as new:
         for split, count, part in zip(SPLITS, (args.train, args.val), parts, strict=True):

@@ -5,6 +5,7 @@ import copy
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path

@@ -98,7 +98,7 @@ def main():
     try:
         splits = read_source(args.source)
     except (ValueError, OSError) as error:
-        raise InputError(str(error))
+        raise InputError(str(error)) from None
     with write_folder(args.out) as new:
         for split, (images, labels) in splits.items():
             write_idx(new / f'{split}-images-idx3-ubyte', images)

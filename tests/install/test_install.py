@@ -20,9 +20,6 @@ esac
 def project(tmp_path):
     """A folder with the set-up script, its requirements, and a Python that only notes what pip is asked for."""
     shutil.copytree(ROOT / 'requirements', tmp_path / 'requirements')
-    (tmp_path / 'tools').mkdir()
-    for name in ('install.sh', 'torchvision_repair.py'):
-        shutil.copy(ROOT / 'tools' / name, tmp_path / 'tools')
     shutil.copy(ROOT / 'setup.py', tmp_path)
     (tmp_path / 'stub').write_text(STUB)
     (tmp_path / 'stub').chmod(0o755)
@@ -33,7 +30,7 @@ def install(project, python='./stub'):
     """Runs the script; returns its exit code, what it printed, and the pip calls that it made."""
     log = project / 'pip.log'
     log.write_text('')
-    command = ['bash', 'tools/install.sh']
+    command = ['bash', 'requirements/install.sh']
     result = subprocess.run(
         command, cwd=project, capture_output=True, text=True, env={'PATH': '/usr/bin:/bin', 'PYTHON': python}
     )
