@@ -1,6 +1,6 @@
 """A small Mask R-CNN with a Swin backbone, trained from scratch on composed scenes on two CPU cores.
 
-Make the scenes first: python tools/make_scenes.py work_dirs/scenes
+Make the scenes first: python -m studies.make_scenes work_dirs/scenes
 """
 
 _base_ = [

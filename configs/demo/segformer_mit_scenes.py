@@ -1,6 +1,6 @@
 """A small SegFormer with a Mix Transformer backbone, trained from scratch on composed scenes on one CPU core.
 
-Make the scenes first: python tools/make_scenes.py work_dirs/scenes
+Make the scenes first: python -m studies.make_scenes work_dirs/scenes
 """
 
 _base_ = [

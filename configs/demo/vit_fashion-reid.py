@@ -1,6 +1,6 @@
 """A small ViT that finds articles again in the pictures of other cameras, trained from scratch on one CPU core.
 
-Make the pictures first: python tools/make_reid.py work_dirs/fashion-reid
+Make the pictures first: python -m studies.make_reid work_dirs/fashion-reid
 """
 
 _base_ = ['../_base_/datasets/fashion-reid.py', '../_base_/schedules/demo.py', '../_base_/demo_runtime.py']

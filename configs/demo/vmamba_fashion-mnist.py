@@ -1,6 +1,6 @@
 """A small VMamba on Fashion-MNIST, trained from scratch on one CPU core.
 
-Write the data first: python tools/prepare_fashion_mnist.py
+Write the data first: python -m studies.prepare_fashion_mnist
 """
 
 _base_ = ['../_base_/datasets/fashion-mnist.py', '../_base_/schedules/demo.py', '../_base_/demo_runtime.py']

@@ -1,4 +1,4 @@
-"""Fashion-MNIST as mmpretrain's own class reads it; tools/prepare_fashion_mnist.py writes the files."""
+"""Fashion-MNIST as mmpretrain's own class reads it; studies/prepare_fashion_mnist.py writes the files."""
 
 dataset_type = 'FashionMNIST'
 data_root = 'work_dirs/fashion-mnist'

@@ -1,4 +1,4 @@
-"""Articles of Fashion-MNIST as identities, in Market-1501's layout; tools/make_reid.py writes the files."""
+"""Articles of Fashion-MNIST as identities, in Market-1501's layout; studies/make_reid.py writes the files."""
 
 meta_keys = ('sample_idx', 'img_path', 'pid', 'camid', 'is_query')
 data_preprocessor = dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5], to_rgb=True)

@@ -1,4 +1,4 @@
-"""Detection and instance segmentation on the scenes of tools/make_scenes.py."""
+"""Detection and instance segmentation on the scenes of studies/make_scenes.py."""
 
 data_root = 'work_dirs/scenes/'
 metainfo = dict(

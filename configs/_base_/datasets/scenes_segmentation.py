@@ -1,4 +1,4 @@
-"""Semantic segmentation on the scenes of tools/make_scenes.py."""
+"""Semantic segmentation on the scenes of studies/make_scenes.py."""
 
 dataset_type = 'BaseSegDataset'
 data_root = 'work_dirs/scenes'
