@@ -90,9 +90,11 @@ def built(make=Net, dtype=torch.float64):
     torch.set_default_dtype(dtype)
     try:
         with torch.no_grad():
-            return randomise(make()).eval()
+            model = randomise(make())
     finally:
         torch.set_default_dtype(torch.float32)
+    model.eval()
+    return model
 
 
 def gap(make, shape, dtype=torch.float64, batches=1, example=None):
