@@ -62,7 +62,9 @@ def test_moments_are_of_all_calls_in_all_batches(make, batches):
     example = torch.cat([data(1, 6, 8, seed=i) * 2 for i in range(9)]) if make is Experts else batches[-1]
     layers = select_layers(model, example_input=example)
     moments = collect_moments(model, layers, iter(batches))
-    expected = {name: torch.cat([x.reshape(-1, 8) for x, _ in calls]) for name, calls in seen_by(model, layers, batches).items()}
+    expected = {
+        name: torch.cat([x.reshape(-1, 8) for x, _ in calls]) for name, calls in seen_by(model, layers, batches).items()
+    }
     assert len({len(x) for x in expected.values()}) > 1, 'the layers see different numbers of vectors'
     for name, x in expected.items():
         assert moments[name].count == len(x), name

@@ -119,6 +119,43 @@ def test_half_precision(build, shape, rank, dtype):
         assert relative(vanilla(x), reference) > 10 * own
 
 
+@pytest.mark.parametrize('rank', [None, 2])
+@pytest.mark.parametrize('kind', LAYERS)
+def test_a_layer_fuses_itself(kind, rank):
+    """``fuse()`` returns the layer that :func:`fuse_model` returns, to the bit, and leaves the denoised one alone."""
+    layer = denoised(LAYERS[kind][0](), rank)
+    layer.weight.requires_grad_(False)
+    before, expected = copy.deepcopy(layer), fuse_model(layer)
+    plain = layer.fuse()
+    assert type(plain) is type(expected) and repr(plain) == repr(expected)
+    assert not any(p.requires_grad for name, p in plain.named_parameters() if name == 'weight')
+    for module, other in ((plain, expected), (layer, before)):
+        state = other.state_dict()
+        assert signature(module.state_dict()) == signature(state)
+        assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    assert type(layer) is type(before) and layer.timestep == before.timestep
+    assert not torch.equal(plain.weight, layer.weight)
+
+
+def test_a_layer_that_cannot_be_fused_says_so():
+    layer = denoised(nn.Linear(12, 4))
+    layer.denoiser.weight.data[0, 0, 0] = torch.nan
+    with pytest.raises(FusionError, match=r'the layer\.denoiser\.weight holds NaN or Inf'):
+        layer.fuse()
+
+
+@pytest.mark.parametrize('rank', [None, 2])
+def test_timm_fuses_the_layers_of_a_model(rank):
+    """``timm.utils.reparameterize_model`` puts what ``fuse()`` returns in the place of every layer that has one."""
+    reparameterize_model = pytest.importorskip('timm.utils').reparameterize_model
+    model = nn.Sequential(nn.Conv2d(12, 8, 3, groups=4), nn.BatchNorm2d(8), nn.Flatten(2), nn.Linear(42, 5)).eval()
+    x = torch.randn(2, 12, 9, 8)
+    apply_denoiserep(model, 'all', rank=rank, example_input=x)
+    expected, actual = fuse_model(randomise(model)).state_dict(), reparameterize_model(model)
+    assert signature(actual.state_dict()) == signature(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in actual.state_dict().items())
+
+
 def test_zero_padding_needs_the_care():
     """A denoiser bias forced into a zero-padded conv is wrong at the borders, and there only."""
     torch.manual_seed(0)
