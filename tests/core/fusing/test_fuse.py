@@ -137,10 +137,19 @@ def test_a_layer_fuses_itself(kind, rank):
     assert not torch.equal(plain.weight, layer.weight)
 
 
-def test_a_layer_that_cannot_be_fused_says_so():
+@pytest.mark.parametrize(
+    ('damage', 'message'),
+    [
+        (lambda layer: layer.denoiser.weight.data.fill_(torch.nan), r'the layer\.denoiser\.weight holds NaN or Inf'),
+        (lambda layer: prune.l1_unstructured(layer, 'weight', 0.5), 'the weight of the layer was pruned'),
+        (parametrizations.orthogonal, 'the weight of the layer was pruned or parametrised'),
+    ],
+    ids=['NaN', 'pruned', 'parametrised'],
+)
+def test_a_layer_that_cannot_be_fused_says_so(damage, message):
     layer = denoised(nn.Linear(12, 4))
-    layer.denoiser.weight.data[0, 0, 0] = torch.nan
-    with pytest.raises(FusionError, match=r'the layer\.denoiser\.weight holds NaN or Inf'):
+    damage(layer)
+    with pytest.raises(FusionError, match=message):
         layer.fuse()
 
 
@@ -272,8 +281,9 @@ def test_fused_model_keeps_requires_grad():
     assert fused[1].weight.grad is not None
 
 
-def test_fused_model_has_no_hooks_of_this_package():
-    """Hooks of this package stay with the live model; those of others are kept in the copy too."""
+@pytest.mark.parametrize('fuse', [fuse_model, DenoiseLayer.fuse])
+def test_what_is_fused_has_no_hooks_of_this_package(fuse):
+    """Hooks of this package stay with the live layer; those of others are kept in the copy too."""
     layer, calls = denoised(nn.Linear(12, 4)), []
 
     def own(*args):
@@ -284,7 +294,7 @@ def test_fused_model_has_no_hooks_of_this_package():
         register(own)
         register(lambda *args: calls.append('other'))
     x = example(layer, torch.float32)
-    fuse_model(layer)(x)
+    fuse(layer)(x)
     assert calls == ['other'] * 2
     layer(x)
     assert sorted(calls) == ['other'] * 4 + ['own'] * 2
