@@ -18,6 +18,7 @@ from calibration_helpers import (
     Branch,
     Experts,
     Loop,
+    Net,
     Recurrent,
     Second,
     built,
@@ -354,16 +355,15 @@ class Pyramid(nn.Module):
         (lambda: Recurrent(True), data(60, 8).abs()),
         (Pyramid, data(60, 3, 11, 11).abs()),
         (Loop, data(60, 4, 8).abs()),
-        (None, torch.cat(CLEAN)),
+        (Net, torch.cat(CLEAN)),
     ],
 )
 def test_fitted_to_the_images_of_the_source_a_model_stays(make, images):
     """Also where a layer runs several times; in one batch and in several, which do the same."""
-    make = [make] if make else []
-    plain, results = built(*make)(images).detach(), []
-    source = gather(built(*make), images.chunk(3), images)
+    plain, results = built(make)(images).detach(), []
+    source = gather(built(make), images.chunk(3), images)
     for batches in ([images], images.chunk(3)):
-        clean, noisy = built(*make), built(*make)
+        clean, noisy = built(make), built(make)
         fit(clean, batches, source)
         assert relative(clean(images).detach(), plain) < 1e-9
         fit(noisy, [batch * 2 + 1 for batch in batches], source)
@@ -471,7 +471,13 @@ def test_images_of_one_colour_are_no_domain(dtype, value):
 # What is refused
 
 SOURCE = gather(built(), CLEAN)
-NAN = Moments.of(torch.full((1, 8, 9), torch.nan))
+
+
+def broken(key):
+    """Returns moments of conv1 with NaN in them."""
+    moments = Moments.of(data(1, 8, 9))
+    getattr(moments, key).fill_(torch.nan)
+    return moments
 
 
 @pytest.mark.parametrize(
@@ -484,7 +490,7 @@ NAN = Moments.of(torch.full((1, 8, 9), torch.nan))
         (dict(fit='half'), ('half', 'diagonal')),
         (dict(source={}), ('conv1', 'source')),
         (dict(source={'conv1': Moments(1, 3)}), ('conv1', '3', '8')),
-        (dict(source={'conv1': NAN}), ('conv1 in source', 'NaN')),
+        *((dict(source={'conv1': broken(key)}), ('conv1 in source', 'NaN')) for key in ('mean', 'scatter')),
         *((dict(batches=batches), ('no image',)) for batches in ([], [CLEAN[0][:0]], [CLEAN[0][:0]] * 2, iter([]))),
     ],
 )
