@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mmdenoiserep import apply_denoiserep, calibrate, fuse_model
-from mmdenoiserep.core import collect_moments
+from mmdenoiserep import apply_denoiserep, collect_moments, fit_domain, fuse_model, select_layers, solve_denoisers
 
 CYCLES = 300
 WARM_UP = 50
@@ -32,16 +31,17 @@ def growth():
     model = nn.Sequential(nn.Conv2d(3, WIDTH, 1), nn.Flatten(2), nn.LayerNorm(4), nn.Linear(4, WIDTH)).eval()
     model = model.append(nn.Linear(WIDTH, WIDTH))
     images = torch.randn(16, 3, 2, 2)
-    before, source = 0.0, None
+    before, source = 0.0, {}
     for cycle in range(CYCLES):
         if cycle == WARM_UP:
             before = resident()
-        apply_denoiserep(model, 'all', example_input=images[:1])
+        layers = select_layers(model, example_input=images[:1])
         if cycle % 2:
-            calibrate(model, [images], 'domain', source, prior=1.0)
+            fit_domain(model, layers, [images], source, prior=1.0)
         else:
-            source = collect_moments(model, [images])
-            calibrate(model, [images], 'schedule')
+            source = collect_moments(model, layers, [images])
+        apply_denoiserep(model, 'all', example_input=images[:1])
+        solve_denoisers(model, [images])
         model = fuse_model(model)
     assert model(images).isfinite().all()
     return resident() - before

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..method.convert import MERGERS, fuse_before_deploy
 from ..method.fold import FusionError, fold_layer
-from ..method.layers import DenoiseLayer, restore_layer
+from ..method.layers import DenoiseLayer, drop_own_hooks, restore_layer
 from ..utils.storage import Storages, shared_parameters, storage_of
 
 DENOISER_KEY = re.compile(r'(?P<layer>(?:.*\.)?)denoiser\.(?P<name>[^.]+)')
@@ -157,20 +156,12 @@ def fuse_model(module: nn.Module) -> nn.Module:
     folded = {}
     shared = shared_parameters(module)
     for name, layer in layers.items():
-        parameters = dict(layer.named_parameters(recurse=False))
-        if is_parametrized(layer) or 'weight' not in parameters:
-            raise FusionError(
-                f'the weight of {name or "the model"} was pruned or parametrised after the conversion; make that '
-                'permanent (torch.nn.utils.prune.remove, remove_parametrizations) and fuse then'
-            )
-        if any(id(parameter) in shared for parameter in parameters.values()):
+        if any(id(parameter) in shared for parameter in layer.parameters(recurse=False)):
             raise FusionError(
                 f'the weight or bias of {name or "the model"} is shared with another layer; '
                 'exclude both from the targets'
             )
-        denoiser = dict(layer.denoiser.named_parameters())
-        weight, bias, _ = fold_layer(name or 'the model', layer.weight, parameters.get('bias'), denoiser)
-        folded[name] = dict(weight=weight) if bias is None else dict(weight=weight, bias=bias)
+        folded[name] = layer.folded(name or 'the model')
     fused = _copy(module)
     for name, values in folded.items():
         twin = fused.get_submodule(name)
@@ -182,7 +173,7 @@ def fuse_model(module: nn.Module) -> nn.Module:
         for method in MERGERS:
             if child.__dict__.get(method) is fuse_before_deploy:
                 delattr(child, method)
-        _drop_own_hooks(child)
+        drop_own_hooks(child)
         if _calls_the_original(child.__dict__.get('forward')):
             raise FusionError(
                 f'the forward of {name or "the model"} was replaced by a function that holds the denoised model, which '
@@ -210,12 +201,3 @@ def _calls_the_original(forward: Any) -> bool:
             held.append(cell.cell_contents)
     held = [value for value in held if isinstance(value, nn.Module)]
     return any(isinstance(part, DenoiseLayer) for module in held for part in module.modules())
-
-
-def _drop_own_hooks(module: nn.Module) -> None:
-    package = __name__.partition('.')[0]
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [
-            key for key, hook in hooks.items() if str(getattr(hook, '__module__', '')).startswith(f'{package}.')
-        ]:
-            del hooks[key]

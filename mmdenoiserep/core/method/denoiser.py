@@ -61,10 +61,6 @@ class Denoiser(nn.Module):
         """Returns ``B x + b~`` with these parameters, which get its gradients."""
         return Correction.of(dict(self.named_parameters()))
 
-    def is_zero(self) -> bool:
-        """Whether the correction is zero, as at the start."""
-        return not any(p.any() for key, p in self.named_parameters() if key != 'down')
-
     def matrix(self) -> Tensor:
         """Returns B, shape (groups, C/g, C/g), differentiable."""
         return self.correction().matrix()

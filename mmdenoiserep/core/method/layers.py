@@ -8,11 +8,12 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..utils.errors import InputError
 from .correction import Correction
 from .denoiser import Denoiser
-from .fold import fold_layer
+from .fold import FusionError, fold_layer
 from .loss import limit_curvature
 from .sample import Sample
 from .schedule import NoiseSchedule, ReverseStep
@@ -114,15 +115,28 @@ class DenoiseLayer(nn.Module):
             A copy of the layer, of the class that it had before the conversion.
 
         Raises:
-            FusionError: A value is not finite, or overflows the dtype of the weight.
+            FusionError: The layer was pruned or parametrised since, a value is not finite, or overflows the dtype of
+                the weight.
         """
-        weight, bias, _ = fold_layer('the layer', self.weight, self.bias, dict(self.denoiser.named_parameters()))
+        values = self.folded('the layer')
         plain: Any = restore_layer(copy.deepcopy(self))
+        drop_own_hooks(plain)
         with torch.no_grad():
-            plain.weight.copy_(weight)
-            if bias is not None:
-                plain.bias.copy_(bias)
+            for key, value in values.items():
+                plain.get_parameter(key).copy_(value)
         return plain
+
+    def folded(self, name: str) -> dict[str, Tensor]:
+        """Returns ``weight`` and, if there is one, ``bias`` of :meth:`fuse`; messages call the layer by the name."""
+        parameters = dict(self.named_parameters(recurse=False))
+        if is_parametrized(self) or 'weight' not in parameters:
+            raise FusionError(
+                f'the weight of {name} was pruned or parametrised after the conversion; make that '
+                'permanent (torch.nn.utils.prune.remove, remove_parametrizations) and fuse then'
+            )
+        denoiser = dict(self.denoiser.named_parameters())
+        weight, bias, _ = fold_layer(name, self.weight, parameters.get('bias'), denoiser)
+        return dict(weight=weight) if bias is None else dict(weight=weight, bias=bias)
 
     def _constants(self) -> Correction:
         return Correction.of({name: p.detach() for name, p in self.denoiser.named_parameters()})
@@ -294,6 +308,16 @@ def restore_layer(layer: DenoiseLayer) -> nn.Module:
         layer.__dict__.pop(name, None)
     layer.__class__ = vanilla  # type: ignore[assignment]
     return layer
+
+
+def drop_own_hooks(module: nn.Module) -> None:
+    """Removes the hooks of this package from a module: they listen to denoised layers."""
+    package = __name__.partition('.')[0]
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [
+            key for key, hook in hooks.items() if str(getattr(hook, '__module__', '')).startswith(f'{package}.')
+        ]:
+            del hooks[key]
 
 
 def reserved_names(layer: nn.Module) -> set[str]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import write_safetensors
 from mmdenoiserep import fuse_checkpoint
 from mmdenoiserep.core import CheckpointError, read_checkpoint
 from mmdenoiserep.core.files.checkpoint import split_checkpoint

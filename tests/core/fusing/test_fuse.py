@@ -119,6 +119,52 @@ def test_half_precision(build, shape, rank, dtype):
         assert relative(vanilla(x), reference) > 10 * own
 
 
+@pytest.mark.parametrize('rank', [None, 2])
+@pytest.mark.parametrize('kind', LAYERS)
+def test_a_layer_fuses_itself(kind, rank):
+    """``fuse()`` returns the layer that :func:`fuse_model` returns, to the bit, and leaves the denoised one alone."""
+    layer = denoised(LAYERS[kind][0](), rank)
+    layer.weight.requires_grad_(False)
+    before, expected = copy.deepcopy(layer), fuse_model(layer)
+    plain = layer.fuse()
+    assert type(plain) is type(expected) and repr(plain) == repr(expected)
+    assert not any(p.requires_grad for name, p in plain.named_parameters() if name == 'weight')
+    for module, other in ((plain, expected), (layer, before)):
+        state = other.state_dict()
+        assert signature(module.state_dict()) == signature(state)
+        assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    assert type(layer) is type(before) and layer.timestep == before.timestep
+    assert not torch.equal(plain.weight, layer.weight)
+
+
+@pytest.mark.parametrize(
+    ('damage', 'message'),
+    [
+        (lambda layer: layer.denoiser.weight.data.fill_(torch.nan), r'the layer\.denoiser\.weight holds NaN or Inf'),
+        (lambda layer: prune.l1_unstructured(layer, 'weight', 0.5), 'the weight of the layer was pruned'),
+        (parametrizations.orthogonal, 'the weight of the layer was pruned or parametrised'),
+    ],
+    ids=['NaN', 'pruned', 'parametrised'],
+)
+def test_a_layer_that_cannot_be_fused_says_so(damage, message):
+    layer = denoised(nn.Linear(12, 4))
+    damage(layer)
+    with pytest.raises(FusionError, match=message):
+        layer.fuse()
+
+
+@pytest.mark.parametrize('rank', [None, 2])
+def test_timm_fuses_the_layers_of_a_model(rank):
+    """``timm.utils.reparameterize_model`` puts what ``fuse()`` returns in the place of every layer that has one."""
+    reparameterize_model = pytest.importorskip('timm.utils').reparameterize_model
+    model = nn.Sequential(nn.Conv2d(12, 8, 3, groups=4), nn.BatchNorm2d(8), nn.Flatten(2), nn.Linear(42, 5)).eval()
+    x = torch.randn(2, 12, 9, 8)
+    apply_denoiserep(model, 'all', rank=rank, example_input=x)
+    expected, actual = fuse_model(randomise(model)).state_dict(), reparameterize_model(model)
+    assert signature(actual.state_dict()) == signature(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in actual.state_dict().items())
+
+
 def test_zero_padding_needs_the_care():
     """A denoiser bias forced into a zero-padded conv is wrong at the borders, and there only."""
     torch.manual_seed(0)
@@ -235,8 +281,9 @@ def test_fused_model_keeps_requires_grad():
     assert fused[1].weight.grad is not None
 
 
-def test_fused_model_has_no_hooks_of_this_package():
-    """Hooks of this package stay with the live model; those of others are kept in the copy too."""
+@pytest.mark.parametrize('fuse', [fuse_model, DenoiseLayer.fuse])
+def test_what_is_fused_has_no_hooks_of_this_package(fuse):
+    """Hooks of this package stay with the live layer; those of others are kept in the copy too."""
     layer, calls = denoised(nn.Linear(12, 4)), []
 
     def own(*args):
@@ -247,7 +294,7 @@ def test_fused_model_has_no_hooks_of_this_package():
         register(own)
         register(lambda *args: calls.append('other'))
     x = example(layer, torch.float32)
-    fuse_model(layer)(x)
+    fuse(layer)(x)
     assert calls == ['other'] * 2
     layer(x)
     assert sorted(calls) == ['other'] * 4 + ['own'] * 2

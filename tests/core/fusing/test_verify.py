@@ -22,7 +22,7 @@ from torch import nn
 
 from helpers import randomise, relative
 from mmdenoiserep import apply_denoiserep, fuse_model, verify_fusion
-from mmdenoiserep.core import FusionError
+from mmdenoiserep.core import FusionError, compare_models
 from mmdenoiserep.core.utils.randomness import equal_draws
 from mmdenoiserep.core.utils.tensors import named_tensors, tensors_in
 
@@ -260,3 +260,16 @@ def test_mixed_dtypes():
     assert result.ok
     assert result.differences[0].tolerance == 1e-4
     assert relative(fuse_model(model)(X.float()), model(X.float())) < 1e-4
+
+
+def test_two_plain_models():
+    """Any two models are compared, in eval mode and with the same random numbers; the tolerance is the model's own."""
+    model, vanilla = make(lambda x: x * (torch.rand(x.shape) > 0.5))
+    fused, before = fuse_model(model).train(), states()
+    result = compare_models(fused, copy.deepcopy(fused), X)
+    assert result.ok and result.differences[0].max_abs == 0 and result.differences[0].tolerance == 1e-9
+    assert not compare_models(fused, vanilla, X).ok
+    assert compare_models(fused, vanilla, X, tolerance=1e9).ok
+    assert states() == before and fused.training
+    with pytest.raises(FusionError, match='different outputs'):
+        compare_models(fused, nn.GRU(8, 8).double(), X)

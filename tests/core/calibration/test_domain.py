@@ -1,0 +1,511 @@
+"""Fits of plain models to the domain of unlabelled images: by their definition, exact in the weights, or refused."""
+
+import copy
+import re
+from importlib import import_module
+
+import pytest
+import torch
+from mmpretrain.models import ResNet, SwinTransformer, VisionTransformer
+from torch import nn
+
+from calibration_helpers import (
+    CLEAN,
+    LAYERS,
+    NOISY,
+    PIXELS,
+    TOKENS,
+    Branch,
+    Experts,
+    Loop,
+    Net,
+    Recurrent,
+    Second,
+    built,
+    changed,
+    data,
+    equal,
+    fit,
+    gap,
+    gather,
+    notes,
+    with_maps,
+)
+from helpers import relative
+from mmdenoiserep.core import (
+    Moments,
+    apply_denoiserep,
+    compare_models,
+    explicit_maps,
+    fit_domain,
+    fuse_model,
+    select_layers,
+    transport,
+)
+
+WHOLE = [torch.cat(NOISY)]
+
+# By the definition
+
+VIT = dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32)
+SWIN = dict(embed_dims=16, depths=[2, 2], num_heads=[2, 4])
+BACKBONES = {
+    'resnet': (lambda: ResNet(18, stem_channels=8, base_channels=8, out_indices=(0, 1, 2, 3)), 32),
+    'vit': (lambda: VisionTransformer(VIT, img_size=32, patch_size=8, out_type='featmap'), 32),
+    'swin': (lambda: SwinTransformer(SWIN, img_size=56, out_indices=(0, 1)), 56),
+}
+NORMS = ((r'conv(\d)', r'bn\1'), (r'downsample\.0', 'downsample.1'), ('reduction', 'norm'))
+"""Names of layers without a bias, and of the norms that take their constant."""
+
+
+def flowing(model, name, images):
+    """Returns the input of a Linear layer or the output of a convolution, (1, C, n), in a full pass."""
+    layer, seen = model.get_submodule(name), []
+    handle = layer.register_forward_hook(
+        lambda _, args, output: seen.append(output.movedim(1, -1) if isinstance(layer, nn.Conv2d) else args[0])
+    )
+    with torch.no_grad():
+        model(images)
+    handle.remove()
+    return seen[0].reshape(-1, seen[0].shape[-1]).mT[None]
+
+
+@torch.no_grad()
+def fit_by_definition(model, names, clean, noisy):
+    """Fits layer after layer, each with a full pass of its own over the model as it is by then."""
+    source = {name: Moments.of(flowing(model, name, clean)) for name in names}
+    for name in names:
+        layer, norm = model.get_submodule(name), name
+        for pattern, replacement in NORMS:
+            norm = re.sub(pattern, replacement, norm)
+        linear, constant = (x[0] for x in transport(source[name], Moments.of(flowing(model, name, noisy))))
+        weight = layer.weight.clone()
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.copy_((linear @ weight.flatten(1)).view_as(weight))
+            if layer.bias is None:
+                model.get_submodule(norm).running_mean -= constant
+            else:
+                layer.bias.copy_(linear @ layer.bias + constant)
+        else:
+            layer.weight.copy_(weight @ linear)
+            if layer.bias is None:
+                model.get_submodule(norm).bias += torch.linalg.solve(linear, constant)
+            else:
+                layer.bias += weight @ constant
+
+
+@pytest.mark.parametrize('batches', [1, 3])
+@pytest.mark.parametrize('kind', BACKBONES)
+def test_backbones_are_fitted_as_defined(kind, batches):
+    """The layers are those of a conversion, in its order; the weights are those of passes that are written out."""
+    make, size = BACKBONES[kind]
+    model, plain = built(make), built(make)
+    clean, noisy = data(12, 3, size, size), data(12, 3, size, size, seed=1, noisy=True)
+    report = apply_denoiserep(copy.deepcopy(plain), 'all', example_input=clean[:1])
+    names = [row.name for row in report.layers]
+    source = gather(model, [clean])
+    assert list(source) == names and len(names) > 8
+    report = fit(model, noisy.chunk(batches), source)
+    assert [row.name for row in report.layers] == names and not notes(report)
+    assert report.passes == (1 if batches == 1 else len(names))
+    expected = copy.deepcopy(plain)
+    fit_by_definition(expected, names, clean, noisy)
+    moved = changed(model, plain)
+    assert moved == changed(expected, plain) and len(moved) >= 2 * len(names)
+    for name in moved:
+        assert relative(model.state_dict()[name], expected.state_dict()[name]) < 1e-9, name
+
+
+@pytest.fixture
+def small_ridge(monkeypatch):
+    monkeypatch.setattr(import_module('mmdenoiserep.core.calibration.match'), 'RIDGE', 1e-9)
+
+
+def test_convolutions_return_the_source_moments(small_ridge):
+    """Measured again on the noisy images, with all earlier layers corrected; two means are taken by a BatchNorm."""
+    model, plain = built(), built()
+    source, before = gather(model, CLEAN), gather(model, NOISY)
+    report = fit(model, WHOLE, source)
+    assert notes(report).keys() == {'fc3'}, 'nothing takes its constant'
+    after = gather(model, NOISY)
+    for name, norm in {'conv1': 'bn1', 'conv2': None, 'conv3': 'bn3'}.items():
+        mean = after[name].mean.flatten()
+        if norm:
+            mean = mean + plain.get_submodule(norm).running_mean - model.get_submodule(norm).running_mean
+        expected = source[name].mean.flatten()
+        assert relative(mean, expected) < 1e-6 < relative(before[name].mean.flatten(), expected)
+        assert relative(after[name].covariance, source[name].covariance) < 1e-6
+        assert relative(before[name].covariance, source[name].covariance) > 1e-3
+
+
+def test_linear_layers_see_the_source_moments(small_ridge):
+    """What the old weight multiplies is ``A x + c``, here with a LayerNorm that took a part of c: ``W' = W A``."""
+    model, plain = built(), built()
+    source = gather(model, CLEAN)
+    fit(model, WHOLE, source)
+    assert not torch.equal(model.norm.bias, plain.norm.bias)
+    linear = torch.linalg.lstsq(plain.fc1.weight, model.fc1.weight).solution
+    after = gather(model, NOISY)['fc1']
+    assert relative(after.mean @ linear.mT, source['fc1'].mean) < 1e-6
+    assert relative(linear @ after.covariance[0] @ linear.mT, source['fc1'].covariance[0]) < 1e-6
+
+
+def test_the_bias_of_a_linear_layer_takes_the_constant():
+    """``W' x + b' = W (A x + c) + b``: with the mean alone, the bias moves by W times the shift of the mean."""
+    model, plain = built(), built()
+    source, target = (gather(model, batches)['fc2'] for batches in (CLEAN, NOISY))
+    fit(model, WHOLE, dict(fc2=source), fit='mean')
+    assert changed(model, plain) == {'fc2.bias'}
+    expected = plain.fc2.bias + plain.fc2.weight @ (source.mean - target.mean)[0]
+    assert relative(model.fc2.bias.detach(), expected.detach()) < 1e-12
+
+
+def test_one_batch_in_turn_is_one_pass_for_each_layer():
+    turn, passes = built(), built()
+    source = gather(turn, CLEAN)
+    assert fit(turn, WHOLE, source).passes == 1
+    assert fit(passes, iter(NOISY), source).passes == 6
+    state = turn.state_dict()
+    for name, value in passes.state_dict().items():
+        assert (value - state[name]).abs().max() < 1e-10, name
+
+
+@pytest.mark.parametrize(
+    'options', [dict(), dict(fit='covariance'), dict(fit='diagonal'), dict(fit='mean'), dict(rank=2), dict(prior=8.0)]
+)
+def test_the_maps_are_in_the_weights(options):
+    model, plain = built(), built()
+    report = fit(model, WHOLE, gather(model, CLEAN), **options)
+    assert [type(part) for part in model.modules()] == [type(part) for part in plain.modules()]
+    assert [(n, p.shape, p.dtype) for n, p in model.state_dict().items()] == [
+        (n, p.shape, p.dtype) for n, p in plain.state_dict().items()
+    ]
+    (x,) = WHOLE
+    assert relative(model(x).detach(), with_maps(plain, report, x)) < 1e-9
+    assert relative(model(x).detach(), plain(x).detach()) > 1e-3
+
+
+def test_only_the_named_layers_change():
+    model, plain = built(), built()
+    fit(model, WHOLE, gather(model, CLEAN), ['conv1', 'fc2'])
+    assert changed(model, plain) == {'conv1.weight', 'bn1.running_mean', 'fc2.weight', 'fc2.bias'}
+
+
+@pytest.mark.parametrize(('batches', 'passes'), [(NOISY, 2), (WHOLE, 1)])
+def test_a_pass_ends_with_the_last_layer_that_it_fits(batches, passes):
+    """The first pass alone, or the run on one image, runs to its end and shows who reads what."""
+    model, calls = built(), []
+    source = gather(model, CLEAN)
+    for name in LAYERS:
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    report = fit(model, batches, source, LAYERS[:2])
+    assert report.passes == passes and calls.count('fc3') == len(batches)
+    assert calls[-1] == 'conv2'
+
+
+def test_the_source_may_be_on_another_device():
+    """Moments of a file are on the CPU, those of the target where the model is."""
+
+    class Elsewhere(Moments):
+        def to(self, device):
+            assert device == torch.device('cpu')
+            return self.here
+
+    here, there = built(), built()
+    source, away = gather(here, CLEAN), {}
+    for name, seen in source.items():
+        away[name] = Elsewhere(*seen.mean.shape)
+        away[name].here = seen
+    fit(here, WHOLE, source)
+    fit(there, WHOLE, away)
+    assert equal(here.state_dict(), there.state_dict())
+
+
+# Layers of all kinds
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('batches', [1, 2])
+def test_weight_and_bias_move_together_in_every_dtype(dtype, batches):
+    """In float64, ``.double()`` is no copy: the bias must not move with the new weight."""
+    makes = {
+        (8,): lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)),
+        PIXELS: lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=2, padding=1), nn.GELU(), nn.Conv2d(8, 8, 3, groups=8)),
+        TOKENS: lambda: nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8, bias=False), nn.GELU(), nn.Linear(8, 3)),
+    }
+    for shape, make in makes.items():
+        difference, _ = gap(make, shape, dtype, batches)
+        assert difference < (1e-9 if dtype == torch.float64 else 1e-4), shape
+
+
+def squash(layer, args, output):
+    return torch.tanh(output)
+
+
+def gate(layer, args, output):
+    return output * torch.sigmoid(output.mean((2, 3), keepdim=True))
+
+
+class Hooked(nn.Module):
+    def __init__(self, hook, bias=True):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, bias=bias), nn.BatchNorm2d(8)
+        self.head = nn.Conv2d(8, 4, 1)
+        self.conv.register_forward_hook(hook)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.conv(x))))
+
+
+@pytest.mark.parametrize('hook', [squash, gate])
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('batches', [1, 2])
+def test_a_convolution_with_a_forward_hook(hook, bias, batches):
+    difference, report = gap(lambda: Hooked(hook, bias), PIXELS, batches=batches)
+    assert difference < 1e-9
+    assert notes(report).keys() == (set() if bias else {'conv'}), 'behind the hook, no norm can take the constant'
+
+
+def test_explicit_maps_leave_nothing_behind():
+    model, fitted, x = (*(built(lambda: Hooked(gate)) for _ in range(2)), data(4, *PIXELS))
+    report = fit(fitted, [data(16, *PIXELS, seed=2, noisy=True)], gather(fitted, [data(16, *PIXELS, seed=1)]))
+    assert not compare_models(model, fitted, x).ok
+    with explicit_maps(model, {row.name: (row.linear, row.constant) for row in report.layers}):
+        result = compare_models(model, fitted, x)
+    assert result.ok and all(difference.tolerance == 1e-9 for difference in result.differences)
+    assert not compare_models(model, fitted, x).ok
+    assert all('forward' not in layer.__dict__ for layer in model.modules())
+
+
+class HookedLinear(nn.Module):
+    """A scale in a forward pre-hook, as quantisers put it, and a residual in a forward hook, as adapters do."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc, self.out = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.fc.register_forward_pre_hook(lambda layer, args: (torch.tanh(args[0]) * 2,))
+        self.fc.register_forward_hook(lambda layer, args, output: torch.relu(output) + args[0])
+
+    def forward(self, x):
+        return self.out(self.fc(self.norm(x)))
+
+
+@pytest.mark.parametrize('batches', [1, 2])
+def test_a_linear_layer_with_hooks(batches):
+    assert gap(HookedLinear, TOKENS, batches=batches)[0] < 1e-9
+
+
+class ByForward(nn.Module):
+    """Calls layers by ``.forward``, past their hooks, where images are large: the run of a selection misses that."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        conv, fc = (self.conv.forward, self.fc.forward) if x.shape[-1] > 5 else (self.conv, self.fc)
+        return fc(torch.relu(conv(x)).mean((2, 3)))
+
+
+def test_layers_called_by_forward_are_fitted():
+    difference, report = gap(ByForward, PIXELS, example=(8, 5, 5))
+    assert difference < 1e-9 and [row.name for row in report.layers] == ['conv', 'fc']
+
+
+# Layers that run again, or not at all
+
+
+class Masked(nn.Module):
+    """Requires a mask besides the images, as the backbones of masked image modelling do; None means none."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, mask):
+        return self.o(torch.tanh(self.a(x if mask is None else x * mask)))
+
+
+@pytest.mark.parametrize('chunks', [1, 2])
+def test_a_backbone_that_requires_a_mask_is_fitted(chunks):
+    model, plain, clean, noisy = built(Masked), built(Masked), data(6, 9, 8), data(6, 9, 8, seed=1, noisy=True)
+    report = fit(model, noisy.chunk(chunks), gather(model, [clean]))
+    assert [row.name for row in report.layers] == ['a', 'o']
+    assert relative(model(noisy, None).detach(), with_maps(plain, report, noisy, None)) < 1e-9
+    assert relative(model(noisy, None).detach(), plain(noisy, None).detach()) > 1e-3
+
+
+class Pyramid(nn.Module):
+    """A convolution that all levels share, as heads of detectors do; a last one that runs once."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.shared, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        levels = [self.stem(x)]
+        levels += [levels[0][..., ::2, ::2], levels[0][..., ::4, ::4]]
+        return sum(self.last(torch.relu(self.shared(level))).mean() for level in levels)
+
+
+@pytest.mark.parametrize(
+    ('make', 'images'),
+    [
+        (Recurrent, data(60, 8).abs()),
+        (lambda: Recurrent(True), data(60, 8).abs()),
+        (Pyramid, data(60, 3, 11, 11).abs()),
+        (Loop, data(60, 4, 8).abs()),
+        (Net, torch.cat(CLEAN)),
+    ],
+)
+def test_fitted_to_the_images_of_the_source_a_model_stays(make, images):
+    """Also where a layer runs several times; in one batch and in several, which do the same."""
+    plain, results = built(make)(images).detach(), []
+    source = gather(built(make), images.chunk(3), images)
+    for batches in ([images], images.chunk(3)):
+        clean, noisy = built(make), built(make)
+        fit(clean, batches, source)
+        assert relative(clean(images).detach(), plain) < 1e-9
+        fit(noisy, [batch * 2 + 1 for batch in batches], source)
+        results.append(noisy(images).detach())
+    assert relative(*results) < 1e-9 and relative(results[0], plain) > 1e-2
+
+
+def test_a_layer_that_runs_again_unexpectedly_is_fitted_to_both_calls():
+    images, results = data(40, 8), []
+    source = gather(built(Second), [images])
+    for chunks in (1, 2):
+        model = built(Second)
+        assert fit(model, (images * 2 + 1).chunk(chunks), source).passes == 3
+        results.append(model(images).detach())
+    assert relative(*results) < 1e-9
+    assert relative(results[0], built(Second)(images).detach()) > 1e-2
+
+
+@pytest.mark.parametrize('chunks', [1, 2])
+def test_a_layer_that_no_image_reaches_is_skipped(chunks):
+    model, plain, x = built(Branch), built(Branch), data(3, 6, 8, seed=7)
+    report = fit(model, data(9, 5, 8, noisy=True).chunk(chunks), gather(model, [data(9, 6, 8)]))
+    assert [row.name for row in report.layers] == ['a', 'o'] and 'reaches' in report.skipped['b']
+    assert changed(model, plain) == {'a.weight', 'a.bias', 'o.weight', 'o.bias'}
+    assert relative(model(x).detach(), with_maps(plain, report, x)) < 1e-9
+
+
+def test_a_layer_that_no_training_image_reached_is_skipped():
+    model = built(Branch)
+    source = gather(model, [data(9, 5, 8)], data(1, 6, 8))
+    assert source['b'].count == 0
+    report = fit(model, [data(9, 6, 8, noisy=True)], source)
+    assert [row.name for row in report.layers] == ['a', 'o'] and 'training' in report.skipped['b']
+
+
+@pytest.mark.parametrize('chunks', [1, 2])
+def test_an_expert_that_few_vectors_reach_is_skipped(chunks):
+    """Three vectors span no covariance of eight channels; a fit would amplify what they do not show."""
+    model, plain, few = built(Experts), built(Experts), data(80, 1, 8) * 2
+    few[:, 0, 0] = -few[:, 0, 0].abs()
+    source = gather(model, [torch.cat([few, few + 4, few * 0.1 + 1])])
+    few[:3, 0, 0] = 1.0
+    report = fit(model, few.chunk(chunks), source)
+    assert [row.name for row in report.layers] == ['experts.0', 'o']
+    assert report.skipped.keys() == {'experts.1', 'experts.2'} and '3 vectors' in report.skipped['experts.1']
+    assert torch.equal(model.experts[1].weight, plain.experts[1].weight)
+
+
+# Features that no fit can be made of
+
+FITS = ('full', 'covariance', 'diagonal', 'mean')
+
+
+def test_a_single_vector_is_no_covariance():
+    model = built(lambda: nn.Sequential(nn.Linear(8, 4)))
+    many, single = (gather(model, [data(count, 8)]) for count in (50, 1))
+    for how in FITS[:3]:
+        for images, source in ((data(1, 8, seed=1), many), (data(50, 8), single)):
+            with pytest.raises(ValueError, match='0: a single vector'):
+                fit(model, [images], source, fit=how)
+    assert [row.name for row in fit(model, [data(1, 8, seed=1)], many, fit='mean').layers] == ['0']
+
+
+class Dead(nn.Module):
+    """Layers without variance: behind a ReLU that lets nothing through, of a zero weight, beside one that lives."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.off = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.fc, self.gone, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        nn.init.zeros_(self.off.weight)
+
+    def forward(self, x):
+        y = (self.stem(x) + self.off(x)).mean((2, 3))
+        return self.out(self.fc(y) + self.gone(torch.relu(-y.square() - 1)))
+
+
+@pytest.mark.parametrize('how', FITS)
+@pytest.mark.parametrize('chunks', [1, 2])
+def test_layers_without_variance_are_left_alone(how, chunks):
+    model, plain = built(Dead, torch.float32), built(Dead, torch.float32)
+    clean, noisy = (data(40, 3, 6, 6, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    report = fit(model, (noisy * 2 + 1).chunk(chunks), gather(model, [clean]), fit=how)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert 'fc.bias' in changed(model, plain)
+    if how != 'mean':  # which needs no variance
+        assert report.skipped.keys() == {'off', 'gone'} and all('variance' in why for why in report.skipped.values())
+        assert not any(name.startswith(('off', 'gone')) for name in changed(model, plain))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('value', [0.0, 0.3, 255.0])
+def test_images_of_one_colour_are_no_domain(dtype, value):
+    """Rounding gives constant features a variance of their own, far below what a fit could use."""
+    model = built(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))).to(dtype)
+    many, constant, before = data(60, 8, dtype=dtype), torch.full((60, 8), value, dtype=dtype), copy.deepcopy(model)
+    sources = gather(model, [many]), gather(model, [constant])
+    for how in FITS[:3]:
+        for images, source in zip((constant, many), sources, strict=True):
+            with pytest.raises(ValueError, match='variance'):
+                fit(model, [images], source, fit=how)
+    assert not changed(model, before)
+
+
+# What is refused
+
+SOURCE = gather(built(), CLEAN)
+
+
+def broken(key):
+    """Returns moments of conv1 with NaN in them."""
+    moments = Moments.of(data(1, 8, 9))
+    getattr(moments, key).fill_(torch.nan)
+    return moments
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (dict(layers={}), ('no layer',)),
+        (dict(prior=-1.0), ('prior', '-1')),
+        (dict(rank=0), ('rank', '0')),
+        (dict(rank=-3), ('rank', '-3')),
+        (dict(fit='half'), ('half', 'diagonal')),
+        (dict(source={}), ('conv1', 'source')),
+        (dict(source={'conv1': Moments(1, 3)}), ('conv1', '3', '8')),
+        *((dict(source={'conv1': broken(key)}), ('conv1 in source', 'NaN')) for key in ('mean', 'scatter')),
+        *((dict(batches=batches), ('no image',)) for batches in ([], [CLEAN[0][:0]], [CLEAN[0][:0]] * 2, iter([]))),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused_in_one_sentence(options, words):
+    model, plain = built(), built()
+    layers = select_layers(model, example_input=CLEAN[0])
+    with pytest.raises(ValueError) as error:
+        fit_domain(model, **dict(layers=layers, batches=WHOLE, source=SOURCE) | options)
+    assert all(word in str(error.value) for word in words) and '\n' not in str(error.value)
+    assert not changed(model, plain)
+
+
+def test_denoisers_are_refused_until_they_are_fused():
+    model = built()
+    apply_denoiserep(model, 'all', example_input=CLEAN[0])
+    with pytest.raises(ValueError, match='fuse_model'):
+        fit(model, WHOLE, SOURCE)
+    assert len(fit(fuse_model(model), WHOLE, SOURCE).layers) == 6

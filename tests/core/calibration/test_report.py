@@ -1,0 +1,57 @@
+"""What the report of a calibration says, as data and as a table."""
+
+import pytest
+import torch
+from torch import nn
+
+from calibration_helpers import CLEAN, LAYERS, NOISY, Branch, built, data, fit, gather
+from mmdenoiserep.core import apply_denoiserep, solve_denoisers
+
+
+def lines_of(report):
+    """Returns the words of each line of the table by the first one; the last line is no part of it."""
+    return {line.split()[0]: line.split() for line in str(report).splitlines()[:-1]}
+
+
+def test_a_table_of_losses_ends_with_their_mean():
+    model = built()
+    apply_denoiserep(model, 'all', example_input=CLEAN[0])
+    report = solve_denoisers(model, CLEAN)
+    lines, keys = lines_of(report), ('start', 'loss', 'optimum')
+    assert {*LAYERS, 'mean'} <= lines.keys() and '6 layers calibrated (schedule) on 24 images in 1 pass' in str(report)
+    for row in report.layers:
+        assert lines[row.name][-3:] == [f'{getattr(row, key):.6f}' for key in keys]
+    means = [sum(getattr(row, key) for row in report.layers) / len(LAYERS) for key in keys]
+    assert lines['mean'] == ['mean', *(f'{value:.6f}' for value in means)]
+
+
+def test_what_was_skipped_is_in_the_table():
+    report = fit(built(Branch), data(9, 5, 8, noisy=True).chunk(2), gather(built(Branch), [data(9, 6, 8)]))
+    assert '2 layers calibrated (domain) on 9 images in 3 passes' in str(report)
+    assert 'reaches' in lines_of(report)['b']
+
+
+def test_a_row_says_how_far_the_features_move():
+    """``moved``, ``before`` and ``after`` are those of the map on the features."""
+    model, x = built(lambda: nn.Sequential(nn.Linear(8, 4))), data(400, 8)
+    (row,) = fit(model, [2 * x + 1], gather(model, [x])).layers
+    after = (2 * x + 1) @ row.linear[0].mT + row.constant[0]
+    moved = (after - 2 * x - 1).square().sum() / (2 * (x - x.mean(0))).square().sum()
+    assert row.moved == pytest.approx(moved.item(), rel=1e-9) and moved > 0.1
+    for values, features in ((row.before, 2 * x), (row.after, after)):
+        torch.testing.assert_close(values, torch.linalg.eigvalsh(features.mT.cov(correction=0)), rtol=1e-9, atol=0)
+
+
+def test_a_rank_is_that_of_a_map_of_low_rank():
+    model = nn.Sequential(nn.Linear(8, 80), nn.ReLU(), nn.Linear(80, 64), nn.Linear(64, 4))
+    images = data(400, 8, dtype=torch.float32)
+    report = fit(model, [data(400, 8, seed=1, dtype=torch.float32) + 1], gather(model, [images]), rank=64)
+    assert [row.rank for row in report.layers] == [None, 64, None]
+    assert [lines_of(report)[name][1] for name in '023'] == ['-', '64', '-']
+    assert torch.linalg.matrix_rank(report.layers[1].linear[0] - torch.eye(80), atol=1e-6) == 64
+
+
+@pytest.mark.parametrize('how', ['diagonal', 'mean'])
+def test_a_rank_says_nothing_of_means_and_variances(how):
+    report = fit(built(), [torch.cat(NOISY)], gather(built(), CLEAN), fit=how, rank=2)
+    assert all(row.rank is None for row in report.layers)
