@@ -47,7 +47,7 @@ def fold_layer(
     folded = torch.empty_like(weight)
     shifted = None if bias is None else torch.empty_like(bias)
     change = size = 0.0
-    for part in _parts(weight, len(wide.columns)):
+    for part in _parts(weight, wide.groups):
         before = _wide(weight[part])
         after, b = wide.fold(before, None if bias is None else _wide(bias[part]))
         folded[part] = after
