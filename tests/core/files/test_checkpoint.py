@@ -225,21 +225,6 @@ def test_meta_whose_keys_are_no_strings_is_dropped(tmp_path, target):
     assert result.notes == ('left out of meta, because it is no plain data: keys that are no text, zero',)
 
 
-def test_check_comes_before_writing(source, target):
-    """The caller's check sees both state dicts; what it raises keeps the file from being written."""
-    seen = []
-
-    def check(denoised, fused):
-        seen.append((len(denoised), len(fused)))
-        raise KeyError('not good')
-
-    with pytest.raises(KeyError, match='not good'):
-        fuse_checkpoint(source, target, check=check)
-    vanilla = len(build().state_dict())
-    assert seen == [(vanilla + 4, vanilla)]
-    assert not list(target.parent.iterdir())
-
-
 @pytest.mark.parametrize('umask', [0o022, 0o077, 0o002])
 def test_permissions_follow_the_umask(source, target, umask):
     """The file is as readable as any other new file."""

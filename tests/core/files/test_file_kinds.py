@@ -15,7 +15,7 @@ from torch import nn
 from helpers import write_safetensors
 from mmdenoiserep import fuse_checkpoint
 from mmdenoiserep.core import CheckpointError, read_checkpoint
-from mmdenoiserep.core.files.checkpoint import split_checkpoint
+from mmdenoiserep.core.files.content import open_checkpoint
 
 
 def denoised_state():
@@ -142,8 +142,7 @@ def test_whole_model(tmp_path):
     with pytest.raises(CheckpointError, match=r'state_dict\(\) instead'):
         read_checkpoint(path, allow_pickle=True)
     torch.save(dict(model=nn.Linear(2, 2), epoch=3), path)
-    state, _ = split_checkpoint(read_checkpoint(path, allow_pickle=True), path, [])
-    assert list(state) == ['weight', 'bias']
+    assert list(open_checkpoint(path, allow_pickle=True).weights) == ['weight', 'bias']
 
 
 @pytest.mark.parametrize('key', ['model', 'teacher', 'state_dict_ema', 'net'])
@@ -165,7 +164,6 @@ def test_several_wrappers(tmp_path):
     with pytest.raises(CheckpointError, match='student, teacher.*--key student'):
         fuse_checkpoint(path, tmp_path / 'out.pth')
     for key in ('teacher', 'run.ema'):
-        state, _ = split_checkpoint(read_checkpoint(path), path, [], key)
-        assert torch.equal(state['fc.weight'], 2 * torch.eye(2))
+        assert torch.equal(open_checkpoint(path, key=key).weights['fc.weight'], 2 * torch.eye(2))
     with pytest.raises(CheckpointError, match='has no ema; it has student, teacher, run'):
-        split_checkpoint(read_checkpoint(path), path, [], 'ema')
+        open_checkpoint(path, key='ema')
