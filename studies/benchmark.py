@@ -31,7 +31,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar='NAME', required=True)
     for name in NAMES:
-        module = import_module(f'benchmarks.{name}')
+        module = import_module(f'studies.benchmarks.{name}')
         description = module.__doc__ or ''
         command = commands.add_parser(
             name.replace('_', '-'), description=description, help=description.splitlines()[0].rstrip('.')
@@ -52,7 +52,7 @@ def run_all(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         print(f'=== {name}', file=sys.stderr, flush=True)
         one = parse_args([name.replace('_', '-')])
         text, figures[name] = one.run(one)
-        title = (import_module(f'benchmarks.{name}').__doc__ or '').splitlines()[0].rstrip('.')
+        title = (import_module(f'studies.benchmarks.{name}').__doc__ or '').splitlines()[0].rstrip('.')
         texts.append(f'## {title}\n\n`python -m studies.benchmark {name.replace("_", "-")}`\n\n{text}')
     return '\n\n'.join(texts), figures
 
@@ -64,7 +64,7 @@ def main() -> None:
 
     for path, suffix in ((args.json, '.json'), (args.markdown, '.md')):
         if path:
-            check_output(path, suffix, overwrite=True)
+            check_output(path, True, suffix=suffix)
     text, figures = args.run(args)
     facts = machine()
     report = f'{text}\n\n{", ".join(f"{name} {value}" for name, value in facts.items())}'

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from mmdet.datasets import CocoDataset
+
 from helpers import ROOT
 
 CLASSES = CocoDataset.METAINFO['classes']

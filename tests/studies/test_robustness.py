@@ -1,4 +1,4 @@
-"""Tests of tools/robustness.py: its corruptions, its page on made-up results, and one small measurement."""
+"""Tests of studies/robustness.py: its corruptions, its page on made-up results, and one small measurement."""
 
 import json
 import os
@@ -8,19 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
 
-sys.path.append(str(ROOT / 'tools'))
+from helpers import ROOT
+from mmdenoiserep.core import InputError
+
 os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'
 
-import measurement  # noqa: E402
-import robustness  # noqa: E402
-import robustness_report  # noqa: E402
-import study  # noqa: E402
+from studies import measurement, robustness, robustness_report, study
 
 CORRUPTIONS = ('clean', 'noise', 'blur', 'jpeg', 'contrast', 'occlusion', 'shot')
 NOTE = dict(
-    command='python tools/robustness.py', cores=6, jobs=3, seconds=120.0, cpu_seconds=300.0, versions={'torch': '9.9'}
+    command='python -m studies.robustness', cores=6, jobs=3, seconds=120.0, cpu_seconds=300.0, versions={'torch': '9.9'}
 )
 
 
@@ -141,15 +139,15 @@ def test_the_page_and_the_picture(results, tmp_path, monkeypatch):
 def test_no_measurement_is_said_so(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, 'argv', ['robustness.py', '--report', '--work-dir', str(tmp_path)])
-    with pytest.raises(SystemExit, match='robustness: .* holds no finished measurement'):
+    with pytest.raises(InputError, match='holds no finished measurement'):
         robustness.main()
     monkeypatch.setattr(sys, 'argv', ['robustness.py', '--one', 'vit', '0', '--work-dir', str(tmp_path)])
-    with pytest.raises(SystemExit, match='robustness: .*vit/seed_0 has no trained baseline'):
+    with pytest.raises(InputError, match='vit/seed_0 has no trained baseline'):
         robustness.main()
 
 
 def test_a_finished_measurement_is_not_made_again(tmp_path, monkeypatch):
-    """Trainings are asked for, with the same commands as by tools/study.py; the process is started once."""
+    """Trainings are asked for, with the same commands as by studies/study.py; the process is started once."""
     trained, started = [], []
 
     def train(folder, name, config, seed, overrides):
@@ -167,7 +165,7 @@ def test_a_finished_measurement_is_not_made_again(tmp_path, monkeypatch):
     folder = study.seed_folder(tmp_path, 'resnet', 4)
     for _ in range(2):
         robustness.run_seed(study.EXPERIMENTS['resnet'], 4, folder, ['a=1'])
-    expected = ('tools/robustness.py', '--one', 'resnet', '4', '--work-dir', str(tmp_path), '--cfg-options', 'a=1')
+    expected = ('-m', 'studies.robustness', '--one', 'resnet', '4', '--work-dir', str(tmp_path), '--cfg-options', 'a=1')
     assert started == [expected]
     more = ['a=1', 'load_from=weights.pth']
     assert trained[:3] == [
@@ -184,7 +182,7 @@ def test_one_measurement(tmp_path):
     from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
 
-    for name in ('configs', 'tools', 'demo'):
+    for name in ('configs', 'tools', 'studies', 'demo'):
         (tmp_path / name).symlink_to(ROOT / name)
     cfg = Config.fromfile(ROOT / 'configs/demo/resnet_fashion-mnist.py')
     init_default_scope('mmpretrain')
@@ -196,7 +194,7 @@ def test_one_measurement(tmp_path):
     (folder / 'baseline.json').write_text('{}')
 
     def tool(name, *arguments):
-        command = [sys.executable, f'tools/{name}.py', *arguments]
+        command = [sys.executable, '-m', f'studies.{name}', *arguments]
         environment = {**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1'}
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -1,23 +1,20 @@
-"""Tests of tools/study.py: its statistics on made-up logs, and one small run of everything."""
+"""Tests of studies/study.py: its statistics on made-up logs, and one small run of everything."""
 
 import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+
 from helpers import ROOT
-
-sys.path.append(str(ROOT / 'tools'))
-
-import study  # noqa: E402
-import study_report  # noqa: E402
+from mmdenoiserep.core import InputError
+from studies import study, study_report
 
 NOTE = dict(
-    command='python tools/study.py --jobs 3',
+    command='python -m studies.study --jobs 3',
     cores=6,
     jobs=3,
     seconds=120.0,
@@ -140,7 +137,7 @@ def test_the_page(logs, tmp_path, monkeypatch, capsys):
     assert 'In 2 of 3 rows the 95 % interval of the paired difference contains zero' in text
     assert 'In 1 of 3 rows denoising is above the control' in text and '(top-1 of ViT +1.00)' in text
     assert '6 CPU cores, 3 processes at a time, one thread each: 5 minutes of CPU time in 2 minutes' in text
-    assert '`python tools/study.py --jobs 3`. torch 9.9.' in text
+    assert '`python -m studies.study --jobs 3`. torch 9.9.' in text
 
 
 def test_bad_pages_and_folders(logs, tmp_path, monkeypatch):
@@ -151,14 +148,14 @@ def test_bad_pages_and_folders(logs, tmp_path, monkeypatch):
         ('--work-dir', str(tmp_path / 'nothing')): 'holds no study',
     }.items():
         monkeypatch.setattr(sys, 'argv', ['study.py', '--report', *arguments])
-        with pytest.raises(SystemExit, match=f'study: .*{message}'):
+        with pytest.raises(InputError, match=message):
             study.main()
     assert (tmp_path / 'page.md').read_text() == 'no markers'
 
 
 def test_one_seed_of_one_experiment(tmp_path):
     """In a folder that looks like a clone, on the shipped images: everything is run once, and the page is written."""
-    for name in ('configs', 'tools', 'demo'):
+    for name in ('configs', 'tools', 'studies', 'demo'):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / 'docs').mkdir()
     (tmp_path / 'docs/study.md').write_text((ROOT / 'docs/study.md').read_text())
@@ -166,7 +163,7 @@ def test_one_seed_of_one_experiment(tmp_path):
     small = ['--cfg-options', 'train_cfg.max_iters=3', 'default_hooks.logger.interval=1']
 
     def tool(name, *arguments, code=0):
-        command = [sys.executable, f'tools/{name}.py', *arguments]
+        command = [sys.executable, '-m', f'studies.{name}', *arguments]
         environment = {**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1'}
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, env=environment)
         assert done.returncode == code, done.stdout + done.stderr

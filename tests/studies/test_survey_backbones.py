@@ -6,19 +6,14 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
 from helpers import ROOT
-
-TOOL = ROOT / 'tools' / 'survey_backbones.py'
-sys.path.append(str(TOOL.parent))
-
-import survey_backbones  # noqa: E402
-from mmdenoiserep.core import convert  # noqa: E402
-from mmdenoiserep.core.method.probe import Execution  # noqa: E402
-from survey_backbones import (  # noqa: E402
+from mmdenoiserep.core.method import select
+from mmdenoiserep.core.method.probe import Execution
+from studies import survey_backbones
+from studies.survey_backbones import (
     ARGUMENTS,
     LIBRARIES,
     PAGE,
@@ -117,7 +112,7 @@ def test_no_class_is_forgotten():
 
 def test_a_wrong_fusion_is_seen(monkeypatch):
     """Where the dry run does not look for bypassed layers, SwinV2 is wrong, and its row gives the reason."""
-    monkeypatch.setattr(convert, 'probe_execution', lambda *args: Execution(failure='nobody looked'))
+    monkeypatch.setattr(select, 'probe_execution', lambda *args: Execution(failure='nobody looked'))
     row = survey('mmpretrain', 'SwinTransformerV2')
     assert (row.result, row.note) == ('wrong', 'dry run failed: nobody looked')
     assert row.difference > 1e-3
@@ -139,7 +134,8 @@ def test_failures_are_rows():
 
 
 def run(*args):
-    return subprocess.run([sys.executable, TOOL, *args], capture_output=True, text=True)
+    command = [sys.executable, '-m', 'studies.survey_backbones', *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_part_of_the_survey():
