@@ -88,7 +88,7 @@ def _reason(path: Path, error: Exception, allow_pickle: bool) -> str:
         return (
             f'can only be read by running code that it brings ({needs_code[1]}); '
             'if you trust whoever made it, write a file that all tools take: '
-            f'tools/convert_checkpoint.py plain {path} OUT --allow-pickle'
+            f'tools/model_converters/convert_checkpoint.py plain {path} OUT --allow-pickle'
         )
     if allow_pickle and isinstance(error, ImportError | AttributeError):
         return f'needs what is not installed here: {error}'
@@ -98,7 +98,7 @@ def _reason(path: Path, error: Exception, allow_pickle: bool) -> str:
         return (
             f'was saved with pickle protocol {protocol}, which can only be read by running code that it brings; '
             'save it again without pickle_protocol, or if you trust whoever made it, write a file that all tools take: '
-            f'tools/convert_checkpoint.py plain {path} OUT --allow-pickle'
+            f'tools/model_converters/convert_checkpoint.py plain {path} OUT --allow-pickle'
         )
     return 'is truncated or no PyTorch checkpoint; copy or download it again'
 

@@ -108,7 +108,7 @@ def find_weights(
     if wrapped:
         raise CheckpointError(
             f'{source} has weights under {", ".join(wrapped)}; choose one of them with '
-            f'tools/convert_checkpoint.py plain {source} OUT --key {wrapped[0]}'
+            f'tools/model_converters/convert_checkpoint.py plain {source} OUT --key {wrapped[0]}'
         )
     if any(isinstance(value, Tensor) for value in checkpoint.values()):
         return checkpoint  # a state dict with something else in it
