@@ -24,6 +24,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from helpers import ROOT
 from mmdenoiserep.apis import images as images_module
 from mmdenoiserep.apis.folders import find_images
 from mmdenoiserep.apis.images import (
@@ -36,7 +37,6 @@ from mmdenoiserep.apis.images import (
 )
 from mmdenoiserep.core import InputError
 from tiny_datasets import write_fashion_mnist
-from helpers import ROOT
 
 sys.path.append(str(ROOT / 'tools'))
 

@@ -18,8 +18,8 @@ from mmengine.registry import MODELS, init_default_scope
 from modelindex.load_model_index import load
 
 import mmdenoiserep
-from tiny_datasets import write_fashion_mnist
 from helpers import ROOT
+from tiny_datasets import write_fashion_mnist
 
 MIM = 'mmdenoiserep/.mim/'
 MEASURED = {

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+
 from helpers import ROOT
 
 CONFIGS = ROOT / 'configs'

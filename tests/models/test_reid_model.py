@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,12 +20,10 @@ from engine_helpers import message
 from helpers import ROOT, randomise, relative
 from mmdenoiserep import fuse_model
 from mmdenoiserep.core import InputError
+from mmdenoiserep.models.reid_vit import source_grid
 from mmdenoiserep.tasks.reid import BNNeckReIDHead, PKSampler, ReIDVisionTransformer, batch_hard_triplet_loss
 from mmdenoiserep.tasks.reid_check_hook import check_batches, check_classes
-from mmdenoiserep.models.reid_vit import source_grid
 from tiny_datasets import write_market1501
-
-
 
 # The triplet loss
 

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -23,8 +22,8 @@ from engine_helpers import message
 from helpers import ROOT, randomise, relative
 from mmdenoiserep.core import DenoiseLinear, apply_denoiserep, fuse_model, verify_fusion
 from mmdenoiserep.engine.resume import allow_training_checkpoints
-from mmdenoiserep.tasks import selective_scan, vmamba
 from mmdenoiserep.models.vmamba import DropPath, VMamba
+from mmdenoiserep.tasks import selective_scan, vmamba
 
 sys.path.append(str(ROOT / 'tools'))
 

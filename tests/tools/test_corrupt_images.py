@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
+
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / 'tools'))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.config.lazy import LazyObject
+from test_tools import metrics, tool, with_random_denoisers
 
 from helpers import ROOT
-from test_tools import metrics, tool, with_random_denoisers
 from tiny_datasets import write_cifar10, write_coco
 
 CONFIGS = ROOT / 'configs'

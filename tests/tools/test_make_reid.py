@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 import pytest
 
-from mmdenoiserep.datasets.reid_datasets import Market1501
 from helpers import ROOT
+from mmdenoiserep.datasets.reid_datasets import Market1501
 
 TOOL = ROOT / 'tools/make_reid.py'
 sys.path.append(str(ROOT / 'tools'))

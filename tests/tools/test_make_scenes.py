@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
+
 from helpers import ROOT
 
 sys.path.append(str(ROOT / 'tools'))

@@ -3,11 +3,11 @@
 import gzip
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from mmpretrain.datasets import FashionMNIST
+
 from helpers import ROOT
 
 TOOL = ROOT / 'tools/prepare_fashion_mnist.py'

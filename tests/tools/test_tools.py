@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+
 from helpers import ROOT
 
 DEMO = ROOT / 'configs/demo'

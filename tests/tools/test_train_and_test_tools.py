@@ -17,6 +17,7 @@ import pytest
 import torch
 from mmengine.registry import DefaultScope
 from mmengine.runner import CheckpointLoader
+
 from helpers import ROOT
 
 CONFIG = """
