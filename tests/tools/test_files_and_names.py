@@ -174,6 +174,18 @@ def test_a_folder_that_cannot_be_replaced_stays(error, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob('*')] == ['out', 'old.txt']
 
 
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / 'a.txt'
+    with write_file(target) as file:
+        file.write(b'first')
+        assert not target.exists()
+    for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, 'No space left'), CheckpointError)):
+        with pytest.raises(raised), write_file(target) as file:
+            file.write(b'second')
+            raise error
+    assert target.read_text() == 'first' and list(tmp_path.iterdir()) == [target]
+
+
 @pytest.mark.parametrize('name', WRITERS)
 def test_two_writers_at_once(name, folder):
     """Both end well, and the file is that of one of them."""
