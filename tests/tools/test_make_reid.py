@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,6 +14,13 @@ from studies import make_reid
 from tools_helpers import run_process, run_tool, sentence
 
 FEW = ('--ids', 5, '--test-ids', 3, '--cameras', 3)
+
+
+def samples(folder, split):
+    """Returns identity, camera and article of the images as Market1501 reads them."""
+    dataset = Market1501(str(folder), split)
+    known = [dataset.get_data_info(i) for i in range(len(dataset))]
+    return [(item['pid'], item['camid'], int(Path(item['img_path']).name.split('_')[2])) for item in known]
 
 
 @pytest.fixture(scope='module')
