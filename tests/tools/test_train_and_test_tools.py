@@ -156,34 +156,108 @@ def test_weights_of_another_model(name, runner):
     assert 'blocks.0.weight' in said and 'backbone.cls_token' in said and 'mae.pth' in said
 
 
-OWN = 'class Own(VisionTransformer):\n    def __init__(self, **options):\n        super().__init__(**options)\n        '
-BUGS = {
-    'import': 'undefined_name',
-    'build': f'{OWN}self.undefined',
-    'shape': f'{OWN}import torch; torch.zeros(2) @ torch.zeros(3)',
+OWN = """
+import torch
+from mmcv.transforms import BaseTransform
+from mmpretrain.datasets import CustomDataset
+from mmpretrain.models import VisionTransformer
+from mmpretrain.registry import DATASETS, MODELS, TRANSFORMS
+def fail(here, kind):
+    if here == {bug!r}:
+        {slip}
+fail('import', None)
+@MODELS.register_module(force=True)
+class Own(VisionTransformer):
+    def __init__(self, **options):
+        super().__init__(**options)
+        fail('build', self)
+    def forward(self, x):
+        fail('forward', self)
+        return super().forward(x)
+@TRANSFORMS.register_module(force=True)
+class OwnStep(BaseTransform):
+    def transform(self, results):
+        fail('transform', self)
+        return results
+@DATASETS.register_module(force=True)
+class OwnData(CustomDataset):
+    def load_data_list(self):
+        fail('list', self)
+        return super().load_data_list()
+    def get_data_info(self, idx):
+        fail('read', self)
+        return super().get_data_info(idx)
+"""
+BUGS = ('import', 'build', 'forward', 'transform', 'list', 'read')
+SLIPS = {
+    'undefined_name': NameError,
+    'kind.undefined': AttributeError,
+    "dict()['depth']": KeyError,
+    'torch.zeros(2) @ torch.zeros(3)': RuntimeError,
 }
+RUNS = {
+    'train': ['config.py', '--work-dir', 'w'],
+    'test': ['config.py', 'start.pth', '--work-dir', 'w'],
+    'calibrate': ['moments', 'config.py', 'start.pth', 'out.pth'],
+    'visualize': ['config.py', 'start.pth', 'start.pth', '--out', 'figures', '--num-images', 2],
+}
+"""Arguments of the tools that run code of the user."""
 
 
 @pytest.mark.parametrize('bug', BUGS)
-@pytest.mark.parametrize('name', ['train', 'test'])
+@pytest.mark.parametrize('name', RUNS)
 def test_a_bug_of_the_user_keeps_its_traceback(bug, name, folder):
-    """In a module of custom_imports, in a model of their own, and in torch where their code called it."""
-    register = '@MODELS.register_module(force=True)\n' if bug != 'import' else ''
-    imports = 'from mmpretrain.models import VisionTransformer\nfrom mmpretrain.registry import MODELS\n'
-    (folder / 'mine.py').write_text(imports + register + BUGS[bug])
-    Path('config.py').write_text(CONFIG)
+    """In a module, model, step or data set of their own, and in torch where that called it, with file and line."""
     weights()
-    Path('config.py').write_text(f"{CONFIG}custom_imports['imports'].append('mine')\nvit['type'] = 'Own'\n")
-    with pytest.raises((NameError, AttributeError, RuntimeError)) as caught:
-        tool(name, 'config.py', *(['start.pth'] if name == 'test' else []))
-    assert any(Path(entry.path).name == 'mine.py' for entry in caught.traceback)
+    own = "custom_imports['imports'].append('mine')\nvit['type'], data['type'] = 'Own', 'OwnData'\n"
+    Path('config.py').write_text(f"{CONFIG}{own}pipeline.insert(1, dict(type='OwnStep'))\n")
+    for slip, kind in SLIPS.items():
+        (folder / 'mine.py').write_text(OWN.format(bug=bug, slip=slip))
+        importlib.invalidate_caches()
+        sys.modules.pop('mine', None)
+        with pytest.raises(kind) as caught:
+            tool(name, *RUNS[name])
+        lines = [str(entry.statement).strip() for entry in caught.traceback if Path(entry.path).name == 'mine.py']
+        assert slip in lines, (slip, lines)
+    assert not Path('out.pth').exists() and not Path('figures').exists()
 
 
 @pytest.mark.parametrize(
-    'option', ['model.backbone.type=VisionTransfromer', 'model.backbone.depht=3', 'optim_wrapper.optimizer.type=SGDD']
+    ('change', 'words'),
+    [
+        ("vit['type'] = 'VisionTransfromer'", 'VisionTransfromer'),
+        ("vit['depht'] = 3", 'depht'),
+        ("del vit['type']", 'type'),
+        ("del vit['arch']['num_heads']", 'num_heads'),
+        ('del model', 'model'),
+        ("data['type'] = 'CustomDatasets'", 'CustomDatasets'),
+        ("pipeline[1]['type'] = 'Resise'", 'Resise'),
+        ("del pipeline[1]['scale']", 'scale'),
+        ("data['data_root'] = 'nowhere'", 'nowhere'),
+        ("custom_imports['imports'].append('nowhere')", 'nowhere'),
+        ("_base_ = './nowhere.py'", 'nowhere.py'),
+    ],
 )
-def test_a_mistake_in_the_config_is_a_sentence(option):
-    """It goes through libraries alone."""
+@pytest.mark.parametrize('name', RUNS)
+def test_a_mistake_in_the_config_is_a_sentence(name, change, words):
+    """An unknown type, a missing key or file: it goes through libraries alone."""
+    weights()
+    Path('config.py').write_text(f'{CONFIG}{change}\n')
+    assert words in refusal(name, *RUNS[name])
+    assert not Path('out.pth').exists() and not Path('figures').exists()
+
+
+@pytest.mark.parametrize('missing', ['config.py', 'start.pth'])
+@pytest.mark.parametrize('name', RUNS)
+def test_a_missing_file_is_a_sentence(name, missing):
+    weights()
+    Path(missing).unlink()
+    args = [*RUNS[name], '--resume', 'start.pth'] if name == 'train' else RUNS[name]
+    assert missing in refusal(name, *args)
+
+
+@pytest.mark.parametrize('option', ['optim_wrapper.optimizer.type=SGDD', 'train_dataloader.sampler.type=DefaultSample'])
+def test_a_mistake_in_an_option_is_a_sentence(option):
     assert 'config.py' in refusal('train', 'config.py', options=[option])
 
 
