@@ -7,12 +7,11 @@ import os
 import pickle
 import shutil
 import signal
-import sys
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -20,22 +19,10 @@ import onnx
 import torch
 from mmengine.registry import MODELS, init_default_scope
 
+import mmdenoiserep.tasks.reid  # noqa: F401  (registers the head)
 from helpers import ROOT, randomise
 from mmdenoiserep.core import load_moments
-
-sys.path.insert(0, str(ROOT / 'tools'))
-
-import calibrate  # noqa: E402
-import draw_matches  # noqa: E402
-import export_onnx  # noqa: E402
-import extract_features  # noqa: E402
-import fuse_checkpoint  # noqa: E402
-import mmdenoiserep.tasks.reid  # noqa: E402, F401  (registers the head)
-import print_targets  # noqa: E402
-import test as evaluate  # noqa: E402
-import train  # noqa: E402
-import visualize  # noqa: E402
-from launch import launch  # noqa: E402
+from tools_helpers import run_tool
 
 LIMIT = 60
 """Seconds after which a tool hangs; on these inputs it takes milliseconds."""
@@ -63,18 +50,15 @@ def time_limit():
 
 def run(tool, *args):
     """Runs a tool in this process; returns the sentence with which it refuses, or None."""
-    given, sys.argv = sys.argv, [f'{tool.__name__}.py', *map(str, args)]
     shown = io.TextIOWrapper(io.BytesIO(), 'utf-8')  # as strict about characters as a terminal
     try:
         with time_limit(), redirect_stdout(shown), redirect_stderr(io.StringIO()):
-            launch(tool.main)
+            run_tool(tool, *args)
     except SystemExit as stopped:
         code = stopped.code
-        assert isinstance(code, str) and code.startswith(f'{tool.__name__}: ') and code.isprintable(), code
+        assert isinstance(code, str) and code.startswith(f'{tool}: ') and code.isprintable(), code
         assert not is_slip(stopped.__context__), code
         return code
-    finally:
-        sys.argv = given
 
 
 def is_slip(error):
@@ -82,7 +66,7 @@ def is_slip(error):
     if not isinstance(error, NameError | UnboundLocalError | AssertionError | ImportError):
         return False
     where = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return any(where.is_relative_to(ROOT / folder) for folder in ('mmdenoiserep', 'tools'))
+    return any(where.is_relative_to(ROOT / folder) for folder in ('mmdenoiserep', 'tools', 'studies'))
 
 
 def contents(folder):
@@ -91,9 +75,9 @@ def contents(folder):
 
 
 class Command(NamedTuple):
-    """A tool with its arguments, the file or folder that it writes, and what reads that."""
+    """The name of a tool with its arguments, the file or folder that it writes, and what reads that."""
 
-    tool: Any
+    tool: str
     args: list
     output: Path | None = None
     whole: Callable[[Path], object] | None = None
@@ -112,30 +96,28 @@ def commands(small, out, config=None, checkpoint=None):
     reid = [config or small / 'reid.py', checkpoint or small / 'reid.pth']
     name, log = out / 'out.pth', ['--work-dir', small.parent / 'log']
     return dict(
-        print_targets=Command(print_targets, both[:1]),
-        fuse=Command(fuse_checkpoint, [both[1], name], name, read_checkpoint),
-        verify=Command(fuse_checkpoint, [both[1], name, '--verify', both[0]], name, read_checkpoint),
-        moments=Command(calibrate, [*both, name, '--mode', 'moments'], name, load_moments),
-        schedule=Command(calibrate, [*both, name, '--mode', 'schedule'], name, read_checkpoint),
-        domain=Command(
-            calibrate, [*both, name, '--mode', 'domain', '--source', small / 'moments.pth'], name, read_checkpoint
-        ),
-        extract=Command(extract_features, [*reid, small / 'images', out / 'out.npz'], out / 'out.npz', np.load),
-        draw=Command(draw_matches, [both[0], small / 'matches.json', out / 'out.png'], out / 'out.png', read_image),
-        test=Command(evaluate, [*both, *log, '--out', out / 'out.pkl'], out / 'out.pkl', read_pickle),
+        print_targets=Command('print_targets', both[:1]),
+        fuse=Command('fuse_checkpoint', [both[1], name], name, read_checkpoint),
+        verify=Command('fuse_checkpoint', [both[1], name, '--verify', both[0]], name, read_checkpoint),
+        moments=Command('calibrate', ['moments', *both, name], name, load_moments),
+        schedule=Command('calibrate', ['schedule', *both, name], name, read_checkpoint),
+        domain=Command('calibrate', ['domain', *both, name, '--source', small / 'moments.pth'], name, read_checkpoint),
+        extract=Command('extract_features', [*reid, small / 'images', out / 'out.npz'], out / 'out.npz', np.load),
+        draw=Command('draw_matches', [both[0], small / 'matches.json', out / 'out.png'], out / 'out.png', read_image),
+        test=Command('test', [*both, *log, '--out', out / 'out.pkl'], out / 'out.pkl', read_pickle),
         visualize=Command(
-            visualize,
+            'visualize',
             [*both, small / 'config.pth', '--out', out / 'figures', '--show', 1, '--num-images', 2],
             out / 'figures',
             os.listdir,
         ),
         export=Command(
-            export_onnx,
+            'export_onnx',
             [both[0], checkpoint or small / 'fused.pth', out / 'out.onnx'],
             out / 'out.onnx',
             onnx.load,
         ),
-        train=Command(train, [both[0], *log, *(['--resume', checkpoint] if checkpoint else [])]),
+        train=Command('train', [both[0], *log, *(['--resume', checkpoint] if checkpoint else [])]),
     )
 
 
@@ -231,8 +213,8 @@ def make_small(folder):
         torch.manual_seed(0)
         model = randomise(MODELS.build(dict(config['model'], data_preprocessor=config['data_preprocessor'])))
         torch.save(dict(meta=dict(epoch=3), state_dict=model.state_dict()), folder / f'{name}.pth')
-    assert not run(fuse_checkpoint, folder / 'config.pth', folder / 'fused.pth')
-    assert not run(calibrate, folder / 'config.py', folder / 'config.pth', folder / 'moments.pth', '--mode', 'moments')
+    assert not run('fuse_checkpoint', folder / 'config.pth', folder / 'fused.pth')
+    assert not run('calibrate', 'moments', folder / 'config.py', folder / 'config.pth', folder / 'moments.pth')
     image = dict(sample_idx=0, img_path=str(folder / 'images/cat/0.png'), pid=1, camid=0)
     found = dict(image, distance=0.1, correct=True)
     (folder / 'matches.json').write_text(json.dumps([dict(image, ap=0.5, matches=[found])]))

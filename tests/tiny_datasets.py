@@ -6,10 +6,7 @@ class and one of the last, so that a wrong number of classes does not go unseen.
 
 import json
 import pickle
-import runpy
-import sys
 from pathlib import Path
-from unittest import mock
 
 import cv2
 import h5py
@@ -18,7 +15,8 @@ import scipy.io
 from mmdet.datasets import CocoDataset
 from mmpretrain.datasets import CIFAR10, CUB, OxfordIIITPet
 from pycocotools import mask as coco_mask
-from helpers import ROOT
+
+from tools_helpers import run_tool
 
 PER_SPLIT = 3
 """Images in each split: one of the first class, two of the last."""
@@ -317,21 +315,14 @@ def write_cuhk03_protocol(path: Path, listed: list[tuple[str, int, int, str]]) -
     scipy.io.savemat(path, {'filelist': names, **numbers, **indices})
 
 
-def run_tool(name: str, *args: str) -> None:
-    """Runs one of the tools that write data sets."""
-    tools = str(ROOT / 'tools')
-    with mock.patch.object(sys, 'argv', [f'{name}.py', *args]), mock.patch.object(sys, 'path', [tools, *sys.path]):
-        runpy.run_path(f'{tools}/{name}.py', run_name='__main__')
-
-
 def write_scenes(root: Path) -> None:
-    """The scenes of the demo, composed by its own tool."""
-    run_tool('make_scenes', str(root), '--train', str(PER_SPLIT), '--val', str(PER_SPLIT))
+    """The scenes of the demo, composed by their own command."""
+    run_tool('make_scenes', root, '--train', PER_SPLIT, '--val', PER_SPLIT)
 
 
 def write_fashion_reid(root: Path) -> None:
-    """Articles before several cameras, in Market-1501's layout, by their own tool."""
-    run_tool('make_reid', str(root), '--ids', '4', '--test-ids', '2')
+    """Articles before several cameras, in Market-1501's layout, by their own command."""
+    run_tool('make_reid', root, '--ids', 4, '--test-ids', 2)
 
 
 WRITERS = {

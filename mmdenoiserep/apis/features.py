@@ -1,5 +1,6 @@
 """Extracts the features of images: what a re-identification model compares, before normalisation."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,9 @@ def extract_features(
             finite.
     """
     images = Path(images)
-    if not images.is_dir():
+    if not os.path.isdir(images):  # False, too, for a name that is too long
         raise InputError(f'{images} is not a folder')
-    if '://' not in checkpoint and not Path(checkpoint).is_file():
+    if '://' not in checkpoint and not os.path.isfile(checkpoint):
         raise InputError(f'the checkpoint {checkpoint} does not exist')
     model, missing = _open_model(cfg, checkpoint, device)
     with config_at_fault(cfg.filename):

@@ -37,7 +37,7 @@ class ReIDMetric(BaseMetric):
         normalize: Whether features are divided by their length first.
         trials: Number of random galleries; None takes queries and gallery as ``is_query`` says.
         seed: Of the trials, 0 or more.
-        matches_file: JSON file to write after each evaluation, for ``tools/analysis_tools/draw_matches.py``: a list with an entry
+        matches_file: JSON file to write after each evaluation, for ``draw_matches.py``: a list with an entry
             ``{sample_idx, img_path, pid, camid, ap, matches}`` for each query that has a match in the gallery, whose
             ``matches`` are its nearest gallery entries ``{sample_idx, img_path, pid, camid, distance, correct}``
             (squared Euclidean distance). With ``trials``, those of the first.

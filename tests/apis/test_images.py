@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import cv2
@@ -24,7 +23,11 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from helpers import ROOT
 from mmdenoiserep.apis import images as images_module
+from mmdenoiserep.apis.calibration import counted
+from mmdenoiserep.apis.config import load_config, use_tta
+from mmdenoiserep.apis.export import image_shape
 from mmdenoiserep.apis.folders import find_images
 from mmdenoiserep.apis.images import (
     Batches,
@@ -34,18 +37,12 @@ from mmdenoiserep.apis.images import (
     open_images,
     spread,
 )
+from mmdenoiserep.apis.matches import _read_images
+from mmdenoiserep.apis.model import build_model
+from mmdenoiserep.apis.visualization import CorruptedImages
 from mmdenoiserep.core import InputError
 from tiny_datasets import write_fashion_mnist
-from helpers import ROOT
-
-sys.path.append(str(ROOT / 'tools'))
-
-import calibrate  # noqa: E402
-import draw_matches  # noqa: E402
-from calibration import counted  # noqa: E402
-from common import use_tta  # noqa: E402
-from deployment import image_shape  # noqa: E402
-from visualization import Spoiled  # noqa: E402
+from tools_helpers import run_tool
 
 COUNT = 8
 
@@ -354,7 +351,7 @@ def test_files_are_read_in_the_colours_of_the_arrays_of_the_data_set(tmp_path, w
         assert np.array_equal(arrays[i]['inputs'].permute(1, 2, 0).numpy(), picture(i)[..., ::-1])
     for images in (files, arrays):
         assert np.array_equal(images.load(1), picture(1)[..., ::-1])
-        seen = Spoiled(images, 'clean')
+        seen = CorruptedImages(images, 'clean')
         assert torch.equal(seen[1]['inputs'], arrays[1]['inputs']) and np.array_equal(seen.image, picture(1))
 
 
@@ -635,7 +632,7 @@ def test_several_images_of_one_are_refused_by_name(root):
     assert isinstance(image, NoImage) and 'test-time augmentation' in image.sentence
 
 
-# Spoiled images
+# CorruptedImages images
 
 
 @TRANSFORMS.register_module()
@@ -693,7 +690,7 @@ def test_the_path_of_an_image_is_no_image(root):
 @pytest.mark.parametrize('step', [dict(type='RandomCrop', crop_size=8), dict(type='RandomFlip', prob=0.5)])
 def test_random_steps_draw_the_same_for_clean_and_for_corrupted_images(root, step):
     images = open_images(config(custom(root, [PIPELINE[0], step, PIPELINE[1]])))
-    clean, contrast = Spoiled(images, 'clean'), Spoiled(images, 'contrast', 1.0)
+    clean, contrast = CorruptedImages(images, 'clean'), CorruptedImages(images, 'contrast', 1.0)
     before = np.random.get_state()[1].tolist()
     seen = [clean[i]['inputs'] for i in range(COUNT)]
     assert all(torch.equal(contrast[i]['inputs'], seen[i]) for i in range(COUNT))
@@ -903,24 +900,21 @@ def test_a_slip_of_the_user_is_no_sentence_of_the_tool(root, tmp_path, monkeypat
     )
     (tmp_path / 'config.py').write_text(TINY.format(root=root))
     monkeypatch.syspath_prepend(str(tmp_path))
-    cfg = Config.fromfile(tmp_path / 'config.py')
-    model = images_module.MODELS.build(dict(cfg.model, data_preprocessor=cfg.data_preprocessor))
+    model = build_model(load_config(tmp_path / 'config.py'))
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'c.pth')
-    words = [tmp_path / 'config.py', tmp_path / 'c.pth', tmp_path / 'm.pth', '--mode', 'moments', '--batch-size', 8]
-    monkeypatch.setattr(sys, 'argv', ['calibrate.py', *map(str, words)])
     with pytest.raises(ValueError, match='a slip'):
-        calibrate.main()
+        run_tool('calibrate', 'moments', 'config.py', 'c.pth', 'm.pth', '--batch-size', 8, cwd=tmp_path)
 
 
 def test_matches_of_a_wrapped_test_set_find_their_images(root):
     """Numbers of samples start again in every part; where that leaves a doubt, it is refused."""
     cfg = config(dict(type='ConcatDataset', datasets=[custom(root, indices=[0, 1]), custom(root)]))
     entry = dict(sample_idx=5, img_path=str(root / '1/3.png'))
-    (image,) = draw_matches.read_images(cfg, [entry], Path('m.json')).values()
+    (image,) = _read_images(cfg, [entry], Path('m.json')).values()
     assert np.array_equal(image, cv2.imread(entry['img_path']))
-    with pytest.raises(SystemExit, match='of another data set'):
-        draw_matches.read_images(cfg, [dict(entry, img_path='x')], Path('m.json'))
+    with pytest.raises(InputError, match='of another data set'):
+        _read_images(cfg, [dict(entry, img_path='x')], Path('m.json'))
     fold = dict(type='KFoldDataset', dataset=custom(root), fold=0, num_splits=4)
     entry = dict(sample_idx=0, img_path=str(root / '0/4.png'))
-    (image,) = draw_matches.read_images(config(fold), [entry], Path('m.json')).values()
+    (image,) = _read_images(config(fold), [entry], Path('m.json')).values()
     assert np.array_equal(image, cv2.imread(entry['img_path']))

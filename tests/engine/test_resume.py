@@ -15,9 +15,9 @@ from mmengine.model import initialize
 from mmengine.runner import CheckpointLoader, load_checkpoint
 
 from engine_helpers import inner, make_runner, runner_case, snapshot, tiny_model
+from helpers import write_safetensors
 from mmdenoiserep.core import InputError
 from mmdenoiserep.engine.resume import allow_training_checkpoints
-from helpers import write_safetensors
 
 JOINT = dict(type='DenoiseLossHook')
 

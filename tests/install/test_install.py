@@ -2,9 +2,9 @@
 
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
+
 from helpers import ROOT
 
 STUB = """#!/bin/bash

@@ -18,8 +18,9 @@ from mmengine.registry import MODELS, init_default_scope
 from modelindex.load_model_index import load
 
 import mmdenoiserep
-from tiny_datasets import write_fashion_mnist
 from helpers import ROOT
+from tiny_datasets import write_fashion_mnist
+from tools_helpers import find_tool
 
 MIM = 'mmdenoiserep/.mim/'
 MEASURED = {
@@ -70,7 +71,7 @@ def test_the_sdist_holds_the_checkout(sdist):
     """All that is needed to test, demonstrate, lint and build again; and building leaves nothing in the source."""
     with tarfile.open(sdist) as file:
         names = {name.partition('/')[2] for name in file.getnames()}
-    wanted = source('mmdenoiserep', 'configs', 'tools', 'tests', 'docs', 'demo', 'requirements')
+    wanted = source('mmdenoiserep', 'configs', 'tools', 'studies', 'tests', 'docs', 'demo', 'requirements')
     wanted |= {path.name for path in ROOT.iterdir() if path.is_file() and not path.name.startswith('.')}
     assert wanted <= names and len(wanted) > 300
     assert not any(name.endswith('.pyc') or MIM in name for name in names)
@@ -116,7 +117,7 @@ def test_the_commands_are_the_tools(programs, tmp_path):
     listed = re.search(r'are commands then: (.*?);', (ROOT / 'docs/get-started.md').read_text())[1]
     assert names == {f'denoiserep-{name}' for name in re.findall(r'`(?:denoiserep)?-([a-z-]+)`', listed)}
     for name in names:
-        tool = ROOT / 'tools' / f'{name.removeprefix("denoiserep-").replace("-", "_")}.py'
+        tool = find_tool(name.removeprefix('denoiserep-').replace('-', '_'))
         description = tool.read_text().split('"""')[1].split('\n')[0]
         printed = run(programs / name, '--help', cwd=tmp_path)
         assert printed.startswith(f'usage: {name} ') and description in ' '.join(printed.split())
@@ -242,5 +243,5 @@ def test_the_hooks_of_a_commit_check(tmp_path):
     (tmp_path / 'unclean.py').write_text('import os\nx = "a"\n')
     for hook in repo['hooks']:
         command = [sys.executable, *hook['entry'].split()[1:]]
-        run(*command, ROOT / 'tools/common.py', cwd=ROOT)
+        run(*command, ROOT / 'tools/train.py', cwd=ROOT)
         assert subprocess.run([*command, tmp_path / 'unclean.py'], cwd=ROOT, capture_output=True).returncode == 1

@@ -8,7 +8,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+
 from helpers import ROOT
+from tools_helpers import find_tool
 
 CONFIGS = ROOT / 'configs'
 PACKAGES = {
@@ -35,7 +37,7 @@ custom_imports = dict(imports=['{library}'], allow_failed_imports=False)
 SCRIPT = """
 import runpy, site, sys
 site.addsitedir(sys.argv.pop(1))
-sys.path[:0] = sys.argv.pop(1).split(':')
+sys.path.insert(0, sys.argv.pop(1))
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name='__main__') if sys.argv else exec(sys.stdin.read())
 """
@@ -60,8 +62,8 @@ def run(tmp_path_factory):
     def run(libraries, *args, code=None, cwd='.'):
         libraries = tuple(libraries)
         sites[libraries] = sites.get(libraries) or make(libraries)
-        tool = [ROOT / f'tools/{args[0]}.py', *args[1:]] if args else []
-        command = [sys.executable, '-S', '-W', 'ignore', '-c', SCRIPT, sites[libraries], f'{ROOT}:{ROOT}/tools', *tool]
+        tool = [find_tool(args[0]), *args[1:]] if args else []
+        command = [sys.executable, '-S', '-W', 'ignore', '-c', SCRIPT, sites[libraries], ROOT, *tool]
         return subprocess.run(list(map(str, command)), cwd=cwd, input=code, capture_output=True, text=True, timeout=300)
 
     return run
@@ -121,7 +123,7 @@ def test_without_mmengine_a_checkpoint_can_be_fused(run, tmp_path):
         ('train', ['config.py']),
         ('test', ['config.py', 'in.pth']),
         ('print_targets', ['config.py']),
-        ('calibrate', ['config.py', 'in.pth', 'out.pth', '--mode', 'moments']),
+        ('calibrate', ['moments', 'config.py', 'in.pth', 'out.pth']),
         ('export_onnx', ['config.py', 'in.pth', 'out.onnx']),
         ('extract_features', ['config.py', 'in.pth', '.', 'out.npz']),
         ('draw_matches', ['config.py', 'in.pth', 'out.png']),
@@ -150,7 +152,7 @@ def test_without_mmengine_images_are_corrupted(run, tmp_path):
         ('albumentations', 'albumentations', 'corrupt_images', ['in', 'out', 'noise']),
         ('albumentations', 'albumentations', 'visualize', ['c.py', 'in.pth', 'in.pth', '--out', 'out']),
         ('onnxruntime', 'onnxruntime', 'export_onnx', ['config.py', 'in.pth', 'out.onnx']),
-        ('tqdm', 'tqdm', 'calibrate', ['config.py', 'in.pth', 'out.pth', '--mode', 'moments']),
+        ('tqdm', 'tqdm', 'calibrate', ['moments', 'config.py', 'in.pth', 'out.pth']),
     ],
 )
 def test_what_only_some_tools_need(library, package, tool, args, run, tmp_path):
@@ -167,12 +169,13 @@ def test_what_only_some_tools_need(library, package, tool, args, run, tmp_path):
 def read(run, library, *configs, cwd):
     """Returns what every tool says on reading some configs without a library, a line for each."""
     code = f"""
-import argparse, sys
-from common import load_config
+import sys
+from denoiserep_commands import launch
+from mmdenoiserep.apis.config import load_config
 sys.argv = ['tool']
 for config in {list(map(str, configs))}:
     try:
-        load_config(argparse.Namespace(config=config))
+        launch(lambda: load_config(config))
         print('read')
     except SystemExit as stopped:
         print(str(stopped).replace('\\n', ' | '))

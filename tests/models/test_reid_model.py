@@ -2,10 +2,7 @@
 
 import argparse
 import math
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,15 +15,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from engine_helpers import message
-from helpers import ROOT, randomise, relative
+from helpers import randomise, relative
 from mmdenoiserep import fuse_model
 from mmdenoiserep.core import InputError
+from mmdenoiserep.models.reid_vit import source_grid
 from mmdenoiserep.tasks.reid import BNNeckReIDHead, PKSampler, ReIDVisionTransformer, batch_hard_triplet_loss
 from mmdenoiserep.tasks.reid_check_hook import check_batches, check_classes
-from mmdenoiserep.models.reid_vit import source_grid
 from tiny_datasets import write_market1501
-
-
+from tools_helpers import run_tool, sentence
 
 # The triplet loss
 
@@ -438,14 +434,6 @@ def released(prefix, **options):
     return model, state
 
 
-def convert(*args, code=0):
-    command = [sys.executable, '-W', 'ignore', str(ROOT / 'tools/convert_checkpoint.py'), 'transreid', *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == code, result.stdout + result.stderr
-    assert 'Traceback' not in result.stderr
-    return result.stdout + result.stderr
-
-
 def classifier(checkpoint, size):
     init_default_scope('mmpretrain')
     init = dict(type='Pretrained', checkpoint=str(checkpoint), prefix='backbone')
@@ -475,7 +463,7 @@ def test_a_pretrained_file_of_transreid_ssl_loads(tmp_path):
         optimizer=dict(state={}, param_groups=[dict(lr=0.1)]),
     )
     torch.save(content, tmp_path / 'lup.pth')
-    convert(tmp_path / 'lup.pth', tmp_path / 'converted.pth')
+    run_tool('convert_checkpoint', 'transreid', tmp_path / 'lup.pth', tmp_path / 'converted.pth')
     loaded = classifier(tmp_path / 'converted.pth', (256, 128)).backbone.state_dict()
     assert loaded.keys() == model.state_dict().keys()
     assert all(torch.equal(loaded[key], value) for key, value in model.state_dict().items())
@@ -489,7 +477,7 @@ def test_a_trained_model_of_transreid_loads_with_its_head(tmp_path):
     neck['bottleneck.running_mean'] = torch.randn(8)
     state.update(neck, **{'classifier.weight': torch.randn(3, 8), 'base.fc.weight': torch.ones(10, 8)})
     torch.save(state, tmp_path / 'market.pth')
-    convert(tmp_path / 'market.pth', tmp_path / 'converted.pth')
+    run_tool('convert_checkpoint', 'transreid', tmp_path / 'market.pth', tmp_path / 'converted.pth')
     target = classifier(tmp_path / 'converted.pth', (256, 128))
     file = torch.load(tmp_path / 'converted.pth', weights_only=True)['state_dict']
     target.load_state_dict(file, strict=True)
@@ -509,7 +497,7 @@ def test_a_trained_model_of_transreid_loads_with_its_head(tmp_path):
 )
 def test_another_architecture_is_refused(content, words, tmp_path):
     torch.save(content, tmp_path / 'other.pth')
-    output = convert(tmp_path / 'other.pth', tmp_path / 'converted.pth', code=1)
+    output = sentence('convert_checkpoint', 'transreid', tmp_path / 'other.pth', tmp_path / 'converted.pth')
     assert all(word in output for word in ('other.pth', *words)) and len(output.strip().splitlines()) == 1
     assert not (tmp_path / 'converted.pth').exists()
 
@@ -517,9 +505,9 @@ def test_another_architecture_is_refused(content, words, tmp_path):
 def test_an_output_that_exists_is_kept(tmp_path):
     torch.save(released('base.')[1], tmp_path / 'in.pth')
     (tmp_path / 'out.pth').write_bytes(b'mine')
-    assert '--overwrite' in convert(tmp_path / 'in.pth', tmp_path / 'out.pth', code=1)
+    assert '--overwrite' in sentence('convert_checkpoint', 'transreid', tmp_path / 'in.pth', tmp_path / 'out.pth')
     assert (tmp_path / 'out.pth').read_bytes() == b'mine'
-    convert(tmp_path / 'in.pth', tmp_path / 'out.pth', '--overwrite')
+    run_tool('convert_checkpoint', 'transreid', tmp_path / 'in.pth', tmp_path / 'out.pth', '--overwrite')
 
 
 def test_the_names_are_registered_where_configs_look():

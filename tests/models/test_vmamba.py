@@ -4,10 +4,8 @@ import argparse
 import math
 import pickle
 import re
-import subprocess
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -20,16 +18,14 @@ from mmengine.runner import load_checkpoint
 from torch import nn
 
 from engine_helpers import message
-from helpers import ROOT, randomise, relative
+from helpers import randomise, relative
 from mmdenoiserep.core import DenoiseLinear, apply_denoiserep, fuse_model, verify_fusion
 from mmdenoiserep.engine.resume import allow_training_checkpoints
-from mmdenoiserep.tasks import selective_scan, vmamba
+from mmdenoiserep.models import selective_scan, vmamba
 from mmdenoiserep.models.vmamba import DropPath, VMamba
-
-sys.path.append(str(ROOT / 'tools'))
-
-from benchmarks import measure  # noqa: E402
-from benchmarks import vmamba as benchmark  # noqa: E402
+from studies.benchmarks import measure
+from studies.benchmarks import vmamba as benchmark
+from tools_helpers import run_tool, sentence
 
 SMALL = dict(dims=(24, 40), depths=(1, 2), ssm_ratio=1.5)
 FOUR_STAGES = dict(dims=(16, 32, 64, 128), depths=(1, 1, 2, 1), ssm_ratio=2.0)
@@ -471,11 +467,6 @@ def test_a_classifier_of_mmpretrain_trains_and_keeps_its_names(classifier_file):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def convert(*args):
-    command = [sys.executable, '-W', 'ignore', str(ROOT / 'tools/convert_checkpoint.py'), 'vmamba', *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
 def test_a_released_classifier_is_converted_with_its_head(classifier_file, tmp_path, monkeypatch):
     """By the tool, to a file that a classifier of mmpretrain loads strictly; pickled settings of the run do no harm."""
     init_default_scope('mmpretrain')
@@ -491,8 +482,7 @@ def test_a_released_classifier_is_converted_with_its_head(classifier_file, tmp_p
     direct = MODELS.build(dict(type='VMamba', arch=FOUR_STAGES, init_cfg=init_cfg))
     direct.init_weights()
     assert_holds(direct, state, outnorm3='classifier.norm')
-    result = convert(path, tmp_path / 'converted.pth')
-    assert result.returncode == 0, result.stderr
+    run_tool('convert_checkpoint', 'vmamba', path, tmp_path / 'converted.pth')
     head = dict(type='LinearClsHead', num_classes=1000, in_channels=128)
     backbone = dict(type='VMamba', arch=FOUR_STAGES)
     model = MODELS.build(
@@ -506,8 +496,7 @@ def test_a_released_classifier_is_converted_with_its_head(classifier_file, tmp_p
 
 def test_what_is_no_classifier_is_not_converted(tmp_path):
     torch.save(dict(model={'conv1.weight': torch.ones(1)}), tmp_path / 'other.pth')
-    result = convert(tmp_path / 'other.pth', tmp_path / 'converted.pth')
-    assert result.returncode == 1 and 'other.pth' in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert 'other.pth' in sentence('convert_checkpoint', 'vmamba', tmp_path / 'other.pth', tmp_path / 'converted.pth')
     assert not (tmp_path / 'converted.pth').exists()
 
 

@@ -1,9 +1,6 @@
 """tools/calibrate.py as a user meets it: every kind of model, every mode, bad input."""
 
 import gzip
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -11,23 +8,19 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.registry import MODELS, DefaultScope
 
 import mmdenoiserep  # noqa: F401
 from helpers import ROOT, randomise
-from mmdenoiserep.apis.images import Unlabelled
+from mmdenoiserep.apis import calibration
+from mmdenoiserep.apis.config import load_config
+from mmdenoiserep.apis.images import Batches, open_images
+from mmdenoiserep.apis.model import build_model
 from mmdenoiserep.core import CheckpointError, Moments, fingerprint, load_moments, safe_fit, save_moments
-from mmdenoiserep.core.files.checkpoint import STAMP
+from mmdenoiserep.core.files.fused import STAMP
+from tools_helpers import find_tool, python, run_tool, sentence
 
 DEMO = ROOT / 'configs/demo'
-sys.path.insert(0, str(ROOT / 'tools'))
-
-import calibrate  # noqa: E402
-import calibration  # noqa: E402
-import fuse_checkpoint  # noqa: E402
-import make_reid  # noqa: E402
-import make_scenes  # noqa: E402
-from launch import launch  # noqa: E402
 
 CONFIGS = [
     'vit_fashion-mnist',
@@ -38,23 +31,6 @@ CONFIGS = [
     'segformer_mit_scenes',
     'vit_fashion-reid',
 ]
-
-
-def call(module, *args):
-    """Runs a tool in this process."""
-    given, sys.argv = sys.argv, [f'{module.__name__}.py', *map(str, args)]
-    try:
-        launch(module.main)
-    finally:
-        sys.argv = given
-
-
-def sentence(*args):
-    """Returns the sentence with which the tool refuses."""
-    with pytest.raises(SystemExit) as stopped:
-        call(calibrate, *args)
-    assert isinstance(stopped.value.code, str), 'it ends with a sentence'
-    return stopped.value.code
 
 
 def write_articles(folder, images, split):
@@ -72,25 +48,20 @@ def write_articles(folder, images, split):
 def work(tmp_path_factory):
     """A folder with the data of all small configs; the images to run on are darker and noisy."""
     root = tmp_path_factory.mktemp('calibrate')
-    start = Path.cwd()
-    os.chdir(root)
-    try:
-        data = root / 'work_dirs'
-        idx = gzip.decompress((ROOT / 'demo/fashion-mnist/t10k-images-idx3-ubyte.gz').read_bytes())
-        articles = np.frombuffer(idx, np.uint8, offset=16).reshape(-1, 28, 28)[:160]
-        noise = np.random.default_rng(0).normal(0, 40, articles.shape)
-        write_articles(data / 'fashion-mnist', articles[:100], 'train')
-        write_articles(data / 'fashion-mnist', (articles * 0.8 + noise).clip(0, 255).astype(np.uint8)[100:], 'test')
-        source = ['--source', ROOT / 'demo/fashion-mnist']
-        call(make_scenes, data / 'scenes', '--train', 24, '--val', 12, *source)
-        call(make_reid, data / 'fashion-reid', '--ids', 6, '--test-ids', 4, *source)
-        for folder in (data / 'scenes/images/validation', data / 'fashion-reid/query'):
-            for i, path in enumerate(sorted(folder.iterdir())):
-                image = cv2.imread(str(path))
-                spoiled = image * 0.8 + np.random.default_rng(i).normal(0, 40, image.shape)
-                cv2.imwrite(str(path), spoiled.clip(0, 255).astype(np.uint8))
-    finally:
-        os.chdir(start)
+    data = root / 'work_dirs'
+    idx = gzip.decompress((ROOT / 'demo/fashion-mnist/t10k-images-idx3-ubyte.gz').read_bytes())
+    articles = np.frombuffer(idx, np.uint8, offset=16).reshape(-1, 28, 28)[:160]
+    noise = np.random.default_rng(0).normal(0, 40, articles.shape)
+    write_articles(data / 'fashion-mnist', articles[:100], 'train')
+    write_articles(data / 'fashion-mnist', (articles * 0.8 + noise).clip(0, 255).astype(np.uint8)[100:], 'test')
+    source = ['--source', ROOT / 'demo/fashion-mnist']
+    run_tool('make_scenes', data / 'scenes', '--train', 24, '--val', 12, *source)
+    run_tool('make_reid', data / 'fashion-reid', '--ids', 6, '--test-ids', 4, *source)
+    for folder in (data / 'scenes/images/validation', data / 'fashion-reid/query'):
+        for i, path in enumerate(sorted(folder.iterdir())):
+            image = cv2.imread(str(path))
+            spoiled = image * 0.8 + np.random.default_rng(i).normal(0, 40, image.shape)
+            cv2.imwrite(str(path), spoiled.clip(0, 255).astype(np.uint8))
     return root
 
 
@@ -101,11 +72,7 @@ def in_work(work, monkeypatch):
 
 def build(name):
     """Returns the model of a small config."""
-    cfg = Config.fromfile(DEMO / f'{name}.py')
-    init_default_scope(cfg.default_scope)
-    if 'data_preprocessor' in cfg:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    return MODELS.build(cfg.model).eval()
+    return build_model(load_config(DEMO / f'{name}.py'))
 
 
 def checkpoint(name):
@@ -127,14 +94,14 @@ def source(name):
     """Returns the path of the moments of the training images, gathered once."""
     path = Path(f'{name}_source.pth').absolute()
     if not path.exists():
-        call(calibrate, DEMO / f'{name}.py', checkpoint(name), path, '--mode', 'moments', '--every', 1)
+        run_tool('calibrate', 'moments', DEMO / f'{name}.py', checkpoint(name), path, '--every', 1)
     return path
 
 
 def fit(name, output, *args):
     """Fits a model to its test images and returns the path of the file."""
-    config, files = DEMO / f'{name}.py', (checkpoint(name), output)
-    call(calibrate, config, *files, '--mode', 'domain', '--source', source(name), '--verify', *args)
+    files = DEMO / f'{name}.py', checkpoint(name), output
+    run_tool('calibrate', 'domain', *files, '--source', source(name), '--verify', *args)
     return output
 
 
@@ -154,7 +121,7 @@ def test_a_model_whose_state_dict_leaves_weights_out_is_refused(tmp_path):
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         model = MODELS.build(cfg.model)
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'lora.pth')
-    text = sentence(tmp_path / 'lora.py', tmp_path / 'lora.pth', tmp_path / 'out.pth', '--mode', 'moments')
+    text = sentence('calibrate', 'moments', tmp_path / 'lora.py', tmp_path / 'lora.pth', tmp_path / 'out.pth')
     assert 'LoRA' in text and not (tmp_path / 'out.pth').exists()
 
 
@@ -180,7 +147,7 @@ def test_a_domain_fit_brings_the_first_features_home_in_the_unchanged_config(nam
     seen, (training, _) = [], load_moments(source(name))
     stem.register_forward_hook(lambda layer, args, out: seen.append(out.detach().transpose(0, 1).flatten(1)[None]))
     cfg = Config.fromfile(DEMO / f'{name}.py')
-    for batch in calibration.Batches(model, Unlabelled(cfg, 'test'), 32):
+    for batch in Batches(model, open_images(cfg, 'test'), 32):
         with torch.no_grad():
             model.backbone(batch)
     fitted = Moments.of(torch.cat(seen, -1))
@@ -205,8 +172,8 @@ def test_one_pass_and_a_pass_for_each_layer_come_to_the_same(tmp_path, capsys):
 
 def test_a_folder_gives_what_the_data_set_gives(tmp_path):
     config, weights = DEMO / 'mask-rcnn_swin_scenes.py', checkpoint('mask-rcnn_swin_scenes')
-    folder = ['--images', 'work_dirs/scenes/images/training', '--mode', 'moments', '--every', 1]
-    call(calibrate, config, weights, tmp_path / 'folder.pth', *folder)
+    folder = ['--images', 'work_dirs/scenes/images/training', '--every', 1]
+    run_tool('calibrate', 'moments', config, weights, tmp_path / 'folder.pth', *folder)
     expected, about = load_moments(source('mask-rcnn_swin_scenes'))
     actual, _ = load_moments(tmp_path / 'folder.pth')
     assert about['images'] == 24 and actual.keys() == expected.keys()
@@ -237,10 +204,10 @@ def test_images_of_different_sizes_take_a_pass_for_each_layer(tmp_path, capsys):
 def test_schedule_mode_writes_a_denoised_checkpoint_that_fuses(tmp_path, capsys):
     name, output = 'vit_fashion-mnist', tmp_path / 'denoised.pth'
     config = DEMO / f'{name}_denoiserep.py'
-    call(calibrate, config, checkpoint(name), output, '--mode', 'schedule', '--verify')
+    run_tool('calibrate', 'schedule', config, checkpoint(name), output, '--verify')
     shown = capsys.readouterr().out
     rows = [line.split() for line in shown.splitlines() if line.startswith(('patch_embed', 'layers.'))]
-    rows = [row for row in rows if len(row) == 7]
+    rows = [row for row in rows if len(row) == 6]
     losses = [[float(value) for value in row[-3:]] for row in rows]
     assert len(rows) == 17 and all(1.01 > start >= loss >= optimum > 0 for start, loss, optimum in losses)
     assert sum(start for start, *_ in losses) > sum(loss for _, loss, _ in losses) > sum(low for *_, low in losses)
@@ -248,19 +215,19 @@ def test_schedule_mode_writes_a_denoised_checkpoint_that_fuses(tmp_path, capsys)
     assert any(value.any() for key, value in state.items() if '.denoiser.' in key)
     vanilla = state_of(checkpoint(name))
     assert all(torch.equal(state[key], value) for key, value in vanilla.items())
-    call(fuse_checkpoint, output, tmp_path / 'fused.pth', '--verify', config)
+    run_tool('fuse_checkpoint', output, tmp_path / 'fused.pth', '--verify', config)
     assert state_of(tmp_path / 'fused.pth').keys() == vanilla.keys()
-    call(calibrate, config, checkpoint(name), tmp_path / 'prior.pth', '--mode', 'schedule', '--prior', 1000)
+    run_tool('calibrate', 'schedule', config, checkpoint(name), tmp_path / 'prior.pth', '--prior', 1000)
     assert any(not torch.equal(state[key], value) for key, value in state_of(tmp_path / 'prior.pth').items())
-    assert 'fused already' in sentence(config, tmp_path / 'fused.pth', tmp_path / 'no.pth', '--mode', 'schedule')
+    assert 'fused already' in sentence('calibrate', 'schedule', config, tmp_path / 'fused.pth', tmp_path / 'no.pth')
 
 
 def test_a_domain_fit_folds_denoisers_first(tmp_path, capsys):
     name, denoised = 'vit_fashion-mnist', tmp_path / 'denoised.pth'
     config = DEMO / f'{name}_denoiserep.py'
-    call(calibrate, config, checkpoint(name), denoised, '--mode', 'schedule')
-    call(calibrate, config, denoised, tmp_path / 'moments.pth', '--mode', 'moments')
-    call(calibrate, config, denoised, tmp_path / 'out.pth', '--mode', 'domain', '--source', tmp_path / 'moments.pth')
+    run_tool('calibrate', 'schedule', config, checkpoint(name), denoised)
+    run_tool('calibrate', 'moments', config, denoised, tmp_path / 'moments.pth')
+    run_tool('calibrate', 'domain', config, denoised, tmp_path / 'out.pth', '--source', tmp_path / 'moments.pth')
     assert state_of(tmp_path / 'out.pth').keys() == state_of(checkpoint(name)).keys()
 
 
@@ -305,17 +272,17 @@ def test_warnings(tmp_path, capsys):
     for i in range(20):
         image = np.full((28, 28), 250, np.uint8) - (np.indices((28, 28)).sum(0) == i)
         cv2.imwrite(str(tmp_path / f'other/{i}.png'), image)
-    other = ['--images', tmp_path / 'other', '--mode', 'domain', '--source', source('vit_fashion-mnist')]
-    args = [DEMO / 'vit_fashion-mnist.py', checkpoint('vit_fashion-mnist'), tmp_path / 'other.pth', *other]
-    assert 'which looks like another data set' in sentence(*args)
+    other = ['--images', tmp_path / 'other', '--source', source('vit_fashion-mnist')]
+    args = ['domain', DEMO / 'vit_fashion-mnist.py', checkpoint('vit_fashion-mnist'), tmp_path / 'other.pth', *other]
+    assert 'which looks like another data set' in sentence('calibrate', *args)
     assert not (tmp_path / 'other.pth').exists()
-    call(calibrate, *args, '--layers', 'first')
+    run_tool('calibrate', *args, '--layers', 'first')
     assert 'look like another data set altogether' in capsys.readouterr().out
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
-    args = ['--mode', 'domain', '--source', source('vit_fashion-mnist'), '--dry-run']
-    call(calibrate, DEMO / 'vit_fashion-mnist.py', checkpoint('vit_fashion-mnist'), tmp_path / 'no.pth', *args)
+    files = DEMO / 'vit_fashion-mnist.py', checkpoint('vit_fashion-mnist'), tmp_path / 'no.pth'
+    run_tool('calibrate', 'domain', *files, '--source', source('vit_fashion-mnist'), '--dry-run')
     shown = capsys.readouterr().out
     assert 'patch_embed.projection' in shown and 'nothing was written' in shown
     assert not list(tmp_path.iterdir())
@@ -327,51 +294,50 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
 def test_files_that_do_not_belong_together(tmp_path):
     name = 'vit_fashion-mnist'
     config, weights, out = DEMO / f'{name}.py', checkpoint(name), tmp_path / 'no.pth'
-    domain = ['--mode', 'domain', '--source']
     other = torch.load(weights, weights_only=True)
     other['state_dict']['backbone.ln1.weight'] += 1
     torch.save(other, tmp_path / 'other.pth')
-    assert 'gathered with other weights' in sentence(config, tmp_path / 'other.pth', out, *domain, source(name))
-    assert 'holds no moments' in sentence(config, weights, out, *domain, weights)
-    assert 'does not exist' in sentence(config, weights, out, *domain, 'nowhere.pth')
-    assert 'does not exist' in sentence(config, 'nowhere.pth', out, *domain, source(name))
-    assert 'does not fit the vanilla model' in sentence(
-        config, checkpoint('swin_fashion-mnist'), out, *domain, source(name)
-    )
-    assert 'no DenoiseRepBackbone' in sentence(config, weights, out, '--mode', 'schedule')
-    assert 'is the input itself' in sentence(config, weights, weights, '--mode', 'moments', '--overwrite')
-    assert 'exists' in sentence(config, weights, source(name), '--mode', 'moments')
-    assert 'is not a folder' in sentence(config, weights, out, '--mode', 'moments', '--images', 'nowhere')
     (tmp_path / 'broken.png').write_bytes(b'no picture')
-    assert 'broken.png cannot be read' in sentence(config, weights, out, '--mode', 'moments', '--images', tmp_path)
-    assert 'train_dataloader cannot be read' in sentence(
-        config, weights, out, '--mode', 'moments', '--cfg-options', 'train_dataloader.dataset.data_root=nowhere'
-    )
+    nowhere = ['--cfg-options', 'train_dataloader.dataset.data_root=nowhere']
+    for said, *args in (
+        ('gathered with other weights', 'domain', config, tmp_path / 'other.pth', out, '--source', source(name)),
+        ('holds no moments', 'domain', config, weights, out, '--source', weights),
+        ('does not exist', 'domain', config, weights, out, '--source', 'nowhere.pth'),
+        ('does not exist', 'domain', config, 'nowhere.pth', out, '--source', source(name)),
+        ('does not fit the vanilla model', 'moments', config, checkpoint('swin_fashion-mnist'), out),
+        ('no DenoiseRepBackbone', 'schedule', config, weights, out),
+        ('is the input itself', 'moments', config, weights, weights, '--overwrite'),
+        ('exists', 'moments', config, weights, source(name)),
+        ('is not a folder', 'moments', config, weights, out, '--images', 'nowhere'),
+        ('broken.png cannot be read', 'moments', config, weights, out, '--images', tmp_path),
+        ('train_dataloader cannot be read', 'moments', config, weights, out, *nowhere),
+    ):
+        assert said in sentence('calibrate', *args)
     assert not out.exists() and not out.with_suffix('.png').exists()
 
 
 @pytest.mark.parametrize(
     'args',
     [
-        ['c.pth', '--mode', 'domain'],
-        ['c.pth', '--mode', 'domain', '--source', 'x/../c.pth'],
-        ['c.pth', '--mode', 'moments', '--source', 'x'],
-        ['c.pth', '--mode', 'moments', '--verify'],
-        ['c.pth', '--mode', 'moments', '--num-images', '0'],
-        ['c.pth', '--mode', 'schedule', '--representative'],
-        ['c.pth', '--mode', 'schedule', '--memory', '0'],
-        ['c.pth', '--mode', 'schedule', '--rank', '0'],
-        ['c.pth', '--mode', 'domain', '--source', 'x', '--fit', 'mean', '--rank', '4'],
-        ['c.png', '--mode', 'schedule'],
-        ['c.pth', '--mode', 'schedule', '--plot', 'c.pth'],
-        ['.', '--mode', 'schedule'],
-        ['c.pth'],
+        'domain a.py b.pth c.pth',
+        'domain a.py b.pth c.pth --source x/../c.pth',
+        'moments a.py b.pth c.pth --source x',
+        'moments a.py b.pth c.pth --verify',
+        'moments a.py b.pth c.pth --num-images 0',
+        'schedule a.py b.pth c.pth --representative',
+        'schedule a.py b.pth c.pth --memory 0',
+        'schedule a.py b.pth c.pth --rank 0',
+        'domain a.py b.pth c.pth --source x --fit mean --rank 4',
+        'schedule a.py b.pth c.png',
+        'schedule a.py b.pth c.pth --plot c.pth',
+        'schedule a.py b.pth .',
+        'a.py b.pth c.pth',
     ],
 )
 def test_arguments_that_make_no_sense(args, capsys):
     """Among them options that the mode would ignore, and two files under one name."""
     with pytest.raises(SystemExit) as stopped:
-        call(calibrate, 'a.py', 'b.pth', *args)
+        run_tool('calibrate', *args.split())
     assert stopped.value.code == 2 and 'usage' in capsys.readouterr().err
 
 
@@ -420,25 +386,11 @@ def test_a_fingerprint_knows_names_and_values():
 
 def test_two_processes_gather_what_one_does(tmp_path):
     name = 'vit_fashion-mnist'
-    args = [DEMO / f'{name}.py', checkpoint(name), tmp_path / 'two.pth', '--mode', 'moments', '--every', 1]
-    launch = [
-        sys.executable,
-        '-W',
-        'ignore',
-        '-m',
-        'torch.distributed.run',
-        '--nproc-per-node=2',
-        '--master-port=29577',
-    ]
-    result = subprocess.run(
-        [*launch, str(ROOT / 'tools/calibrate.py'), *map(str, args), '--launcher', 'pytorch', '--device', 'cpu'],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''},
-        timeout=300,
-    )
-    assert result.stdout.count('moments of') == 1, 'one process prints'
+    processes = ['-m', 'torch.distributed.run', '--nproc-per-node=2', '--master-port=29577', find_tool('calibrate')]
+    files = DEMO / f'{name}.py', checkpoint(name), tmp_path / 'two.pth'
+    options = ['--every', 1, '--launcher', 'pytorch', '--device', 'cpu']
+    printed = python(*processes, 'moments', *files, *options, cwd='.', env=dict(CUDA_VISIBLE_DEVICES=''))
+    assert printed.count('moments of') == 1, 'one process prints'
     two, about = load_moments(tmp_path / 'two.pth')
     one, _ = load_moments(source(name))
     assert about['images'] == 100

@@ -1,6 +1,5 @@
 """Deployment of fused models: tools/export_onnx.py as a user meets it, torch.export, int8."""
 
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -8,50 +7,26 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from torch import nn
 
 import mmdenoiserep  # noqa: F401
 from helpers import ROOT, randomise, relative
 from mmdenoiserep import apply_denoiserep, fuse_checkpoint, fuse_model
+from mmdenoiserep.apis.config import load_config
+from mmdenoiserep.apis.export import Deployed, largest_difference, random_images
+from mmdenoiserep.apis.model import build_model
+from studies.benchmarks import deployment as benchmark
+from tools_helpers import run_tool, sentence
 
 DEMO = ROOT / 'configs/demo'
-sys.path.insert(0, str(ROOT / 'tools'))
-
-import deployment  # noqa: E402
-import export_onnx  # noqa: E402
-from benchmarks import deployment as benchmark  # noqa: E402
-from launch import launch  # noqa: E402
-
 SIDES = {'segformer_mit_scenes': 64, 'mask-rcnn_swin_scenes': 64}
-
-
-def call(*args):
-    """Runs the tool in this process."""
-    given, sys.argv = sys.argv, ['export_onnx.py', *map(str, args)]
-    try:
-        launch(export_onnx.main)
-    finally:
-        sys.argv = given
-
-
-def sentence(*args):
-    """Returns the sentence with which the tool refuses."""
-    with pytest.raises(SystemExit) as stopped:
-        call(*args)
-    assert isinstance(stopped.value.code, str) and '\n' not in stopped.value.code
-    return stopped.value.code
 
 
 def build(config):
     """Returns the model of a config with random weights and statistics."""
-    cfg = Config.fromfile(config)
-    init_default_scope(cfg.default_scope)
-    if 'data_preprocessor' in cfg:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     torch.manual_seed(0)
-    return randomise(MODELS.build(cfg.model)).eval()
+    return randomise(build_model(load_config(config)))
 
 
 def images_of(name, batch):
@@ -101,7 +76,7 @@ def test_onnxruntime_gives_what_the_denoised_model_gives(name, dynamic, models, 
     vanilla, denoised, fused = models(name)
     side = SIDES.get(name, 28)
     options = ['--size', side, side, *(['--dynamic-batch'] if dynamic else [])]
-    call(DEMO / f'{name}.py', fused, tmp_path / 'out.onnx', *options)
+    run_tool('export_onnx', DEMO / f'{name}.py', fused, tmp_path / 'out.onnx', *options)
     shown = capsys.readouterr().out
     assert 'out.onnx' in shown and [f'{n} images: ' in shown for n in (1, 2, 3)] == [True, dynamic, dynamic]
     session = onnxruntime.InferenceSession(tmp_path / 'out.onnx', providers=['CPUExecutionProvider'])
@@ -120,7 +95,7 @@ def test_the_graph_is_that_of_the_vanilla_model(models, tmp_path):
     *_, fused = models('vit_fashion-mnist')
     graphs = []
     for path in (fused, Path(str(fused).replace('_fused', '_vanilla'))):
-        call(DEMO / 'vit_fashion-mnist.py', path, tmp_path / path.with_suffix('.onnx').name)
+        run_tool('export_onnx', DEMO / 'vit_fashion-mnist.py', path, tmp_path / path.with_suffix('.onnx').name)
         graph = onnx.load(tmp_path / path.with_suffix('.onnx').name).graph
         constants = [(value.name, value.data_type, tuple(value.dims)) for value in graph.initializer]
         graphs.append(([node.op_type for node in graph.node], constants))
@@ -130,7 +105,7 @@ def test_the_graph_is_that_of_the_vanilla_model(models, tmp_path):
 def test_a_swin_with_a_dynamic_batch_is_refused(models, tmp_path):
     """Its exported graph remembers the batch that it was traced with, and would be silently wrong for others."""
     *_, fused = models('swin_fashion-mnist')
-    message = sentence(DEMO / 'swin_fashion-mnist.py', fused, tmp_path / 'out.onnx', '--dynamic-batch')
+    message = sentence('export_onnx', DEMO / 'swin_fashion-mnist.py', fused, tmp_path / 'out.onnx', '--dynamic-batch')
     assert 'swin_fashion-mnist.py cannot be exported with --dynamic-batch' in message
     assert 'onnxruntime differs from torch by' in message
     assert not list(tmp_path.iterdir())
@@ -153,10 +128,10 @@ def test_what_one_exporter_lacks_the_other_has(tmp_path, capfd):
     config.write_text(PYRAMID)
     torch.save(dict(state_dict=build(config).state_dict()), checkpoint)
     before = sorted(tmp_path.iterdir())
-    message = sentence(config, checkpoint, tmp_path / 'out.onnx', '--size', 64, 64)
+    message = sentence('export_onnx', config, checkpoint, tmp_path / 'out.onnx', '--size', 64, 64)
     assert 'psp.py cannot be exported for one image (3, 64, 64)' in message and 'adaptive_avg_pool2d' in message
     assert 'graph(' not in ''.join(capfd.readouterr()) and sorted(tmp_path.iterdir()) == before
-    call(config, checkpoint, tmp_path / 'out.onnx', '--size', 64, 64, '--dynamo')
+    run_tool('export_onnx', config, checkpoint, tmp_path / 'out.onnx', '--size', 64, 64, '--dynamo')
     (output,) = onnx.load(tmp_path / 'out.onnx').graph.output
     assert [size.dim_value for size in output.type.tensor_type.shape.dim] == [1, 3, 2, 2]
 
@@ -167,13 +142,13 @@ def test_bad_input_ends_in_one_sentence(models, tmp_path):
     *_, fused = models('vit_fashion-mnist')
     unfused = Path(str(fused).replace('_fused', ''))
     output = tmp_path / 'out.onnx'
-    assert f'tools/fuse_checkpoint.py {unfused} ' in sentence(config, unfused, output)
-    assert 'does not exist' in sentence(config, tmp_path / 'none.pth', output)
-    assert 'does not fit' in sentence(DEMO / 'resnet_fashion-mnist.py', fused, output)
-    assert 'must end with .onnx' in sentence(config, fused, tmp_path / 'out.pth')
+    assert f'tools/fuse_checkpoint.py {unfused} ' in sentence('export_onnx', config, unfused, output)
+    assert 'does not exist' in sentence('export_onnx', config, tmp_path / 'none.pth', output)
+    assert 'does not fit' in sentence('export_onnx', DEMO / 'resnet_fashion-mnist.py', fused, output)
+    assert 'must end with .onnx' in sentence('export_onnx', config, fused, tmp_path / 'out.pth')
     assert not list(tmp_path.iterdir())
     output.write_text('mine')
-    assert 'exists' in sentence(config, fused, output)
+    assert 'exists' in sentence('export_onnx', config, fused, output)
     assert output.read_text() == 'mine'
 
 
@@ -184,9 +159,9 @@ def test_a_slip_in_the_model_of_the_user_keeps_its_traceback(tmp_path):
     )
     torch.save(dict(state_dict=MODELS.build(dict(type='OwnSlip')).state_dict(prefix='backbone.')), tmp_path / 'c.pth')
     words = [tmp_path / 'config.py', tmp_path / 'c.pth', tmp_path / 'out.onnx']
-    assert 'cannot be exported' in sentence(*words, '--size', 8, 8)
+    assert 'cannot be exported' in sentence('export_onnx', *words, '--size', 8, 8)
     with pytest.raises(AttributeError, match='scael'):
-        call(*words, '--size', 16, 16)
+        run_tool('export_onnx', *words, '--size', 16, 16)
     assert not (tmp_path / 'out.onnx').exists()
 
 
@@ -203,9 +178,9 @@ class OwnSlip(nn.Module):
 def test_differences_are_over_the_largest_output():
     """The worst of all outputs counts, and NaN is no agreement."""
     outputs = [torch.tensor([1.0, -4.0]), torch.tensor([100.0])]
-    assert deployment.largest_difference(outputs, outputs) == 0
-    assert deployment.largest_difference([outputs[0] + 0.5, outputs[1] + 1], outputs) == 0.125
-    assert deployment.largest_difference([outputs[0], outputs[1] * torch.nan], outputs) > 1e9
+    assert largest_difference(outputs, outputs) == 0
+    assert largest_difference([outputs[0] + 0.5, outputs[1] + 1], outputs) == 0.125
+    assert largest_difference([outputs[0], outputs[1] * torch.nan], outputs) > 1e9
 
 
 @pytest.mark.parametrize(
@@ -215,7 +190,7 @@ def test_torch_export_of_the_fused_model_is_that_of_the_vanilla_one(name, models
     """The same operators in the same order, the same parameters and buffers; and it computes what unfused does."""
     vanilla, denoised, _ = models(name)
     images = images_of(name, 2)
-    programs = [torch.export.export(deployment.Deployed(model), (images,)) for model in (fuse_model(denoised), vanilla)]
+    programs = [torch.export.export(Deployed(model), (images,)) for model in (fuse_model(denoised), vanilla)]
     operators = [[str(node.target) for node in p.graph.nodes if node.op == 'call_function'] for p in programs]
     assert operators[0] == operators[1] and len(operators[0]) > 20
     shapes = [{key: (value.shape, value.dtype) for key, value in p.state_dict.items()} for p in programs]
@@ -232,7 +207,7 @@ def test_int8_costs_the_fused_model_what_it_costs_the_vanilla_one(quantiser, str
     """The same size to the byte, and about the same error: the weaker the denoisers, the closer."""
     *models, shape = benchmark.build_pair('vit_fashion-mnist', strength)
     with torch.no_grad():
-        fused, vanilla = (quantiser(model, deployment.random_images(16, shape)) for model in models)
+        fused, vanilla = (quantiser(model, random_images(16, shape)) for model in models)
     assert fused['int8_bytes'] == vanilla['int8_bytes'] < 0.7 * fused['float32_bytes']
     assert 0 < vanilla['error'] < 0.05
     assert 1 / factor < fused['error'] / vanilla['error'] < factor

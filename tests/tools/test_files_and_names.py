@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -14,19 +13,9 @@ import pytest
 import torch
 
 from hardening_helpers import Command, commands, contents, make_small, read_checkpoint, run
-from helpers import ROOT
-from mmdenoiserep.core import Moments, fuse_checkpoint, load_moments, save_moments
+from mmdenoiserep.core import CheckpointError, Moments, fuse_checkpoint, load_moments, save_moments
+from mmdenoiserep.core.files.atomic import write_file, write_folder
 from mmdenoiserep.core.files.checkpoint import write_atomically
-
-sys.path.insert(0, str(ROOT / 'tools'))
-
-import convert_checkpoint  # noqa: E402
-import corrupt_images  # noqa: E402
-import fuse_checkpoint as fuse_tool  # noqa: E402
-import make_reid  # noqa: E402
-import make_scenes  # noqa: E402
-import prepare_fashion_mnist  # noqa: E402
-from outputs import folder_written_whole, written_whole  # noqa: E402
 
 KILLS = 50
 """Writers of each kind that are killed."""
@@ -69,7 +58,7 @@ def read_moments(path):
 
 
 def write_features(path, number):
-    with written_whole(path) as file:
+    with write_file(path) as file:
         np.savez(file, features=np.full(20_000, number))
 
 
@@ -180,9 +169,21 @@ def test_a_folder_that_cannot_be_replaced_stays(error, tmp_path, monkeypatch):
         return rename(path, to)
 
     monkeypatch.setattr(Path, 'rename', fail)
-    with pytest.raises((SystemExit, KeyboardInterrupt)), folder_written_whole(target) as new:
+    with pytest.raises((CheckpointError, KeyboardInterrupt)), write_folder(target) as new:
         (new / 'new.txt').touch()
     assert [path.name for path in tmp_path.rglob('*')] == ['out', 'old.txt']
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / 'a.txt'
+    with write_file(target) as file:
+        file.write(b'first')
+        assert not target.exists()
+    for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, 'No space left'), CheckpointError)):
+        with pytest.raises(raised), write_file(target) as file:
+            file.write(b'second')
+            raise error
+    assert target.read_text() == 'first' and list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize('name', WRITERS)
@@ -207,11 +208,11 @@ def all_commands(small, out):
     name, copy, scenes, reid, fashion = (out / name for name in ('out.pth', 'copy', 'scenes', 'reid', 'fashion'))
     found = {name: c for name, c in commands(small, out).items() if c.output and name != 'test'}
     return found | dict(
-        convert=Command(convert_checkpoint, ['transreid', small / 'vit.pth', name], name, read_checkpoint),
-        corrupt=Command(corrupt_images, [small / 'images', copy, 'blur'], copy, os.listdir),
-        scenes=Command(make_scenes, [scenes, '--train', 1, '--val', 1, '--size', 64], scenes, os.listdir),
-        reid=Command(make_reid, [reid, '--ids', 2, '--test-ids', 2, '--size', 32], reid, os.listdir),
-        fashion=Command(prepare_fashion_mnist, [fashion], fashion, os.listdir),
+        convert=Command('convert_checkpoint', ['transreid', small / 'vit.pth', name], name, read_checkpoint),
+        corrupt=Command('corrupt_images', [small / 'images', copy, 'blur'], copy, os.listdir),
+        scenes=Command('make_scenes', [scenes, '--train', 1, '--val', 1, '--size', 64], scenes, os.listdir),
+        reid=Command('make_reid', [reid, '--ids', 2, '--test-ids', 2, '--size', 32], reid, os.listdir),
+        fashion=Command('prepare_fashion_mnist', [fashion], fashion, os.listdir),
     )
 
 
@@ -270,9 +271,9 @@ def test_the_longest_name_that_a_disk_takes(small, tmp_path):
     """255 bytes, also where a character takes four; and one more is refused."""
     for name in ('x' * 251 + '.pth', '🙂' * 62 + 'xxx.pth', 'é' * 125 + 'x.pth'):
         assert len(os.fsencode(name)) == 255
-        assert run(fuse_tool, small / 'config.pth', tmp_path / name) is None
+        assert run('fuse_checkpoint', small / 'config.pth', tmp_path / name) is None
         assert read_checkpoint(tmp_path / name)
-        assert 'File name too long' in run(fuse_tool, small / 'config.pth', tmp_path / f'x{name}')
+        assert 'File name too long' in run('fuse_checkpoint', small / 'config.pth', tmp_path / f'x{name}')
     folder = tmp_path / 'made'
     for name, command in all_commands(small, folder).items():
         if command.output.suffix == '':
@@ -305,13 +306,13 @@ def test_links_to_inputs_and_outputs(small, tmp_path):
     kept = tmp_path / 'kept.pth'
     kept.write_bytes(b'keep me')
     (tmp_path / 'latest.pth').symlink_to(kept)
-    assert run(fuse_tool, tmp_path / 'inside', tmp_path / 'out.pth') is None
-    assert 'exists' in run(fuse_tool, tmp_path / 'inside', tmp_path / 'latest.pth')
-    assert run(fuse_tool, tmp_path / 'inside', tmp_path / 'latest.pth', '--overwrite') is None
+    assert run('fuse_checkpoint', tmp_path / 'inside', tmp_path / 'out.pth') is None
+    assert 'exists' in run('fuse_checkpoint', tmp_path / 'inside', tmp_path / 'latest.pth')
+    assert run('fuse_checkpoint', tmp_path / 'inside', tmp_path / 'latest.pth', '--overwrite') is None
     assert kept.read_bytes() == b'keep me' and not (tmp_path / 'latest.pth').is_symlink()
     assert read_checkpoint(tmp_path / 'latest.pth')
     for name in ('nowhere', 'loop'):
-        assert run(fuse_tool, tmp_path / name, tmp_path / 'other.pth')
+        assert run('fuse_checkpoint', tmp_path / name, tmp_path / 'other.pth')
     assert not (tmp_path / 'other.pth').exists()
     assert (tmp_path / 'inside').is_symlink()
 
@@ -323,13 +324,16 @@ def test_links_among_images(small, tmp_path):
     (images / 'a.png').symlink_to(small / 'images/cat/0.png')
     (images / 'again').symlink_to(images)
     linked.symlink_to(images)
-    assert run(corrupt_images, linked, copy, 'blur') is None
+    assert run('corrupt_images', linked, copy, 'blur') is None
     assert os.listdir(copy) == ['a.png']
     (images / 'b.png').symlink_to(tmp_path / 'nowhere.png')
-    assert 'b.png' in run(corrupt_images, linked, tmp_path / 'more', 'blur')
+    assert 'b.png' in run('corrupt_images', linked, tmp_path / 'more', 'blur')
     (images / 'b.png').unlink()
     os.mkfifo(images / 'c.png')
-    for command in (Command(corrupt_images, [linked, tmp_path / 'more', 'blur']), commands(small, tmp_path)['extract']):
+    for command in (
+        Command('corrupt_images', [linked, tmp_path / 'more', 'blur']),
+        commands(small, tmp_path)['extract'],
+    ):
         args = [linked if arg == small / 'images' else arg for arg in command.args]
         assert 'c.png is not a file' in run(command.tool, *args)
 

@@ -28,18 +28,9 @@ from hardening_helpers import (
     survive,
     time_limit,
 )
-from helpers import ROOT, randomise
+from helpers import randomise
 from mmdenoiserep import apply_denoiserep
 from mmdenoiserep.core import CheckpointError, Moments, load_moments, save_moments
-
-sys.path.insert(0, str(ROOT / 'tools'))
-
-import convert_checkpoint  # noqa: E402
-import corrupt_images  # noqa: E402
-import fuse_checkpoint  # noqa: E402
-import make_reid  # noqa: E402
-import make_scenes  # noqa: E402
-import prepare_fashion_mnist  # noqa: E402
 
 COUNTS = dict(fuse=800, transreid=150, vmamba=150, moments=300, source=60, images=60, matches=100, articles=100)
 """Malformed inputs of each test; :data:`CONFIGS`, :data:`OPTIONS` and :data:`CHECKPOINTS` have the others."""
@@ -323,19 +314,19 @@ def test_fuse_checkpoint(work):
     content = dict(
         meta={'epoch': 3, 'classes': ['a'], 7: 'seven'}, state_dict=dict(randomise(model).state_dict()), optimizer={}
     )
-    fuzz_files('fuse', fuse_checkpoint, [], content, work)
+    fuzz_files('fuse', 'fuse_checkpoint', [], content, work)
 
 
 def test_convert_checkpoint_transreid(work):
     names = ['cls_token', 'pos_embed', 'patch_embed.proj.weight', 'blocks.0.norm1.weight', 'head.x', 'norm.bias']
     content = dict(teacher={f'module.backbone.{name}': torch.ones(2) for name in names}, epoch=3)
-    fuzz_files('transreid', convert_checkpoint, ['transreid'], content, work)
+    fuzz_files('transreid', 'convert_checkpoint', ['transreid'], content, work)
 
 
 def test_convert_checkpoint_vmamba(work):
     names = ['patch_embed.0.weight', 'classifier.norm.weight', 'classifier.head.weight', 'layers.0.blocks.0.x']
     content = dict(model={name: torch.ones(2) for name in names})
-    fuzz_files('vmamba', convert_checkpoint, ['vmamba'], content, work)
+    fuzz_files('vmamba', 'convert_checkpoint', ['vmamba'], content, work)
 
 
 def test_files_of_moments(work):
@@ -496,7 +487,7 @@ def test_images(work, small):
     runs = [
         extract._replace(args=[images if arg == small / 'images' else arg for arg in extract.args]),
         moments._replace(args=[*moments.args, '--images', images]),
-        Command(corrupt_images, [images, folder / 'copy', 'blur'], folder / 'copy', os.listdir),
+        Command('corrupt_images', [images, folder / 'copy', 'blur'], folder / 'copy', os.listdir),
     ]
 
     def check(file, command):
@@ -543,7 +534,7 @@ def test_articles(work):
     source, target = folder / 'source', folder / 'made'
     source.mkdir()
     reid = ['--ids', 2, '--test-ids', 2, '--cameras', 2, '--per-camera', 1, '--size', 32]
-    tools = {make_scenes: ['--train', 1, '--val', 1, '--size', 64], make_reid: reid, prepare_fashion_mnist: []}
+    tools = dict(make_scenes=['--train', 1, '--val', 1, '--size', 64], make_reid=reid, prepare_fashion_mnist=[])
 
     def check(files, tool):
         for name, file in files.items():

@@ -1,6 +1,5 @@
 """Lazy configs, whose types are imported objects: what they say, and every tool with them."""
 
-from argparse import Namespace
 from pathlib import Path
 
 import mmdet
@@ -8,10 +7,12 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.config.lazy import LazyObject
+from test_tools import metrics, with_random_denoisers
 
 from helpers import ROOT
-from test_tools import metrics, tool, with_random_denoisers
+from mmdenoiserep.apis.config import show_predictions, use_amp, use_tta, without_denoising
 from tiny_datasets import write_cifar10, write_coco
+from tools_helpers import run_process
 
 CONFIGS = ROOT / 'configs'
 LAZY = CONFIGS / 'lazy'
@@ -110,7 +111,7 @@ def test_every_tool_takes_a_lazy_config(name, data, tmp_path):
 
     def run(tool_name, *args, options=()):
         options = ['--cfg-options', *TINY[library], *options] if tool_name in ('train', 'test') else []
-        return tool(tool_name, *args, *options, cwd=data, env={'PYTHONPATH': data})
+        return run_process(tool_name, *args, *options, cwd=data, env={'PYTHONPATH': data})
 
     log = run('train', denoised, '--work-dir', tmp_path / 'run', options=['load_from=None', 'train_cfg.max_epochs=1'])
     assert 'layers denoised' in log
@@ -135,16 +136,12 @@ def test_every_tool_takes_a_lazy_config(name, data, tmp_path):
 
 @pytest.mark.parametrize('kind', ['denoiserep', 'baseline_ft'])
 def test_print_targets(kind, tmp_path):
-    table = tool('print_targets', LAZY / f'resnet18_8xb16_cifar10_{kind}.py', cwd=tmp_path)
+    table = run_process('print_targets', LAZY / f'resnet18_8xb16_cifar10_{kind}.py', cwd=tmp_path)
     assert 'resnet_cifar.ResNet_CIFAR' in table and '20 layers denoised' in table
 
 
-def test_options_of_the_tools_know_objects_as_types(monkeypatch):
+def test_options_of_the_tools_know_objects_as_types():
     """--amp, --show-dir, --tta and --verify on lazy configs; what they change can still be written and read again."""
-    monkeypatch.syspath_prepend(CONFIGS.parent / 'tools')
-    from common import draw_predictions, use_amp, use_tta, without_denoising
-
-    args = Namespace(config='', show=False, show_dir='drawn', wait_time=0)
     for name, drawing in {
         'resnet18_8xb16_cifar10': dict(enable=True, out_dir='drawn'),
         'mask_rcnn_r50_fpn_1x_coco': dict(draw=True, test_out_dir='drawn'),
@@ -152,7 +149,7 @@ def test_options_of_the_tools_know_objects_as_types(monkeypatch):
         cfg = lazy(f'{name}_denoiserep')
         assert without_denoising(cfg.model) == lazy(f'{name}_baseline_ft').model
         use_amp(cfg)
-        draw_predictions(cfg, args)
+        show_predictions(cfg, 'drawn')
         cfg.tta_model, cfg.tta_pipeline = dict(type=LazyObject('mmpretrain.models', 'AverageClsScoreTTA')), []
         use_tta(cfg)
         cfg = Config.fromstring(cfg.pretty_text, '.py')

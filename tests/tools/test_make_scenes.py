@@ -1,58 +1,29 @@
-"""Tests of tools/make_scenes.py."""
+"""Tests of studies/make_scenes.py."""
 
 import gzip
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
+
+from articles import BAD_FOLDERS, IMAGES, LABELS, missing_source, read_tree, write_source
 from helpers import ROOT
+from studies import make_scenes
+from tools_helpers import run_process, run_tool, sentence
 
-sys.path.append(str(ROOT / 'tools'))
-
-import make_scenes  # noqa: E402
-from launch import launch  # noqa: E402
-
-TOOL = ROOT / 'tools' / 'make_scenes.py'
 SOURCE = ROOT / 'demo' / 'fashion-mnist'
-IMAGES = 't10k-images-idx3-ubyte.gz'
-LABELS = 't10k-labels-idx1-ubyte.gz'
 COUNTS = {'training': 6, 'validation': 3}
-
-
-def run_tool(*arguments):
-    """Run the tool and return the finished process."""
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-
-
-def write_source(folder, count):
-    """Write a source of the given number of articles, all plain squares of class 0."""
-    folder.mkdir()
-    images = np.zeros((count, 28, 28), np.uint8)
-    images[:, 6:22, 6:22] = 200
-    header = b''.join(size.to_bytes(4, 'big') for size in images.shape)
-    (folder / IMAGES).write_bytes(gzip.compress(b'\0\0\x08\x03' + header + images.tobytes()))
-    (folder / LABELS).write_bytes(gzip.compress(b'\0\0\x08\x01' + count.to_bytes(4, 'big') + bytes(count)))
-    return folder
-
-
-def read_tree(folder):
-    """Return the bytes of every file below a folder, by relative path."""
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 
 
 @pytest.fixture(scope='module')
 def scenes(tmp_path_factory):
-    """A small output of the tool."""
+    """A small output."""
     out = tmp_path_factory.mktemp('made') / 'scenes'
-    done = run_tool(out, '--train', COUNTS['training'], '--val', COUNTS['validation'])
-    assert done.returncode == 0, done.stderr
+    run_tool('make_scenes', out, '--train', COUNTS['training'], '--val', COUNTS['validation'])
     assert [path.name for path in out.parent.iterdir()] == ['scenes']
     return out
 
@@ -150,16 +121,15 @@ def test_scenes_use_only_their_split(tmp_path, monkeypatch):
         out.mkdir(exist_ok=True)
 
     monkeypatch.setattr(make_scenes, 'write_split', note)
-    monkeypatch.setattr(sys, 'argv', ['make_scenes.py', str(tmp_path / 'scenes')])
-    launch(make_scenes.main)
+    run_tool(make_scenes, tmp_path / 'scenes')
     assert len(seen['training']) > len(seen['validation']) > 1000
     assert not seen['training'] & seen['validation']
 
 
 def test_same_seed_gives_same_bytes(scenes, tmp_path):
     counts = ('--train', COUNTS['training'], '--val', COUNTS['validation'])
-    assert run_tool(tmp_path / 'same', *counts).returncode == 0
-    assert run_tool(tmp_path / 'other', *counts, '--seed', 1).returncode == 0
+    run_tool('make_scenes', tmp_path / 'same', *counts)
+    run_tool('make_scenes', tmp_path / 'other', *counts, '--seed', 1)
     expected = read_tree(scenes)
     assert read_tree(tmp_path / 'same') == expected
     other = read_tree(tmp_path / 'other')
@@ -168,7 +138,7 @@ def test_same_seed_gives_same_bytes(scenes, tmp_path):
 
 
 def test_scene_does_not_depend_on_number_of_scenes(scenes, tmp_path):
-    assert run_tool(tmp_path / 'few', '--train', 2, '--val', 1).returncode == 0
+    run_tool('make_scenes', tmp_path / 'few', '--train', 2, '--val', 1)
     expected = read_tree(scenes)
     found = read_tree(tmp_path / 'few')
     assert len(found) == 8
@@ -178,14 +148,9 @@ def test_scene_does_not_depend_on_number_of_scenes(scenes, tmp_path):
 def test_overwrite_replaces_scenes(scenes, tmp_path):
     out = tmp_path / 'scenes'
     shutil.copytree(scenes, out)
-    done = run_tool(out, '--train', 1, '--val', 1, '--size', 64, '--overwrite')
-    assert done.returncode == 0, done.stderr
+    run_tool('make_scenes', out, '--train', 1, '--val', 1, '--size', 64, '--overwrite')
     assert len(read_tree(out)) == 6
     assert [path.name for path in tmp_path.iterdir()] == ['scenes']
-
-
-def missing_source(folder):
-    return ['--source', folder / 'nowhere']
 
 
 def missing_labels(folder):
@@ -226,23 +191,6 @@ def too_few_articles(folder):
     return ['--source', write_source(folder / 'source', 19)]
 
 
-def folder_not_empty(folder):
-    (folder / 'out').mkdir()
-    (folder / 'out' / 'images').write_text('precious')
-    return []
-
-
-def folder_of_something_else(folder):
-    (folder / 'out').mkdir()
-    (folder / 'out' / 'thesis.txt').write_text('precious')
-    return ['--overwrite']
-
-
-def file_in_place_of_folder(folder):
-    (folder / 'out').write_text('precious')
-    return ['--overwrite']
-
-
 @pytest.mark.parametrize(
     ('prepare', 'message'),
     [
@@ -254,9 +202,7 @@ def file_in_place_of_folder(folder):
         (shorter_than_header, 'header promises'),
         (fewer_labels_than_images, 'do not belong together'),
         (too_few_articles, 'too few articles'),
-        (folder_not_empty, 'not empty'),
-        (folder_of_something_else, 'holds thesis.txt, which --overwrite would delete'),
-        (file_in_place_of_folder, 'not a folder'),
+        *BAD_FOLDERS,
         (lambda folder: ['--size', 63], 'too small'),
         (lambda folder: ['--train', 0], 'at least one scene'),
         (lambda folder: ['--seed', -1], 'negative'),
@@ -265,10 +211,7 @@ def file_in_place_of_folder(folder):
 def test_bad_input(tmp_path, prepare, message):
     arguments = prepare(tmp_path)
     before = sorted(tmp_path.rglob('*')), read_tree(tmp_path)
-    done = run_tool(tmp_path / 'out', *arguments)
-    assert done.returncode != 0
-    assert done.stderr.startswith('make_scenes: ') and message in done.stderr
-    assert done.stderr.count('\n') == 1
+    assert message in sentence('make_scenes', tmp_path / 'out', *arguments)
     assert (sorted(tmp_path.rglob('*')), read_tree(tmp_path)) == before
 
 
@@ -277,13 +220,9 @@ def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device', str(path))
 
     monkeypatch.setattr(make_scenes, 'write_image', fail)
-    monkeypatch.setattr(sys, 'argv', ['make_scenes.py', str(tmp_path / 'scenes')])
-    with pytest.raises(SystemExit, match='make_scenes: .*No space left'):
-        launch(make_scenes.main)
+    assert 'No space left' in sentence(make_scenes, tmp_path / 'out')
     assert not list(tmp_path.iterdir())
 
 
-def test_help():
-    done = run_tool('--help')
-    assert done.returncode == 0
-    assert '--overwrite' in done.stdout
+def test_help(tmp_path):
+    assert '--overwrite' in run_process('make_scenes', '--help', cwd=tmp_path)

@@ -1,23 +1,16 @@
-"""Tests of tools/prepare_fashion_mnist.py."""
+"""Tests of studies/prepare_fashion_mnist.py."""
 
 import gzip
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from mmpretrain.datasets import FashionMNIST
-from helpers import ROOT
 
-TOOL = ROOT / 'tools/prepare_fashion_mnist.py'
+from helpers import ROOT
+from tools_helpers import run_process, run_tool, sentence
+
 SHIPPED = ROOT / 'demo/fashion-mnist'
 PARTS = 'images-idx3', 'labels-idx1'
-
-
-def run_tool(*arguments):
-    """Runs the tool and returns the finished process."""
-    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=60)
 
 
 def read(out, split):
@@ -49,12 +42,12 @@ def both_splits(tmp_path):
     return tmp_path / 'source'
 
 
-def test_a_source_with_both_splits_is_taken_as_it_is(both_splits, tmp_path):
-    done = run_tool(tmp_path / 'new/out', '--source', both_splits)
-    assert done.returncode == 0, done.stderr
-    assert 'train: 30 images, 3 to 3 of each of 10 classes' in done.stdout
-    assert 't10k: 20 images, 2 to 2 of each of 10 classes' in done.stdout
-    assert str(both_splits) in done.stdout
+def test_a_source_with_both_splits_is_taken_as_it_is(both_splits, tmp_path, capsys):
+    run_tool('prepare_fashion_mnist', tmp_path / 'new/out', '--source', both_splits)
+    printed = capsys.readouterr().out
+    assert 'train: 30 images, 3 to 3 of each of 10 classes' in printed
+    assert 't10k: 20 images, 2 to 2 of each of 10 classes' in printed
+    assert str(both_splits) in printed
     for split, (images, labels) in {'train': random_split(30, 0), 'test': random_split(20, 1)}.items():
         read_images, read_labels = read(tmp_path / 'new/out', split)
         assert (read_images == images).all() and (read_labels == labels).all()
@@ -62,11 +55,11 @@ def test_a_source_with_both_splits_is_taken_as_it_is(both_splits, tmp_path):
     assert len(list((tmp_path / 'new/out').iterdir())) == 4
 
 
-def test_the_shipped_images_are_divided(tmp_path):
-    done = run_tool(tmp_path / 'out', '--source', SHIPPED)
-    assert done.returncode == 0, done.stderr
-    assert 'train: 8000 images, 776 to 827 of each' in done.stdout
-    assert 't10k: 2000 images, 173 to 224 of each' in done.stdout
+def test_the_shipped_images_are_divided(tmp_path, capsys):
+    run_tool('prepare_fashion_mnist', tmp_path / 'out', '--source', SHIPPED)
+    printed = capsys.readouterr().out
+    assert 'train: 8000 images, 776 to 827 of each' in printed
+    assert 't10k: 2000 images, 173 to 224 of each' in printed
     (train, train_labels), (test, test_labels) = read(tmp_path / 'out', 'train'), read(tmp_path / 'out', 'test')
     whole = gzip.decompress((SHIPPED / 't10k-images-idx3-ubyte.gz').read_bytes())[16:]
     assert train.tobytes() + test.tobytes() == whole
@@ -78,14 +71,12 @@ def test_overwrite(both_splits, tmp_path):
     out = tmp_path / 'out'
     out.mkdir()
     (out / 'train-images-idx3-ubyte').write_text('old')
-    done = run_tool(out, '--source', both_splits)
-    assert done.returncode == 1 and 'not empty' in done.stderr
+    assert 'not empty' in sentence('prepare_fashion_mnist', out, '--source', both_splits)
     assert (out / 'train-images-idx3-ubyte').read_text() == 'old'
-    assert run_tool(out, '--source', both_splits, '--overwrite').returncode == 0
+    run_tool('prepare_fashion_mnist', out, '--source', both_splits, '--overwrite')
     assert len(read(out, 'train')[0]) == 30
     (out / 'thesis.txt').write_text('precious')
-    done = run_tool(out, '--source', both_splits, '--overwrite')
-    assert done.returncode == 1 and 'holds thesis.txt' in done.stderr
+    assert 'holds thesis.txt' in sentence('prepare_fashion_mnist', out, '--source', both_splits, '--overwrite')
     assert (out / 'thesis.txt').read_text() == 'precious'
 
 
@@ -137,13 +128,9 @@ def too_few_to_divide(source):
 )
 def test_bad_sources(both_splits, tmp_path, spoil, message):
     spoil(both_splits)
-    done = run_tool(tmp_path / 'out', '--source', both_splits)
-    assert done.returncode == 1
-    assert done.stderr.startswith('prepare_fashion_mnist: ') and message in done.stderr
-    assert done.stderr.count('\n') == 1
+    assert message in sentence('prepare_fashion_mnist', tmp_path / 'out', '--source', both_splits)
     assert [path.name for path in tmp_path.iterdir()] == ['source'], 'nothing is left behind'
 
 
-def test_help():
-    done = run_tool('--help')
-    assert done.returncode == 0 and '--source' in done.stdout
+def test_help(tmp_path):
+    assert '--source' in run_process('prepare_fashion_mnist', '--help', cwd=tmp_path)

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -14,24 +12,21 @@ import torch
 from matplotlib.colors import to_hex
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import DATASETS, init_default_scope
 from mmpretrain.datasets import BaseDataset
 
-from helpers import ROOT, randomise
+from helpers import randomise
 from mmdenoiserep import fuse_checkpoint
-
-sys.path.append(str(ROOT / 'tools'))
-
-import draw_matches  # noqa: E402
-import extract_features  # noqa: E402
-import outputs  # noqa: E402
-from launch import launch  # noqa: E402
+from mmdenoiserep.apis import matches
+from mmdenoiserep.apis.config import load_config
+from mmdenoiserep.apis.model import build_model
+from tools_helpers import find_tool, python, run_tool, sentence
 
 MEAN, STD = [90.0, 100.0, 110.0], [50.0, 60.0, 70.0]
 CONFIG = f"""
 default_scope = 'mmpretrain'
 custom_imports = dict(
-    imports=['mmdenoiserep', 'mmdenoiserep.tasks.reid', 'mmdenoiserep.evaluation.reid_metric'], allow_failed_imports=False)
+    imports=['mmdenoiserep.tasks.reid', 'mmdenoiserep.evaluation.reid_metric'], allow_failed_imports=False)
 data_preprocessor = dict(mean={MEAN}, std={STD}, to_rgb=True)
 backbone = dict(type='VisionTransformer', img_size=(32, 16), patch_size=8, out_type='cls_token',
                 arch=dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64))
@@ -71,22 +66,6 @@ class Strips(BaseDataset):
         return self.pipeline(sample)
 
 
-def main(tool, *args):
-    """Runs a tool in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', [f'tools/{tool.__name__}.py', *map(str, args)])
-        launch(tool.main)
-
-
-def sentence(tool, *args):
-    """Runs a tool on bad input and returns the one line that it must end with."""
-    with pytest.raises(SystemExit) as error:
-        main(tool, *args)
-    text = error.value.code
-    assert isinstance(text, str) and '\n' not in text and text.startswith(f'{tool.__name__}: '), text
-    return text.partition(': ')[2]
-
-
 @pytest.fixture(scope='module')
 def work(tmp_path_factory):
     """A folder with images, both configs, random weights with and without denoisers, and a file of matches."""
@@ -119,9 +98,7 @@ def in_work(work, monkeypatch):
 
 def build(config):
     """Builds the model of a config as a runner does."""
-    cfg = Config.fromfile(config)
-    init_default_scope('mmpretrain')
-    return MODELS.build(dict(cfg.model, data_preprocessor=cfg.data_preprocessor)).eval()
+    return build_model(load_config(config))
 
 
 def write_matches():
@@ -143,9 +120,9 @@ def write_matches():
 def drawn(monkeypatch, *args):
     """Draws, and returns the rows of the figure, each the axes with an image."""
     figures = []
-    draw = draw_matches.draw
-    monkeypatch.setattr(draw_matches, 'draw', lambda *given: figures.append(draw(*given)) or figures[-1])
-    main(draw_matches, 'config.py', 'matches.json', 'out.png', '--overwrite', *args)
+    draw = matches._draw
+    monkeypatch.setattr(matches, '_draw', lambda *given: figures.append(draw(*given)) or figures[-1])
+    run_tool('draw_matches', 'config.py', 'matches.json', 'out.png', '--overwrite', *args)
     axes = figures[0].axes
     columns = axes[0].get_gridspec().ncols
     rows = [axes[i : i + columns] for i in range(0, len(axes), columns)]
@@ -161,9 +138,9 @@ def test_the_picture(monkeypatch):
     for row, entry in zip(rows, entries, strict=True):
         assert len(row) == 1 + len(entry['matches']) == 5
         for axes, image in zip(row, [entry, *entry['matches']], strict=True):
-            expected = draw_matches.GREY
+            expected = matches.GREY
             if 'correct' in image:
-                expected = draw_matches.GREEN if image['pid'] == entry['pid'] else draw_matches.RED
+                expected = matches.GREEN if image['pid'] == entry['pid'] else matches.RED
             assert {to_hex(spine.get_edgecolor()) for spine in axes.spines.values()} == {to_hex(expected)}
             colours.add(expected)
             assert np.array_equal(axes.images[0].get_array(), cv2.imread(image['img_path'])[..., ::-1])
@@ -171,7 +148,7 @@ def test_the_picture(monkeypatch):
             assert axes.get_xlabel() == f'{figure}\nid {image["pid"]}, cam {image["camid"]}'
     assert len(colours) == 3
     picture = cv2.imread('out.png')
-    for colour in (draw_matches.GREEN, draw_matches.RED):
+    for colour in (matches.GREEN, matches.RED):
         bgr = [int(colour[i : i + 2], 16) for i in (5, 3, 1)]
         assert (picture == bgr).all(2).sum() > 1000
     assert not list(Path().glob('.*'))
@@ -200,9 +177,9 @@ def test_fewer_matches_than_columns(monkeypatch):
     entries[1]['matches'] = entries[1]['matches'][:2]
     Path('fewer.json').write_text(json.dumps(entries))
     draw_rows = []
-    show = draw_matches.show
-    monkeypatch.setattr(draw_matches, 'show', lambda *args: draw_rows.append(args[1]['sample_idx']) or show(*args))
-    main(draw_matches, 'config.py', 'fewer.json', 'fewer.png', '--queries', '99')
+    show = matches._show
+    monkeypatch.setattr(matches, '_show', lambda *args: draw_rows.append(args[1]['sample_idx']) or show(*args))
+    run_tool('draw_matches', 'config.py', 'fewer.json', 'fewer.png', '--queries', '99')
     assert len(draw_rows) == 6 * 5 - 2
 
 
@@ -219,9 +196,9 @@ def test_images_behind_wrappers_and_in_grey():
     cfg.test_dataloader.dataset.pipeline[0].color_type = 'grayscale'
     cfg.test_dataloader.dataset = dict(type='RepeatDataset', times=1, dataset=cfg.test_dataloader.dataset)
     entries = json.loads(Path('matches.json').read_text())
-    images = draw_matches.read_images(cfg, [entries[0], *entries[0]['matches']], Path('matches.json'))
+    images = matches._read_images(cfg, [entries[0], *entries[0]['matches']], Path('matches.json'))
     assert np.array_equal(images[0], cv2.imread('strips/00_1_0.png', cv2.IMREAD_GRAYSCALE))
-    shown = draw_matches.draw(entries[:1], images).axes[0].images[0].get_array()
+    shown = matches._draw(entries[:1], images).axes[0].images[0].get_array()
     assert np.array_equal(shown, np.repeat(images[0][..., None], 3, 2))
 
 
@@ -239,7 +216,7 @@ def test_images_of_other_kinds_are_drawn_as_people_see_them(pixels, colour):
     """Blue with alpha, as floats, in 12 bits, with more channels; and grey in 12 bits."""
     entries = json.loads(Path('matches.json').read_text())
     images = {image['sample_idx']: pixels for entry in entries[:1] for image in (entry, *entry['matches'])}
-    for axes in draw_matches.draw(entries[:1], images).axes[:2]:
+    for axes in matches._draw(entries[:1], images).axes[:2]:
         assert (axes.images[0].get_array() == colour).all()
 
 
@@ -266,7 +243,7 @@ def changed(change):
     ],
 )
 def test_matches_that_do_not_fit(change, text):
-    assert text in sentence(draw_matches, 'config.py', changed(change), 'no.png', '--queries', '6')
+    assert text in sentence('draw_matches', 'config.py', changed(change), 'no.png', '--queries', '6')
     assert not Path('no.png').exists()
 
 
@@ -274,7 +251,7 @@ def test_bad_arguments_of_the_picture():
     Path('half.json').write_text(Path('matches.json').read_text()[:-9])
     Path('binary.json').write_bytes(b'\x80\x02\xff')
     Path('there.png').write_text('mine')
-    for matches, output, text in (
+    for found, output, text in (
         ('half.json', 'no.png', 'half.json is not JSON'),
         ('binary.json', 'no.png', 'binary.json is not JSON'),
         ('none.json', 'no.png', 'none.json cannot be read: No such file'),
@@ -282,26 +259,14 @@ def test_bad_arguments_of_the_picture():
         ('matches.json', 'there.png', 'there.png exists; name another file, or pass --overwrite'),
         ('matches.json', 'none/no.png', 'the folder none does not exist'),
     ):
-        assert text in sentence(draw_matches, 'config.py', matches, output)
+        assert text in sentence('draw_matches', 'config.py', found, output)
     assert Path('there.png').read_text() == 'mine' and not Path('no.png').exists()
-    text = sentence(draw_matches, 'config.py', 'matches.json', 'no.png', '--cfg-options', 'test_dataloader=None')
+    text = sentence('draw_matches', 'config.py', 'matches.json', 'no.png', '--cfg-options', 'test_dataloader=None')
     assert text == 'the config has no test_dataloader'
     root = 'test_dataloader.dataset.type=Nothing'
     assert 'the data set of test_dataloader cannot be read' in sentence(
-        draw_matches, 'config.py', 'matches.json', 'no.png', '--cfg-options', root
+        'draw_matches', 'config.py', 'matches.json', 'no.png', '--cfg-options', root
     )
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    target = tmp_path / 'a.txt'
-    with outputs.written_whole(target) as file:
-        file.write(b'first')
-        assert not target.exists()
-    for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, 'No space left'), SystemExit)):
-        with pytest.raises(raised), outputs.written_whole(target) as file:
-            file.write(b'second')
-            raise error
-    assert target.read_text() == 'first' and list(tmp_path.iterdir()) == [target]
 
 
 # Features
@@ -321,7 +286,7 @@ def features_by_hand(model, paths):
 
 def extracted(*args):
     """Extracts into a file and returns its content, which needs no pickle."""
-    main(extract_features, *args, 'out.npz', '--overwrite', '--device', 'cpu')
+    run_tool('extract_features', *args, 'out.npz', '--overwrite', '--device', 'cpu')
     with np.load('out.npz') as content:
         return content['features'], content['paths'].tolist()
 
@@ -392,7 +357,7 @@ def test_a_classifier_that_is_not_used_may_be_missing(images):
     ],
 )
 def test_weights_that_are_missing_or_broken(change, text, images):
-    text_of_tool = sentence(extract_features, 'config.py', with_state(change), images, 'no.npz', '--device', 'cpu')
+    text_of_tool = sentence('extract_features', 'config.py', with_state(change), images, 'no.npz', '--device', 'cpu')
     assert text in text_of_tool and f'the features of {images / "a/1.bmp"} and others' in text_of_tool
     assert not Path('no.npz').exists()
 
@@ -425,16 +390,16 @@ def test_bad_input_of_the_features(images, tmp_path_factory):
         ('denoised.py', 'config.pth', images, 'no.npz', 'config.pth has no backbone.layers.0.ffn.layers.0.0.denoiser.'),
         ('no_head.py', 'no_head.pth', images, 'no.npz', 'the model of no_head.py predicts no pred_feature'),
     ):
-        assert text in sentence(extract_features, config, checkpoint, folder, output, '--device', 'cpu')
+        assert text in sentence('extract_features', config, checkpoint, folder, output, '--device', 'cpu')
     assert '--device nowhere cannot be used' in sentence(
-        extract_features, 'config.py', 'config.pth', images, 'no.npz', '--device', 'nowhere'
+        'extract_features', 'config.py', 'config.pth', images, 'no.npz', '--device', 'nowhere'
     )
     assert not Path('evil').exists() and not Path('no.npz').exists() and Path('there.npz').read_text() == 'mine'
 
 
 def test_a_broken_image_is_named(images):
     (images / 'c/broken.png').write_bytes((images / 'z.png').read_bytes()[:40])
-    text = sentence(extract_features, 'config.py', 'config.pth', images, 'no.npz', '--device', 'cpu')
+    text = sentence('extract_features', 'config.py', 'config.pth', images, 'no.npz', '--device', 'cpu')
     assert text.startswith(f'{images / "c/broken.png"} cannot be read') and not Path('no.npz').exists()
 
 
@@ -444,9 +409,7 @@ def test_a_broken_image_is_named(images):
 @pytest.mark.parametrize('name', ['draw_matches', 'extract_features'])
 def test_help_is_shown_at_once(name):
     """With all options, without importing torch."""
-    command = [sys.executable, '-X', 'importtime', ROOT / 'tools' / f'{name}.py', '--help']
-    result = subprocess.run(command, text=True, capture_output=True, timeout=60)
-    assert result.returncode == 0
-    assert '--overwrite' in result.stdout and '--cfg-options' in result.stdout
-    imported = re.findall(r'[| ](\w+)$', result.stderr, re.MULTILINE)
+    result = python('-X', 'importtime', find_tool(name), '--help', cwd='.')
+    assert '--overwrite' in result and '--cfg-options' in result
+    imported = re.findall(r'[| ](\w+)$', result, re.MULTILINE)
     assert 'argparse' in imported and not {'torch', 'mmengine', 'numpy', 'matplotlib'} & set(imported)

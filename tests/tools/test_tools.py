@@ -7,36 +7,22 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+
 from helpers import ROOT
+from tools_helpers import run_process, sentence
 
 DEMO = ROOT / 'configs/demo'
 TRAINING = ['--cfg-options', 'load_from=None', 'train_cfg.max_iters=2', 'default_hooks.logger.interval=1']
 
 
-def tool(name, *args, cwd, code=0, env=()):
-    """Runs a tool, checks its exit code and returns everything that it printed."""
-    result = subprocess.run(
-        [sys.executable, '-W', 'ignore', str(ROOT / 'tools' / f'{name}.py'), *map(str, args)],
-        cwd=cwd,
-        text=True,
-        capture_output=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', **dict(env)},
-        timeout=400,
-    )
-    output = result.stdout + result.stderr
-    assert result.returncode == code, output[-4000:]
-    return output
-
-
-def sentence(name, *args, cwd):
+def refusal(name, *args, cwd):
     """Runs a tool on bad input and returns the one sentence that it must end with, exit code 1 and no traceback."""
-    output = tool(name, *args, cwd=cwd, code=1)
+    output = run_process(name, *args, cwd=cwd, code=1)
     assert 'Traceback' not in output, output
     return next(line for line in reversed(output.splitlines()) if line.startswith(f'{name}: '))
 
@@ -63,7 +49,9 @@ def metrics(work_dir):
 def scenes(tmp_path_factory):
     """A folder to work in, with a few composed scenes and a few folders of classified images."""
     root = tmp_path_factory.mktemp('user')
-    tool('make_scenes', 'work_dirs/scenes', '--train', 4, '--val', 2, '--source', ROOT / 'demo/fashion-mnist', cwd=root)
+    run_process(
+        'make_scenes', 'work_dirs/scenes', '--train', 4, '--val', 2, '--source', ROOT / 'demo/fashion-mnist', cwd=root
+    )
     generator = np.random.default_rng(0)
     for split in ('train', 'val'):
         for label in ('cat', 'dog'):
@@ -157,7 +145,7 @@ def user_configs(tmp_path_factory):
 @pytest.fixture(scope='session')
 def trained(scenes, user_configs):
     """A checkpoint of the classifier after two iterations, with random denoisers in it."""
-    tool('train', user_configs['mmpretrain'][1], '--work-dir', 'trained', cwd=scenes)
+    run_process('train', user_configs['mmpretrain'][1], '--work-dir', 'trained', cwd=scenes)
     return with_random_denoisers(scenes / 'trained/iter_2.pth', scenes / 'trained/random.pth')
 
 
@@ -166,18 +154,18 @@ def test_train_fuse_and_evaluate_in_the_unchanged_config(library, scenes, user_c
     """Train, fuse with --verify, evaluate unfused and fused: the same metrics; loss_denoise is in the log."""
     vanilla, denoised = user_configs[library]
     options = TRAINING if library == 'mmdet' else []
-    log = tool('train', denoised, '--work-dir', tmp_path / 'run', *options, cwd=scenes)
+    log = run_process('train', denoised, '--work-dir', tmp_path / 'run', *options, cwd=scenes)
     assert 'loss_denoise: ' in log
     assert 'steps' in log and 'in execution order' in log, 'the conversion table is logged'
     assert (tmp_path / 'run/iter_2_fused.pth').is_file(), 'DenoiseFusionHook writes a sibling'
 
     checkpoint = with_random_denoisers(tmp_path / 'run/iter_2.pth', tmp_path / 'random.pth')
     fused = tmp_path / 'fused.pth'
-    printed = tool('fuse_checkpoint', checkpoint, fused, '--verify', denoised, cwd=scenes)
+    printed = run_process('fuse_checkpoint', checkpoint, fused, '--verify', denoised, cwd=scenes)
     assert 'layers fused' in printed and ' ok' in printed and 'TOO LARGE' not in printed
 
-    tool('test', denoised, checkpoint, '--work-dir', tmp_path / 'unfused', cwd=scenes)
-    tool('test', vanilla, fused, '--work-dir', tmp_path / 'fused', cwd=scenes)
+    run_process('test', denoised, checkpoint, '--work-dir', tmp_path / 'unfused', cwd=scenes)
+    run_process('test', vanilla, fused, '--work-dir', tmp_path / 'fused', cwd=scenes)
     unfused, after = metrics(tmp_path / 'unfused'), metrics(tmp_path / 'fused')
     assert unfused.keys() == after.keys() and unfused
     assert after == pytest.approx(unfused, abs=1e-3)
@@ -188,7 +176,7 @@ def test_the_control_is_the_same_run_without_denoising(scenes, user_configs, tmp
     losses = {}
     for name in ('baseline-ft', 'denoiserep'):
         config = DEMO / f'mask-rcnn_swin_scenes_{name}.py'
-        tool('train', config, '--work-dir', tmp_path / name, *TRAINING, 'train_cfg.val_interval=100', cwd=scenes)
+        run_process('train', config, '--work-dir', tmp_path / name, *TRAINING, 'train_cfg.val_interval=100', cwd=scenes)
         path = next((tmp_path / name).glob('*/vis_data/scalars.json'))
         losses[name] = json.loads(path.read_text().splitlines()[0])
     first, control = losses['denoiserep'], losses['baseline-ft']
@@ -201,12 +189,12 @@ def test_the_control_is_the_same_run_without_denoising(scenes, user_configs, tmp
 def test_resume_continues_a_training_run(scenes, user_configs, trained, tmp_path):
     """--resume takes up the last checkpoint of the work dir, whose message hub holds pickled mmengine objects."""
     config = user_configs['mmpretrain'][1]
-    tool('train', config, '--work-dir', tmp_path, cwd=scenes)
-    log = tool(
+    run_process('train', config, '--work-dir', tmp_path, cwd=scenes)
+    log = run_process(
         'train', config, '--work-dir', tmp_path, '--resume', '--cfg-options', 'train_cfg.max_iters=4', cwd=scenes
     )
     assert 'resumed' in log and (tmp_path / 'iter_4_fused.pth').is_file()
-    assert 'does not exist' in sentence('train', config, '--resume', 'nowhere.pth', cwd=tmp_path)
+    assert 'does not exist' in refusal('train', config, '--resume', 'nowhere.pth', cwd=tmp_path)
 
 
 def extra_of(table):
@@ -217,11 +205,13 @@ def extra_of(table):
 def test_print_targets(scenes, user_configs):
     """The table can be had without training, for denoised and for vanilla configs."""
     vanilla, denoised = user_configs['mmpretrain']
-    table = tool('print_targets', denoised, cwd=scenes)
+    table = run_process('print_targets', denoised, cwd=scenes)
     assert 'layers.0.attn.qkv' in table and 'extra parameters' in table and 'mmpretrain.models.backbones' in table
-    mlp = tool('print_targets', vanilla, '--targets', 'mlp', '--rank', 4, '--exclude', r'layers\.1\..*', cwd=scenes)
+    mlp = run_process(
+        'print_targets', vanilla, '--targets', 'mlp', '--rank', 4, '--exclude', r'layers\.1\..*', cwd=scenes
+    )
     assert 'layers.0.ffn.layers.1' in mlp and 'layers.1.' not in mlp and 'qkv' not in mlp
-    full = tool('print_targets', vanilla, '--rank', 0, cwd=scenes)
+    full = run_process('print_targets', vanilla, '--rank', 0, cwd=scenes)
     assert extra_of(mlp) < extra_of(table) < extra_of(full)
     assert "'layers.0.qvk'" in sentence('print_targets', vanilla, '--targets', 'layers.0.qvk', cwd=scenes)
 
@@ -233,13 +223,13 @@ def test_print_targets(scenes, user_configs):
 )
 def test_help(name, tmp_path):
     """Every tool explains itself."""
-    assert 'usage: ' in tool(name, '--help', cwd=tmp_path)
+    assert 'usage: ' in run_process(name, '--help', cwd=tmp_path)
 
 
 def test_training_without_the_hook_is_an_error(scenes, user_configs, tmp_path):
     """A config that wraps the backbone and forgets the hook does not train silently."""
     config = user_configs['mmpretrain'][1]
-    log = tool('train', config, '--work-dir', tmp_path, '--cfg-options', 'custom_hooks=[]', cwd=scenes, code=1)
+    log = run_process('train', config, '--work-dir', tmp_path, '--cfg-options', 'custom_hooks=[]', cwd=scenes, code=1)
     assert 'add custom_hooks' in log.splitlines()[-1]
 
 
@@ -279,7 +269,7 @@ def test_a_training_that_cannot_begin_ends_in_one_sentence(args, expected, scene
     hooks = "custom_hooks = [dict(type='DenoiseLossHook')]"
     (tmp_path / 'mine.py').write_text(f'_base_ = {str(base)!r}\n{imports}\n{hooks}\n')
     args = args or ['--cfg-options', 'load_from=None']
-    assert expected in sentence('train', tmp_path / 'mine.py', '--work-dir', tmp_path, *args, cwd=scenes)
+    assert expected in refusal('train', tmp_path / 'mine.py', '--work-dir', tmp_path, *args, cwd=scenes)
 
 
 def test_unreadable_configs(scenes, trained, tmp_path):
@@ -291,7 +281,7 @@ def test_unreadable_configs(scenes, trained, tmp_path):
         'print_targets': ['nowhere.py'],
         'fuse_checkpoint': [trained, 'out.pth', '--verify', 'broken.py'],
     }.items():
-        assert args[-1 if name == 'fuse_checkpoint' else 0] in sentence(name, *args, cwd=tmp_path)
+        assert args[-1 if name == 'fuse_checkpoint' else 0] in refusal(name, *args, cwd=tmp_path)
     assert not (tmp_path / 'out.pth').exists()
 
 
@@ -299,15 +289,15 @@ def test_fusing_twice_and_the_wrong_pairings(scenes, user_configs, trained, tmp_
     """Fused files are refused where denoisers are expected, and denoised files where they are not."""
     vanilla, denoised = user_configs['mmpretrain']
     fused = tmp_path / 'fused.pth'
-    tool('fuse_checkpoint', trained, fused, cwd=tmp_path)
+    run_process('fuse_checkpoint', trained, fused, cwd=tmp_path)
     before = fused.read_bytes()
     assert 'fused already' in sentence('fuse_checkpoint', fused, 'again.pth', cwd=tmp_path)
     assert 'exists' in sentence('fuse_checkpoint', trained, fused, cwd=tmp_path)
     assert 'the input itself' in sentence('fuse_checkpoint', trained, trained, '--overwrite', cwd=tmp_path)
-    tool('fuse_checkpoint', trained, fused, '--overwrite', cwd=tmp_path)
+    run_process('fuse_checkpoint', trained, fused, '--overwrite', cwd=tmp_path)
     assert fused.read_bytes() == before, 'fusing is bitwise reproducible'
-    assert 'tools/fuse_checkpoint.py' in sentence('test', vanilla, trained, cwd=scenes)
-    assert 'is fused' in sentence('test', denoised, fused, cwd=scenes)
+    assert 'tools/fuse_checkpoint.py' in refusal('test', vanilla, trained, cwd=scenes)
+    assert 'is fused' in refusal('test', denoised, fused, cwd=scenes)
     assert 'needs the config' in sentence('fuse_checkpoint', trained, 'v.pth', '--verify', vanilla, cwd=scenes)
     assert not (tmp_path / 'again.pth').exists() and not (scenes / 'v.pth').exists()
 
@@ -340,7 +330,7 @@ def test_verify_finds_a_backbone_anywhere(scenes, user_configs, trained, tmp_pat
     checkpoint['state_dict'] = {f'detector.{key}': value for key, value in checkpoint['state_dict'].items()}
     torch.save(checkpoint, tmp_path / 'in.pth')
     files = [tmp_path / 'in.pth', tmp_path / 'out.pth', '--verify', tmp_path / 'mine.py']
-    printed = tool('fuse_checkpoint', *files, cwd=scenes, env=dict(PYTHONPATH=str(tmp_path)))
+    printed = run_process('fuse_checkpoint', *files, cwd=scenes, env=dict(PYTHONPATH=str(tmp_path)))
     assert 'detector.backbone on two random images' in printed and (tmp_path / 'out.pth').exists()
 
 
@@ -365,23 +355,6 @@ def test_bad_files_leave_nothing_behind(trained, tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason='mounting a small disk needs root')
-def test_full_and_read_only_disks(trained, tmp_path):
-    """On a disk that is too small or read-only, the tool says so and leaves no part of a file."""
-    disk = tmp_path / 'disk'
-    disk.mkdir()
-    mount = ['mount', '-t', 'tmpfs', '-o', 'size=64k', 'tmpfs', str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip('this machine does not let us mount a small disk')
-    try:
-        assert 'cannot be written' in sentence('fuse_checkpoint', trained, disk / 'fused.pth', cwd=tmp_path)
-        assert not list(disk.iterdir())
-        subprocess.run(['mount', '-o', 'remount,ro', str(disk)], check=True)
-        assert 'Read-only' in sentence('fuse_checkpoint', trained, disk / 'fused.pth', cwd=tmp_path)
-    finally:
-        subprocess.run(['umount', str(disk)], check=True)
-
-
 def test_interrupt_while_writing(trained, tmp_path):
     """Ctrl-C in the middle of writing: exit code 1, one sentence, no file, the input as it was."""
     before = trained.read_bytes()
@@ -396,12 +369,12 @@ def slow(content, file):
     time.sleep(60)
 torch.save = slow
 sys.argv = ['fuse_checkpoint.py', {str(trained)!r}, 'fused.pth']
-sys.path.insert(0, {str(ROOT / 'tools')!r})
 runpy.run_path({str(ROOT / 'tools/fuse_checkpoint.py')!r}, run_name='__main__')
 """
     process = subprocess.Popen(
         [sys.executable, '-W', 'ignore', '-c', script],
         cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -5,9 +5,7 @@ import importlib
 import itertools
 import json
 import os
-import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,9 +13,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from mmengine.runner import CheckpointLoader
-from helpers import ROOT
+from mmengine.runner import CheckpointLoader, checkpoint
+
+from mmdenoiserep.apis.config import load_config
+from mmdenoiserep.apis.model import build_model, load_strictly
+from mmdenoiserep.core import CheckpointError
+from mmdenoiserep.engine.resume import allow_training_checkpoints
+from tools_helpers import find_tool, python, run_tool, sentence
 
 CONFIG = """
 default_scope, custom_imports = 'mmpretrain', dict(imports=['mmdenoiserep'])
@@ -39,6 +43,8 @@ runner_type, strategy = 'FlexibleRunner', dict(type='SingleDeviceStrategy')
 env_cfg, default_hooks = dict(dist_cfg=dict(backend='gloo')), dict()
 """
 NUMBER = itertools.count()
+OWN_NAMES = ['common', 'images', 'launch', 'calibrate', 'train', 'verify']
+"""Modules of the user that are called as some of the tools are, or were."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +54,6 @@ def folder(tmp_path, monkeypatch):
     schemes, modules = dict(CheckpointLoader._schemes), set(sys.modules)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / 'tools')
     generator = np.random.default_rng(0)
     for label in '01':
         Path('images', label).mkdir(parents=True)
@@ -61,37 +66,23 @@ def folder(tmp_path, monkeypatch):
     DefaultScope._instance_dict.clear()
     DefaultScope._instance_dict.update(scopes)
     CheckpointLoader._schemes = schemes
-    for name in set(sys.modules) - modules:
-        if name in ('common', 'launch', 'mine'):
-            del sys.modules[name]
+    for name in {'mine', *OWN_NAMES} & (set(sys.modules) - modules):
+        del sys.modules[name]
 
 
 def tool(name, *args, options=()):
-    """Runs a tool; what it ends with instead is the SystemExit or the error of the user's code."""
-    argv = sys.argv
-    sys.argv = [f'{name}.py', *map(str, args), '--cfg-options', f'experiment_name=run{next(NUMBER)}', *options]
-    try:
-        runpy.run_path(str(ROOT / f'tools/{name}.py'), run_name='__main__')
-    finally:
-        sys.argv = argv
+    """Runs a tool whose runs have names of their own."""
+    run_tool(name, *args, '--cfg-options', f'experiment_name=run{next(NUMBER)}', *options)
 
 
-def sentence(name, *args, options=()):
-    """Runs a tool on bad input and returns the sentence that it ends with."""
-    with pytest.raises(SystemExit) as caught:
-        tool(name, *args, options=options)
-    assert isinstance(caught.value.code, str) and '\n' not in caught.value.code
-    return caught.value.code
+def refusal(name, *args, options=()):
+    """Returns the sentence that such a tool ends with."""
+    return sentence(name, *args, '--cfg-options', f'experiment_name=run{next(NUMBER)}', *options)
 
 
 def weights(number=7.0, path='start.pth', **others):
     """Writes a checkpoint whose class token has one number, and returns its path."""
-    from mmengine.config import Config
-    from mmengine.registry import MODELS, init_default_scope
-
-    cfg = Config.fromfile('config.py')
-    init_default_scope('mmpretrain')
-    state = MODELS.build(dict(cfg.model, data_preprocessor=cfg.data_preprocessor)).state_dict()
+    state = build_model(load_config('config.py')).state_dict()
     state['backbone.cls_token'].fill_(number)
     torch.save(dict(meta={}, state_dict=state, **others), path)
     return path
@@ -132,7 +123,7 @@ def test_resume_from_an_address(monkeypatch):
     address = 'https://example.org/epoch_1.pth'
     tool('train', 'config.py', '--work-dir', 'c', '--resume', address, options=['train_cfg.max_epochs=2'])
     assert asked == [address] and token('c/epoch_2.pth') == 7
-    assert 'nowhere.pth' in sentence('train', 'config.py', '--resume', 'nowhere.pth')
+    assert 'nowhere.pth' in refusal('train', 'config.py', '--resume', 'nowhere.pth')
 
 
 @pytest.mark.parametrize('runner', ['', FLEXIBLE])
@@ -141,7 +132,7 @@ def test_weights_are_not_resumed(runner, others):
     """Released weights, and fused ones, have no place in a run; the sentence says how to start from them."""
     Path('config.py').write_text(CONFIG + runner)
     for args, options in (['--resume', weights(**others)], []), ([], ['resume=True', 'load_from=start.pth']):
-        said = sentence('train', 'config.py', '--work-dir', 'a', *args, options=options)
+        said = refusal('train', 'config.py', '--work-dir', 'a', *args, options=options)
         assert 'load_from=start.pth' in said and 'KeyError' not in said
 
 
@@ -161,39 +152,113 @@ def test_weights_of_another_model(name, runner):
     Path('config.py').write_text(CONFIG + runner)
     torch.save({f'blocks.{i}.weight': torch.zeros(2) for i in range(9)}, 'mae.pth')
     args = ['config.py', 'mae.pth'] if name == 'test' else ['config.py']
-    said = sentence(name, *args, '--work-dir', 'w', options=[] if name == 'test' else ['load_from=mae.pth'])
+    said = refusal(name, *args, '--work-dir', 'w', options=[] if name == 'test' else ['load_from=mae.pth'])
     assert 'blocks.0.weight' in said and 'backbone.cls_token' in said and 'mae.pth' in said
 
 
-OWN = 'class Own(VisionTransformer):\n    def __init__(self, **options):\n        super().__init__(**options)\n        '
-BUGS = {
-    'import': 'undefined_name',
-    'build': f'{OWN}self.undefined',
-    'shape': f'{OWN}import torch; torch.zeros(2) @ torch.zeros(3)',
+OWN = """
+import torch
+from mmcv.transforms import BaseTransform
+from mmpretrain.datasets import CustomDataset
+from mmpretrain.models import VisionTransformer
+from mmpretrain.registry import DATASETS, MODELS, TRANSFORMS
+def fail(here, kind):
+    if here == {bug!r}:
+        {slip}
+fail('import', None)
+@MODELS.register_module(force=True)
+class Own(VisionTransformer):
+    def __init__(self, **options):
+        super().__init__(**options)
+        fail('build', self)
+    def forward(self, x):
+        fail('forward', self)
+        return super().forward(x)
+@TRANSFORMS.register_module(force=True)
+class OwnStep(BaseTransform):
+    def transform(self, results):
+        fail('transform', self)
+        return results
+@DATASETS.register_module(force=True)
+class OwnData(CustomDataset):
+    def load_data_list(self):
+        fail('list', self)
+        return super().load_data_list()
+    def get_data_info(self, idx):
+        fail('read', self)
+        return super().get_data_info(idx)
+"""
+BUGS = ('import', 'build', 'forward', 'transform', 'list', 'read')
+SLIPS = {
+    'undefined_name': NameError,
+    'kind.undefined': AttributeError,
+    "dict()['depth']": KeyError,
+    'torch.zeros(2) @ torch.zeros(3)': RuntimeError,
 }
+RUNS = {
+    'train': ['config.py', '--work-dir', 'w'],
+    'test': ['config.py', 'start.pth', '--work-dir', 'w'],
+    'calibrate': ['moments', 'config.py', 'start.pth', 'out.pth'],
+    'visualize': ['config.py', 'start.pth', 'start.pth', '--out', 'figures', '--num-images', 2],
+}
+"""Arguments of the tools that run code of the user."""
 
 
 @pytest.mark.parametrize('bug', BUGS)
-@pytest.mark.parametrize('name', ['train', 'test'])
+@pytest.mark.parametrize('name', RUNS)
 def test_a_bug_of_the_user_keeps_its_traceback(bug, name, folder):
-    """In a module of custom_imports, in a model of their own, and in torch where their code called it."""
-    register = '@MODELS.register_module(force=True)\n' if bug != 'import' else ''
-    imports = 'from mmpretrain.models import VisionTransformer\nfrom mmpretrain.registry import MODELS\n'
-    (folder / 'mine.py').write_text(imports + register + BUGS[bug])
-    Path('config.py').write_text(CONFIG)
+    """In a module, model, step or data set of their own, and in torch where that called it, with file and line."""
     weights()
-    Path('config.py').write_text(f"{CONFIG}custom_imports['imports'].append('mine')\nvit['type'] = 'Own'\n")
-    with pytest.raises((NameError, AttributeError, RuntimeError)) as caught:
-        tool(name, 'config.py', *(['start.pth'] if name == 'test' else []))
-    assert any(Path(entry.path).name == 'mine.py' for entry in caught.traceback)
+    own = "custom_imports['imports'].append('mine')\nvit['type'], data['type'] = 'Own', 'OwnData'\n"
+    Path('config.py').write_text(f"{CONFIG}{own}pipeline.insert(1, dict(type='OwnStep'))\n")
+    for slip, kind in SLIPS.items():
+        (folder / 'mine.py').write_text(OWN.format(bug=bug, slip=slip))
+        importlib.invalidate_caches()
+        sys.modules.pop('mine', None)
+        with pytest.raises(kind) as caught:
+            tool(name, *RUNS[name])
+        lines = [str(entry.statement).strip() for entry in caught.traceback if Path(entry.path).name == 'mine.py']
+        assert slip in lines, (slip, lines)
+    assert not Path('out.pth').exists() and not Path('figures').exists()
 
 
 @pytest.mark.parametrize(
-    'option', ['model.backbone.type=VisionTransfromer', 'model.backbone.depht=3', 'optim_wrapper.optimizer.type=SGDD']
+    ('change', 'words'),
+    [
+        ("vit['type'] = 'VisionTransfromer'", 'VisionTransfromer'),
+        ("vit['depht'] = 3", 'depht'),
+        ("del vit['type']", 'type'),
+        ("del vit['arch']['num_heads']", 'num_heads'),
+        ('del model', 'model'),
+        ("data['type'] = 'CustomDatasets'", 'CustomDatasets'),
+        ("pipeline[1]['type'] = 'Resise'", 'Resise'),
+        ("del pipeline[1]['scale']", 'scale'),
+        ("data['data_root'] = 'nowhere'", 'nowhere'),
+        ("custom_imports['imports'].append('nowhere')", 'nowhere'),
+        ("_base_ = './nowhere.py'", 'nowhere.py'),
+    ],
 )
-def test_a_mistake_in_the_config_is_a_sentence(option):
-    """It goes through libraries alone."""
-    assert 'config.py' in sentence('train', 'config.py', options=[option])
+@pytest.mark.parametrize('name', RUNS)
+def test_a_mistake_in_the_config_is_a_sentence(name, change, words):
+    """An unknown type, a missing key or file: it goes through libraries alone."""
+    weights()
+    Path('config.py').write_text(f'{CONFIG}{change}\n')
+    assert words in refusal(name, *RUNS[name])
+    assert not Path('out.pth').exists() and not Path('figures').exists()
+
+
+@pytest.mark.parametrize('missing', ['config.py', 'start.pth'])
+@pytest.mark.parametrize('name', RUNS)
+def test_a_missing_file_is_a_sentence(name, missing):
+    weights()
+    Path(missing).unlink()
+    args = [*RUNS[name], '--resume', 'start.pth'] if name == 'train' else RUNS[name]
+    assert missing in refusal(name, *args)
+
+
+@pytest.mark.parametrize('option', ['optim_wrapper.optimizer.type=SGDD', 'train_dataloader.sampler.type=DefaultSample'])
+def test_a_mistake_in_an_option_is_a_sentence(option):
+    assert 'config.py' in refusal('train', 'config.py', options=[option])
 
 
 OUTER = """
@@ -214,28 +279,15 @@ def test_a_backbone_within_another_model_is_calibrated(folder):
     (folder / 'mine.py').write_text(OUTER)
     imports = "custom_imports['imports'].append('mine')\n"
     Path('config.py').write_text(f"{CONFIG}{imports}model = dict(type='Outer', detector=model)\n")
-    from mmengine.config import Config
-
     wrap = "model['detector']['backbone'] = dict(type='DenoiseRepBackbone', backbone=vit)\n"
     Path('den.py').write_text(Path('config.py').read_text() + wrap)
     state = {f'detector.{key}': value for key, value in start.items()}
     torch.save(dict(meta=dict(cfg=Config.fromfile('den.py').pretty_text), state_dict=state), 'outer.pth')
-    tool('calibrate', 'config.py', 'outer.pth', 'moments.pth', '--mode', 'moments', '--images', 'images')
-    fit = [
-        '--mode',
-        'domain',
-        '--source',
-        'moments.pth',
-        '--images',
-        'images',
-        '--layers',
-        'all',
-        '--fit',
-        'covariance',
-    ]
+    tool('calibrate', 'moments', 'config.py', 'outer.pth', 'moments.pth', '--images', 'images')
+    fit = ['--source', 'moments.pth', '--images', 'images', '--layers', 'all', '--fit', 'covariance']
     for path in Path('images').rglob('*.png'):
         cv2.imwrite(str(path), 255 - cv2.imread(str(path)) // 2)
-    tool('calibrate', 'config.py', 'outer.pth', 'fitted.pth', *fit)
+    tool('calibrate', 'domain', 'config.py', 'outer.pth', 'fitted.pth', *fit)
     fitted = torch.load('fitted.pth', weights_only=True)
     assert fitted['state_dict'].keys() == state.keys()
     assert not torch.equal(
@@ -245,20 +297,11 @@ def test_a_backbone_within_another_model_is_calibrated(folder):
     vanilla = Config.fromstring(fitted['meta']['cfg'], '.py')
     assert vanilla.model.detector.backbone.type == 'VisionTransformer'
     torch.save(state, 'bare.pth')
-    tool('calibrate', 'den.py', 'bare.pth', 'again.pth', *fit)
+    tool('calibrate', 'domain', 'den.py', 'bare.pth', 'again.pth', *fit)
     again = torch.load('again.pth', weights_only=True)
     assert all(torch.equal(value, again['state_dict'][key]) for key, value in fitted['state_dict'].items())
     assert Config.fromstring(again['meta']['cfg'], '.py').model == vanilla.model
-    assert 'does not fit' in sentence(
-        'calibrate', 'config.py', 'start.pth', 'x.pth', '--mode', 'moments', '--images', 'images'
-    )
-
-
-def load_strictly(model, state):
-    """Loads a state dict as the tools do that take all of it."""
-    opening = runpy.run_path(str(ROOT / 'tools/opening.py'))
-    opening['load_strictly'](model, state, 'in.pth', 'vanilla')
-    return model
+    assert 'does not fit' in refusal('calibrate', 'moments', 'config.py', 'start.pth', 'x.pth', '--images', 'images')
 
 
 def small():
@@ -282,7 +325,8 @@ def test_all_of_a_model_is_loaded():
     trained[1].running_var.uniform_(0.5, 2)
     trained[2].seen = 5
     state = trained.state_dict()
-    model = load_strictly(small(), {key: value for key, value in state.items() if 'tracked' not in key})
+    model = small()
+    load_strictly(model, {key: value for key, value in state.items() if 'tracked' not in key}, 'in.pth', 'vanilla')
     assert torch.equal(model[1].running_var, state['1.running_var']) and model[2].seen == 5
     assert torch.equal(model[2].weight, state['2.weight'])
 
@@ -297,20 +341,16 @@ def test_all_of_a_model_is_loaded():
 )
 def test_weights_that_are_not_all_of_a_model(change, words):
     """The sentence has the first names of both sides, and says what statistics are."""
-    from mmdenoiserep.core import CheckpointError
-
     state = {change(key): value for key, value in small().state_dict().items() if change(key)}
     with pytest.raises(CheckpointError) as caught:
-        load_strictly(small(), state)
+        load_strictly(small(), state, 'in.pth', 'vanilla')
     assert all(word in str(caught.value) for word in words)
 
 
 def test_weights_of_another_shape():
     """Both shapes are told."""
-    from mmdenoiserep.core import CheckpointError
-
     with pytest.raises(CheckpointError, match=r'2.weight is \(5, 4\) in the file and \(4, 4\) in the model'):
-        load_strictly(small(), small().state_dict() | {'2.weight': torch.zeros(5, 4)})
+        load_strictly(small(), small().state_dict() | {'2.weight': torch.zeros(5, 4)}, 'in.pth', 'vanilla')
 
 
 def test_weights_under_a_key_become_a_checkpoint():
@@ -321,20 +361,11 @@ def test_weights_under_a_key_become_a_checkpoint():
     content['other'] = dict(w=torch.zeros(1))
     torch.save(content, 'released.pth')
     plain = ['plain', 'released.pth', 'out.pth']
-    argv = sys.argv
-    for args, code in (
-        ([*plain, '--key', 'run.teacher'], None),
-        (plain, 'student, other'),
-        (['vmamba', *plain[1:], '--key', 'a'], 2),
-    ):
-        sys.argv = ['convert_checkpoint.py', *args]
-        try:
-            runpy.run_path(str(ROOT / 'tools/convert_checkpoint.py'), run_name='__main__')
-        except SystemExit as error:
-            assert code == error.code or code in str(error.code)
-        finally:
-            sys.argv = argv
-        Path('out.pth').rename('kept.pth') if code is None else None
+    run_tool('convert_checkpoint', *plain, '--key', 'run.teacher')
+    Path('out.pth').rename('kept.pth')
+    assert 'student, other' in sentence('convert_checkpoint', *plain)
+    with pytest.raises(SystemExit, match='2'):
+        run_tool('convert_checkpoint', 'vmamba', *plain[1:], '--key', 'a')
     tool('train', 'config.py', '--work-dir', 'a', options=['load_from=kept.pth'])
     assert token('a/epoch_1.pth') == 3
 
@@ -384,31 +415,22 @@ def test_plain_classes_of_the_user_in_the_metainfo(folder):
     assert again['labels'][0].name == 'a' and again['camera'].bands == 3 and again['side'].value == 1
 
 
-@pytest.mark.parametrize('name', ['common', 'launch', 'images', 'verify'])
-def test_own_modules_called_as_those_of_the_tools(name, folder):
-    """custom_imports mean the user's module, not that of tools/."""
-    imports = 'from mmpretrain.models import VisionTransformer\nfrom mmpretrain.registry import MODELS\n'
-    (folder / f'{name}.py').write_text(
-        f'{imports}@MODELS.register_module()\nclass Own_{name}(VisionTransformer):\n    pass\n'
-    )
-    custom = f"custom_imports['imports'].append('{name}')\nvit['type'] = 'Own_{name}'\n"
-    Path('config.py').write_text(f"{CONFIG}{custom}model['backbone'] = dict(type='DenoiseRepBackbone', backbone=vit)\n")
-    run = subprocess.run(
-        [sys.executable, ROOT / 'tools/print_targets.py', 'config.py'],
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'PYTHONPATH': f'{folder}{os.pathsep}{ROOT}'},
-    )
-    assert run.returncode == 0, run.stderr
-    assert f'Own_{name}' in run.stdout + run.stderr
+@pytest.mark.parametrize('how', ['script', 'command'])
+def test_own_modules_called_as_those_of_the_tools(how, folder):
+    """custom_imports mean the user's module beside the config, whatever the tools have."""
+    for name in OWN_NAMES:
+        (folder / f'{name}.py').write_text(f'print("the user\'s own {name}")\n')
+    wrap = "model['backbone'] = dict(type='DenoiseRepBackbone', backbone=vit)\n"
+    Path('config.py').write_text(f"{CONFIG}custom_imports['imports'] += {OWN_NAMES}\n{wrap}")
+    command = "import sys, denoiserep_commands as c; sys.argv[0] = 'denoiserep-print-targets'; c.main()"
+    script = [find_tool('print_targets')] if how == 'script' else ['-c', command]
+    printed = python(*script, 'config.py', cwd=folder, env=dict(PYTHONPATH=folder))
+    assert all(f"the user's own {name}" in printed for name in OWN_NAMES) and 'layers denoised' in printed
 
 
 def test_what_lies_at_an_address_runs_no_code(folder, monkeypatch):
     """Addresses of every scheme are downloaded once and read as local files."""
-    from mmengine.runner import checkpoint
-
     from mmdenoiserep.core import CheckpointError
-    from mmdenoiserep.engine.resume import allow_training_checkpoints
 
     class Evil:
         def __reduce__(self):

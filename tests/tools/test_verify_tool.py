@@ -1,16 +1,18 @@
 """Fusing with --verify and printing targets, in this process, for models of many kinds."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
-import hardening_helpers
-from hardening_helpers import fuse_checkpoint, print_targets, run
+from hardening_helpers import run
 from helpers import randomise
+from mmdenoiserep.core.files import fused
 from mmdenoiserep.engine.backbone import find_guards
+from tools_helpers import run_tool
 
 RESNET = {'type': 'ResNet', 'depth': 18, 'base_channels': 4, 'stem_channels': 4, 'norm_eval': True}
 VIT = {
@@ -125,7 +127,7 @@ MODEL_KINDS = {
 def folder(tmp_path, monkeypatch):
     """A folder whose module of models can be imported."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(hardening_helpers.sys.modules, 'verify_models', raising=False)
+    monkeypatch.delitem(sys.modules, 'verify_models', raising=False)
     torch.manual_seed(0)
     return tmp_path
 
@@ -134,7 +136,7 @@ def folder(tmp_path, monkeypatch):
 def test_verify(kind, folder):
     """The fused file of every kind of model is verified and written, and a vanilla one in its place would not pass."""
     config, checkpoint, model = write(folder, *MODEL_KINDS[kind])
-    assert run(fuse_checkpoint, checkpoint, folder / 'out.pth', '--verify', config) is None
+    assert run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config) is None
     state = torch.load(folder / 'out.pth', weights_only=True)['state_dict']
     names = [name for name, _, _ in find_guards(model)]
     assert names == (['student.backbone', 'teacher.backbone'] if kind == 'soft teacher' else [names[0]])
@@ -144,16 +146,14 @@ def test_verify(kind, folder):
 
 def test_a_wrong_fusion_is_found(folder, monkeypatch):
     """Also in files that hold a part of the weights."""
-    from mmdenoiserep.core import checkpoint as module
 
-    def vanilla(state, changes):
-        changes['x'] = 1
-        return type(state)((key, value) for key, value in state.items() if '.denoiser.' not in key)
+    def vanilla(state):
+        return type(state)((key, value) for key, value in state.items() if '.denoiser.' not in key), {}
 
-    monkeypatch.setattr(module, 'fuse_state_dict', vanilla)
+    monkeypatch.setattr(fused, 'fold_state_dict', vanilla)
     for kind in ('lora', 'masks at random'):
         config, checkpoint, _ = write(folder, *MODEL_KINDS[kind])
-        message = run(fuse_checkpoint, checkpoint, folder / 'out.pth', '--verify', config)
+        message = run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config)
         assert 'differ beyond the tolerance' in message
         assert not (folder / 'out.pth').exists()
 
@@ -162,7 +162,7 @@ def test_nothing_to_compare(folder):
     """A backbone without outputs is a failure with a sentence."""
     model = {'type': 'Writing', 'backbone': wrapped({'type': 'Silent'}), 'head': {'classes': 3}}
     config, checkpoint, _ = write(folder, model)
-    assert 'no floating-point tensor' in run(fuse_checkpoint, checkpoint, folder / 'out.pth', '--verify', config)
+    assert 'no floating-point tensor' in run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config)
     assert not (folder / 'out.pth').exists()
 
 
@@ -170,7 +170,7 @@ def test_a_backbone_that_did_not_run(folder):
     """Images of another size than the backbone takes are named, with what to set."""
     model = {'type': 'Writing', 'backbone': wrapped({'type': 'Masking'}, image_size=2), 'head': {'classes': 3}}
     config, checkpoint, _ = write(folder, model)
-    assert 'image_size' in run(fuse_checkpoint, checkpoint, folder / 'out.pth', '--verify', config)
+    assert 'image_size' in run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config)
 
 
 def test_a_bug_of_the_users_keeps_its_traceback(folder):
@@ -178,7 +178,7 @@ def test_a_bug_of_the_users_keeps_its_traceback(folder):
     model = {'type': 'Writing', 'backbone': wrapped({'type': 'Failing'}), 'head': {'classes': 3}}
     config, checkpoint, _ = write(folder, model)
     with pytest.raises(NameError, match='undefined_name'):
-        run(fuse_checkpoint, checkpoint, folder / 'out.pth', '--verify', config)
+        run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config)
 
 
 @pytest.mark.parametrize(
@@ -194,12 +194,11 @@ def test_a_bug_of_the_users_keeps_its_traceback(folder):
     ],
     ids=['vanilla', 'denoised', 'semi', 'denoised semi', 'two', 'one of two', 'lora'],
 )
-def test_print_targets(model, scope, layers, counts, tmp_path, capsys, monkeypatch):
+def test_print_targets(model, scope, layers, counts, tmp_path, capsys):
     """The layers of every backbone are printed, wherever it stands; where some are denoised, theirs alone."""
     cfg = {'default_scope': scope, 'model': model}
     (tmp_path / 'config.py').write_text(''.join(f'{key} = {value!r}\n' for key, value in cfg.items()))
-    monkeypatch.setattr('sys.argv', ['print_targets.py', str(tmp_path / 'config.py'), '--targets', f'.*{layers}.*'])
-    print_targets.main()
+    run_tool('print_targets', tmp_path / 'config.py', '--targets', f'.*{layers}.*')
     printed = capsys.readouterr().out
     assert [int(line.split()[0]) for line in printed.splitlines() if ' layers denoised' in line] == counts
     assert ('model.teacher_backbone: ' in printed) == (len(counts) == 2)
@@ -208,4 +207,4 @@ def test_print_targets(model, scope, layers, counts, tmp_path, capsys, monkeypat
 def test_print_targets_without_a_backbone(tmp_path):
     """A model without a backbone is refused."""
     (tmp_path / 'config.py').write_text("model = dict(type='TimmClassifier', model_name='resnet18')\n")
-    assert 'no backbone' in run(print_targets, tmp_path / 'config.py')
+    assert 'no backbone' in run('print_targets', tmp_path / 'config.py')

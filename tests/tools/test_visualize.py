@@ -1,8 +1,6 @@
 """tools/visualize.py: its figures for a classifier, a detector and a segmentor, its numbers, and bad input."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -18,20 +16,17 @@ from torch import nn
 
 import mmdenoiserep  # noqa: F401
 from helpers import ROOT, randomise
-from mmdenoiserep.apis.corruptions import corrupt
+from mmdenoiserep.apis import visualization
+from mmdenoiserep.apis.config import load_config
+from mmdenoiserep.apis.corruptions import SEVERITIES, corrupt
 from mmdenoiserep.apis.folders import find_images
 from mmdenoiserep.apis.images import Folder, open_images
+from mmdenoiserep.apis.model import build_model
 from mmdenoiserep.apis.pixels import to_rgb
 from tiny_datasets import write_fashion_mnist, write_scenes
+from tools_helpers import find_tool, python, run_tool, sentence
 
 DEMO = ROOT / 'configs/demo'
-sys.path.insert(0, str(ROOT / 'tools'))
-
-import corrupt_images  # noqa: E402
-import visualization  # noqa: E402
-import visualize  # noqa: E402
-from launch import launch  # noqa: E402
-
 VIT = 'vit_fashion-mnist'
 ALWAYS = {'signal_to_noise.png', 'spectra.png', 'embedding.png', 'features_1.png', 'features_2.png', 'predictions.png'}
 
@@ -52,13 +47,8 @@ def in_work(work, monkeypatch):
 
 def build(name, seed=0):
     """Returns the model of a small config with random weights, denoisers and statistics."""
-    cfg = Config.fromfile(DEMO / f'{name}.py')
-    init_default_scope(cfg.default_scope)
-    if 'data_preprocessor' in cfg:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     torch.manual_seed(seed)
-    model = MODELS.build(cfg.model)
-    return randomise(model, seed=seed).eval()
+    return randomise(build_model(load_config(DEMO / f'{name}.py')), seed=seed)
 
 
 def checkpoint(name, seed=0):
@@ -67,21 +57,6 @@ def checkpoint(name, seed=0):
     if not path.exists():
         torch.save(dict(meta={}, state_dict=build(name, seed).state_dict()), path)
     return path
-
-
-def call(module, *args):
-    """Runs a tool in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', [f'{module.__name__}.py', *map(str, args)])
-        launch(module.main)
-
-
-def sentence(*args):
-    """Returns the sentence with which the tool refuses."""
-    with pytest.raises(SystemExit) as stopped:
-        call(visualize, *args)
-    assert isinstance(stopped.value.code, str) and '\n' not in stopped.value.code
-    return stopped.value.code
 
 
 def table_of(printed):
@@ -106,7 +81,7 @@ def test_all_figures_of_every_kind_of_model(name, attends, tmp_path, capsys):
         model.backbone(torch.randn(1, 1 if name == VIT else 3, *[28 if name == VIT else 128] * 2))
     out = tmp_path / 'out'
     files = [checkpoint(name), checkpoint(name, 1)]
-    call(visualize, DEMO / f'{name}.py', *files, '--out', out, '--show', 2, '--batch-size', 2)
+    run_tool('visualize', DEMO / f'{name}.py', *files, '--out', out, '--show', 2, '--batch-size', 2)
     printed = capsys.readouterr().out
     expected = ALWAYS | ({'attention.png'} if attends else set())
     assert {path.name for path in out.iterdir()} == expected
@@ -135,12 +110,14 @@ def test_the_table_has_the_signal_to_noise_ratios(tmp_path, capsys):
     """Against the formula on whole tensors, where the model after has denoisers that were not fused yet."""
     denoised = f'{VIT}_denoiserep'
     files = [checkpoint(VIT), checkpoint(denoised, 1)]
-    call(visualize, DEMO / f'{VIT}.py', *files, '--out', tmp_path / 'out', '--show', 1, '--seed', 3, '--batch-size', 2)
+    run_tool(
+        'visualize', DEMO / f'{VIT}.py', *files, '--out', tmp_path / 'out', '--show', 1, '--seed', 3, '--batch-size', 2
+    )
     printed = capsys.readouterr().out
     assert 'one in 1 of the vectors' in printed
     raw = np.frombuffer(Path('work_dirs/fashion-mnist/t10k-images-idx3-ubyte').read_bytes(), np.uint8, offset=16)
     clean = torch.from_numpy(raw.copy()).reshape(3, 1, 28, 28)
-    severity = corrupt_images.SEVERITIES['noise']
+    severity = SEVERITIES['noise']
     noisy = torch.stack(
         [torch.from_numpy(corrupt(image[0].numpy(), 'noise', severity, 3, i))[None] for i, image in enumerate(clean)]
     )
@@ -169,7 +146,7 @@ def test_the_same_weights_twice_change_nothing_and_an_output_is_replaced_when_as
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out/features_9.png').touch()
     options = ['--out', tmp_path / 'out', '--corrupt', 'blur', '--show', 1, '--overwrite']
-    call(visualize, DEMO / f'{VIT}.py', *[checkpoint(VIT)] * 2, *options)
+    run_tool('visualize', DEMO / f'{VIT}.py', *[checkpoint(VIT)] * 2, *options)
     rows = table_of(capsys.readouterr().out)
     assert len(rows) == 17 and all(before == after == restored for before, after, restored in rows.values())
     assert 'features_9.png' not in {path.name for path in (tmp_path / 'out').iterdir()}
@@ -181,11 +158,14 @@ def test_images_are_corrupted_as_corrupt_images_does(tmp_path):
     for name in ('a', 'b'):
         (tmp_path / 'images').mkdir(exist_ok=True)
         cv2.imwrite(str(tmp_path / f'images/{name}.png'), picture)
-    call(corrupt_images, tmp_path / 'images', tmp_path / 'noisy', 'noise', '--severity', 0.1, '--seed', 4)
+    run_tool('corrupt_images', tmp_path / 'images', tmp_path / 'noisy', 'noise', '--severity', 0.1, '--seed', 4)
     cfg = Config.fromfile(DEMO / 'mask-rcnn_swin_scenes.py')
     init_default_scope(cfg.default_scope)
     folder = Folder(cfg, find_images(tmp_path / 'images'))
-    clean, spoiled = visualization.Spoiled(folder, 'clean'), visualization.Spoiled(folder, 'noise', 0.1, 4)
+    clean, spoiled = (
+        visualization.CorruptedImages(folder, 'clean'),
+        visualization.CorruptedImages(folder, 'noise', 0.1, 4),
+    )
     for i, name in enumerate('ab'):
         assert clean[i]['inputs'].shape == spoiled[i]['inputs'].shape
         assert np.array_equal(clean.image, picture)
@@ -218,7 +198,7 @@ def test_images_of_other_kinds_reach_the_model_as_they_are_loaded(kind, tmp_path
 
     dataset = dict(type=Listed, pipeline=[dict(type=Take), dict(type=Pack)])
     folder = open_images(Config(dict(test_dataloader=dict(dataset=dataset))), 'test')
-    clean, noisy = (visualization.Spoiled(folder, *how) for how in (('clean',), ('noise', 0.01)))
+    clean, noisy = (visualization.CorruptedImages(folder, *how) for how in (('clean',), ('noise', 0.01)))
     before = clean[1]['img']
     assert np.array_equal(clean[1]['inputs'], before)
     assert np.array_equal(before, pictures[1]) and np.array_equal(clean.image, before)
@@ -279,9 +259,8 @@ def test_images_that_are_left_out_only_when_they_are_corrupted(flat, tmp_path):
     )
     words = [tmp_path / 'c.py', *[checkpoint(VIT)] * 2, '--out', tmp_path / 'out', '--images', tmp_path / 'images']
     words += ['--corrupt', 'contrast', '--severity', 0.7, '--batch-size', 2]
-    with pytest.raises(SystemExit) as refused:
-        call(visualize, *words)
-    assert f'{flat[0]}.png is left out by DropsFlat' in str(refused.value) or len(flat) == 6
+    said = sentence('visualize', *words)
+    assert f'{flat[0]}.png is left out by DropsFlat' in said or len(flat) == 6
     assert not (tmp_path / 'out').exists()
 
 
@@ -349,29 +328,29 @@ def test_maps_with_channels_first_and_last():
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path):
     config, weights, out = DEMO / f'{VIT}.py', checkpoint(VIT), tmp_path / 'out'
     good = [config, weights, weights, '--out', out]
-    assert 'near names: layers.1.attn.qkv' in sentence(*good, '--spectra', 'layers.1.atn.qkv')
-    assert 'severity -1 does not work for noise' in sentence(*good, '--severity', -1)
-    assert 'is not a folder' in sentence(*good, '--images', tmp_path / 'none')
-    assert 'no.pth does not exist' in sentence(config, 'no.pth', weights, '--out', out)
+    assert 'near names: layers.1.attn.qkv' in sentence('visualize', *good, '--spectra', 'layers.1.atn.qkv')
+    assert 'severity -1 does not work for noise' in sentence('visualize', *good, '--severity', -1)
+    assert 'is not a folder' in sentence('visualize', *good, '--images', tmp_path / 'none')
+    assert 'no.pth does not exist' in sentence('visualize', config, 'no.pth', weights, '--out', out)
     other = checkpoint('segformer_mit_scenes')
-    assert 'does not fit the vanilla model' in sentence(config, weights, other, '--out', out)
-    assert 'cannot be read' in sentence('no.py', weights, weights, '--out', out)
+    assert 'does not fit the vanilla model' in sentence('visualize', config, weights, other, '--out', out)
+    assert 'cannot be read' in sentence('visualize', 'no.py', weights, weights, '--out', out)
     pictures = tmp_path / 'pictures'
     pictures.mkdir()
     cv2.imwrite(str(pictures / 'a.png'), np.zeros((28, 28), np.uint8))
-    assert 'one image is not enough' in sentence(*good, '--images', pictures)
+    assert 'one image is not enough' in sentence('visualize', *good, '--images', pictures)
     (pictures / 'broken.png').write_bytes(b'no picture')
-    assert 'broken.png cannot be read' in sentence(*good, '--images', pictures)
-    assert 'pass --overwrite' in sentence(config, weights, weights, '--out', pictures)
-    assert 'a.png, which --overwrite would delete' in sentence(*good[:3], '--out', pictures, '--overwrite')
+    assert 'broken.png cannot be read' in sentence('visualize', *good, '--images', pictures)
+    assert 'pass --overwrite' in sentence('visualize', config, weights, weights, '--out', pictures)
+    assert 'a.png, which --overwrite would delete' in sentence('visualize', *good[:3], '--out', pictures, '--overwrite')
     broken = tmp_path / 'nan.pth'
     state = torch.load(weights, weights_only=True)['state_dict']
     torch.save(dict(meta={}, state_dict={key: value * torch.nan for key, value in state.items()}), broken)
-    assert f'the features of {broken} hold NaN or Inf' in sentence(config, weights, broken, '--out', out)
-    assert '--device gpu cannot be used' in sentence(*good, '--device', 'gpu')
+    assert f'the features of {broken} hold NaN or Inf' in sentence('visualize', config, weights, broken, '--out', out)
+    assert '--device gpu cannot be used' in sentence('visualize', *good, '--device', 'gpu')
     options = ['--cfg-options', 'model.backbone.type=VisionTransformr']
-    assert 'does not work (KeyError: VisionTransformr is not in' in sentence(*good, *options)
-    assert 'too long' in sentence(*good[:3], '--out', tmp_path / ('x' * 300))
+    assert 'does not work (KeyError: VisionTransformr is not in' in sentence('visualize', *good, *options)
+    assert 'too long' in sentence('visualize', *good[:3], '--out', tmp_path / ('x' * 300))
     left = ['a.png', 'broken.png', 'nan.pth', 'pictures']
     assert sorted(path.name for path in tmp_path.rglob('*')) == left
 
@@ -379,11 +358,10 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path):
 def test_arguments_that_make_no_sense(capsys):
     for option in (['--num-images', '1'], ['--show', '0'], ['--corrupt', 'clean'], ['--seed', '-1']):
         with pytest.raises(SystemExit) as stopped:
-            call(visualize, 'a.py', 'b.pth', 'c.pth', '--out', 'd', *option)
+            run_tool('visualize', 'a.py', 'b.pth', 'c.pth', '--out', 'd', *option)
         assert stopped.value.code == 2 and option[0] in capsys.readouterr().err
 
 
 def test_help_does_without_torch():
-    command = [sys.executable, '-X', 'importtime', ROOT / 'tools/visualize.py', '--help']
-    result = subprocess.run(command, text=True, capture_output=True, check=True, timeout=60)
-    assert 'AFTER.pth' in result.stdout and '| torch\n' not in result.stderr and 'argparse' in result.stderr
+    result = python('-X', 'importtime', find_tool('visualize'), '--help', cwd='.')
+    assert 'AFTER.pth' in result and '| torch\n' not in result and 'argparse' in result
