@@ -61,6 +61,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Runs both models on clean and on corrupted images and writes the figures."""
     args = parse_args()
+    import sklearn  # noqa: F401  (for the embedding; if it is missing, that is told before anything is computed)
     from mmengine.logging import MMLogger
 
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone and VMamba)
