@@ -63,7 +63,7 @@ def run(tool, *args):
 
 def is_slip(error):
     """Whether an error that a sentence blames on the input is a slip of the pen in code of this project."""
-    if not isinstance(error, NameError | UnboundLocalError | AssertionError | ImportError):
+    if not isinstance(error, NameError | UnboundLocalError | AssertionError | ImportError) or error.__cause__:
         return False
     where = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     return any(where.is_relative_to(ROOT / folder) for folder in ('mmdenoiserep', 'tools', 'studies'))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..core import InputError
 from ..engine.resume import allow_training_checkpoints
-from .errors import config_at_fault
+from .errors import config_at_fault, is_from_user
 from .images import NoImage, open_images
 from .model import build_model, to_device
 from .weights import Loading
@@ -94,13 +94,15 @@ def _open_model(cfg: Config, checkpoint: str, device: str | None) -> tuple[Any, 
     loading = Loading(model, checkpoint, 'features')
     try:
         content = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
+        loading.unwrap(content)
+        loading.see(content)
+        _load_checkpoint_to_model(model, content, logger='silent')
     except InputError:
         raise
-    except Exception as error:  # addresses fail in many ways
+    except Exception as error:  # addresses and files fail in many ways
+        if is_from_user(error):
+            raise
         raise InputError(f'{checkpoint} cannot be loaded ({type(error).__name__}: {error})') from error
-    loading.unwrap(content)
-    loading.see(content)
-    _load_checkpoint_to_model(model, content, logger='silent')
     loading.judge()
     to_device(model, device)
     return model, [name for name, parameter in model.named_parameters() if parameter.isnan().all()]
