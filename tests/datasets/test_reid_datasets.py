@@ -16,8 +16,9 @@ from mmengine.registry import DATASETS, init_default_scope
 from torch.utils.data import DataLoader
 
 from mmdenoiserep.core import InputError
+from mmdenoiserep.datasets import reid_datasets as datasets
 from mmdenoiserep.datasets.reid_datasets import CUHK03, MSMT17, DukeMTMCReID, Market1501, VehicleID
-from mmdenoiserep.tasks.reid import PKSampler, datasets
+from mmdenoiserep.tasks.reid import PKSampler
 from tiny_datasets import PEOPLE, VEHICLES, WRITERS, cuhk03_image, sightings
 
 FOLDERS = {

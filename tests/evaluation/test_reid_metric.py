@@ -21,9 +21,9 @@ from mmpretrain.structures import DataSample
 
 from engine_helpers import message
 from mmdenoiserep.core import InputError
+from mmdenoiserep.evaluation import reid_ranking as ranking
 from mmdenoiserep.evaluation.reid_metric import KEYS, ReIDMetric, draw_queries
 from mmdenoiserep.evaluation.reid_ranking import rank_matches
-from mmdenoiserep.tasks.reid import ranking
 
 # By hand
 

@@ -13,9 +13,7 @@ LOW = dict(scale=torch.rand(2), up=torch.rand(2, 3, 1), down=torch.rand(2, 1, 3)
 BIAS = dict(bias=torch.rand(6))
 
 
-@pytest.mark.parametrize(
-    ('parameters', 'rank'), [(FULL, None), (FULL | BIAS, None), (LOW, 1), (LOW | BIAS, 1)]
-)
+@pytest.mark.parametrize(('parameters', 'rank'), [(FULL, None), (FULL | BIAS, None), (LOW, 1), (LOW | BIAS, 1)])
 def test_the_names_tell_the_kind(parameters, rank):
     correction = Correction.of(parameters)
     assert correction.rank == rank
