@@ -5,8 +5,8 @@ import then stops at ``operator torchvision::nms does not exist``, because the f
 registered by name. Declaring the two schemas first is enough: transforms and models work, torchvision's own compiled
 operators stay unusable (mmcv brings those that detection needs).
 
-``requirements/install.sh`` copies this file into the virtual environment, beside a ``.pth`` that imports it at start-up, and
-only where ``import torchvision`` fails. It does nothing until torchvision is really imported.
+``requirements/install.sh`` copies this file into the virtual environment, beside a ``.pth`` that imports it at
+start-up, and only where ``import torchvision`` fails. It does nothing until torchvision is really imported.
 """
 
 import sys

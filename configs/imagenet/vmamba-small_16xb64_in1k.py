@@ -1,7 +1,7 @@
 """VMamba-S on ImageNet-1k, from scratch by the recipe of VMamba-T. Its authors give top-1 83.6.
 
-Their checkpoint saves the training: ``python tools/model_converters/convert_checkpoint.py vmamba vssm_small_0229_ckpt_epoch_222.pth
-work_dirs/vmamba-small_16xb64_in1k/epoch_300.pth``.
+Their checkpoint saves the training: ``python tools/model_converters/convert_checkpoint.py vmamba
+vssm_small_0229_ckpt_epoch_222.pth work_dirs/vmamba-small_16xb64_in1k/epoch_300.pth``.
 Untested at full size: no result is claimed.
 """
 

@@ -1,8 +1,8 @@
 """VMamba-T on ImageNet-1k, from scratch: what *_baseline-ft.py and *_denoiserep.py continue.
 
 The recipe is that of the release, Swin's with averaged weights: 300 epochs of AdamW. Its authors give top-1 82.6.
-Their checkpoint saves the training: ``python tools/model_converters/convert_checkpoint.py vmamba vssm1_tiny_0230s_ckpt_epoch_264.pth
-work_dirs/vmamba-tiny_16xb64_in1k/epoch_300.pth``.
+Their checkpoint saves the training: ``python tools/model_converters/convert_checkpoint.py vmamba
+vssm1_tiny_0230s_ckpt_epoch_264.pth work_dirs/vmamba-tiny_16xb64_in1k/epoch_300.pth``.
 Untested at full size: no result is claimed.
 """
 
