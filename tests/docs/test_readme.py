@@ -33,9 +33,9 @@ EXTRA = {
 @pytest.fixture
 def clone(tmp_path):
     """A folder that looks like a clone, with COCO in ``data/coco``: two training images and one validation image."""
-    for name in ('configs', 'tools', 'demo'):
+    for name in ('configs', 'tools', 'studies', 'demo'):
         (tmp_path / name).symlink_to(ROOT / name)
-    make = [sys.executable, 'tools/make_scenes.py', 'scenes', '--train', '2', '--val', '1']
+    make = [sys.executable, '-m', 'studies.make_scenes', 'scenes', '--train', '2', '--val', '1']
     subprocess.run(make, cwd=tmp_path, check=True, capture_output=True)
     coco = tmp_path / 'data/coco'
     (coco / 'annotations').mkdir(parents=True)
