@@ -94,7 +94,9 @@ def make_parser(description: str, out: Path) -> argparse.ArgumentParser:
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/study'), help='default: %(default)s')
     parser.add_argument('--out', type=Path, default=out, help='page to write (default: %(default)s)')
     parser.add_argument('--report', action='store_true', help='train nothing, write the page from the work dir')
-    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='override settings of every config')
+    parser.add_argument(
+        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='override settings of every config'
+    )
     return parser
 
 
