@@ -187,7 +187,7 @@ def survey(library: str, name: str) -> Row:
 
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone)
     from mmdenoiserep.core import fuse_state_dict, verify_fusion
-    from mmdenoiserep.engine.backbone import find_guards
+    from mmdenoiserep.engine.backbone import denoised_backbones
 
     torch.manual_seed(0)
     row = Row(library, name)
@@ -209,8 +209,8 @@ def survey(library: str, name: str) -> Row:
         if hasattr(denoised, 'init_weights'):
             denoised.init_weights()
 
-    [(_, _, guard)] = find_guards(denoised)
-    report = guard.report
+    [(_, _, record)] = denoised_backbones(denoised)
+    report = record.report
     row.converted, row.extra_parameters = len(report.layers), report.extra_parameters
     for layer, reason in sorted(report.skipped.items()):
         row.skipped.setdefault(reason, Counter())[re.sub(r'\d+', '*', layer)] += 1
@@ -218,7 +218,7 @@ def survey(library: str, name: str) -> Row:
         row.note = f'dry run failed: {report.probe_failure}'
 
     denoised, vanilla = randomise(widen(denoised)), widen(vanilla)
-    image = small_image(vanilla, guard.image_shape)
+    image = small_image(vanilla, record.image_shape)
     row.image = 'x'.join(map(str, image.shape[1:]))
     state, fused = denoised.state_dict(), copy.deepcopy(vanilla)
     load(vanilla, {key: value for key, value in state.items() if '.denoiser.' not in key})

@@ -12,7 +12,7 @@ from ..core.files.atomic import check_output
 from ..core.files.checkpoint import write_atomically
 from ..core.files.content import open_checkpoint
 from ..core.files.fused import fuse_content
-from ..engine.backbone import find_guards
+from ..engine.backbone import denoised_backbones
 from .errors import ConfigError
 from .model import build_model, load_strictly
 
@@ -79,17 +79,17 @@ def verify_weights(
         FusionError: There is nothing to compare in what a backbone returns.
     """
     model = build_model(cfg)
-    if not any(find_guards(model)):
+    if not any(denoised_backbones(model)):
         raise ConfigError(f'{cfg.filename} has no DenoiseRepBackbone; --verify needs the config of the training run')
     vanilla = build_model(cfg, denoised=False)
     _copy_values(model, vanilla)
     load_strictly(model, denoised, source, 'denoised')
     load_strictly(vanilla, fused, source, 'vanilla')
     differences = {}
-    for name, backbone, guard in find_guards(model):
+    for name, backbone, record in denoised_backbones(model):
         dtype = next(backbone.parameters()).dtype
-        images = torch.randn((2, *guard.image_shape[1:]), generator=torch.Generator().manual_seed(0)).to(dtype)
-        if reason := guard.report.probe_failure:
+        images = torch.randn((2, *record.image_shape[1:]), generator=torch.Generator().manual_seed(0)).to(dtype)
+        if reason := record.report.probe_failure:
             raise CheckpointError(
                 f'{name} does not run on images of {tuple(images.shape[1:])} ({reason}); '
                 'set image_size of DenoiseRepBackbone'

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def DenoiseRepBackbone(
     targets: Targets = 'all',
     exclude: str | Sequence[str] = (),
     rank: int | None = DEFAULT_RANK,
-    bias: bool | None = None,
+    denoiser_bias: bool | None = None,
     schedule: Mapping[str, Any] | None = None,
     image_size: int | Sequence[int] | None = None,
     pretrained: str | None = None,
@@ -37,10 +38,10 @@ def DenoiseRepBackbone(
     Args:
         backbone: Config of the inner backbone, built in the default scope, or in the one that its ``_scope_`` or the
             prefix of its type (``mmdet.SwinTransformer``) names.
-        targets: See :func:`mmdenoiserep.apply_denoiserep`.
-        exclude: Likewise.
-        rank: Likewise.
-        bias: Likewise.
+        targets: Which layers, see :func:`mmdenoiserep.apply_denoiserep`.
+        exclude: Which of them to leave out, see :func:`mmdenoiserep.apply_denoiserep`.
+        rank: Rank of the denoisers; None for full.
+        denoiser_bias: Whether the denoisers have a bias; None gives one to every layer that can fold it exactly.
         schedule: Arguments of :class:`mmdenoiserep.NoiseSchedule`; None takes the official ones.
         image_size: Side or (height, width) of the dummy image for the dry run, in pixels; None takes ``img_size`` of
             the backbone, or 224. It has the ``in_channels`` (``in_chans``) of the backbone, else those that its first
@@ -65,12 +66,13 @@ def DenoiseRepBackbone(
         targets,
         exclude,
         rank=rank,
-        bias=bias,
+        bias=denoiser_bias,
         schedule=NoiseSchedule(**schedule) if schedule else None,
         example_input=torch.randn(shape, generator=torch.Generator().manual_seed(0), device='cpu'),
     )
     print_log(f'DenoiseRep on {type(module).__module__}.{type(module).__qualname__}:\n{report}', logger='current')
-    module.register_forward_hook(LossHookGuard(report, shape))
+    module.denoiserep = DenoiseRepRecord(report, shape)  # type: ignore[assignment]
+    module.register_forward_hook(guard_training)
     return module
 
 
@@ -88,29 +90,31 @@ def _build(config: dict[str, Any]) -> nn.Module:
         ) from None
 
 
-class LossHookGuard:
-    """Forward hook of a denoised backbone: training it without a :class:`DenoiseLossHook` is an error, not a no-op.
-
-    Nothing trains the denoisers but the loss of that hook. The error comes in the backward pass, so that running a
-    model in training mode for other purposes stays possible.
+@dataclass
+class DenoiseRepRecord:
+    """What is known of a denoised backbone, kept as its attribute ``denoiserep``.
 
     Attributes:
         report: What the conversion did.
-        image_shape: Shape of the dummy image, (1, C, H, W).
-        satisfied: Whether a DenoiseLossHook is at work.
+        image_shape: Shape of the dummy image of the dry run, (1, C, H, W).
+        has_loss: Whether a :class:`DenoiseLossHook` adds the loss of its denoisers at present.
     """
 
-    def __init__(self, report: ConversionReport, image_shape: tuple[int, ...]) -> None:
-        self.report = report
-        self.image_shape = image_shape
-        self.satisfied = False
+    report: ConversionReport
+    image_shape: tuple[int, ...]
+    has_loss: bool = False
 
-    def __call__(self, backbone: nn.Module, args: tuple, output: Any) -> None:
-        """Makes a backward pass through the output raise, unless a DenoiseLossHook is at work."""
-        if backbone.training and torch.is_grad_enabled() and not self.satisfied:
-            for value in tensors_in(output):
-                if value.requires_grad:
-                    value.register_hook(_refuse_backward)
+
+def guard_training(backbone: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook: makes the backward pass raise while nothing adds the loss of the denoisers.
+
+    They would stay as they are, without a word. The forward pass stays possible, for a model may run in training mode
+    for other purposes.
+    """
+    if backbone.training and torch.is_grad_enabled() and not backbone.denoiserep.has_loss:  # type: ignore[union-attr]
+        for value in tensors_in(output):
+            if value.requires_grad:
+                value.register_hook(_refuse_backward)
 
 
 def _refuse_backward(grad: torch.Tensor) -> None:
@@ -120,9 +124,9 @@ def _refuse_backward(grad: torch.Tensor) -> None:
     )
 
 
-def find_guards(model: nn.Module) -> Iterator[tuple[str, nn.Module, LossHookGuard]]:
-    """Yields the name, the module and the guard of every backbone that :func:`DenoiseRepBackbone` built."""
+def denoised_backbones(model: nn.Module) -> Iterator[tuple[str, nn.Module, DenoiseRepRecord]]:
+    """Yields the name, the module and the record of every backbone that :func:`DenoiseRepBackbone` built."""
     for name, module in model.named_modules():
-        for hook in module._forward_hooks.values():
-            if isinstance(hook, LossHookGuard):
-                yield name, module, hook
+        record = vars(module).get('denoiserep')
+        if isinstance(record, DenoiseRepRecord):
+            yield name, module, record

@@ -23,7 +23,7 @@ from mmpretrain.datasets import CIFAR10
 from engine_helpers import assert_equal, inner, is_denoiser, runner_case, snapshot, split
 from helpers import ROOT, randomise
 from mmdenoiserep.core import fuse_state_dict, verify_fusion
-from mmdenoiserep.engine.backbone import find_guards
+from mmdenoiserep.engine.backbone import denoised_backbones
 from tiny_datasets import WRITERS, without_checksums, write_all
 
 CONFIGS = ROOT / 'configs'
@@ -362,11 +362,11 @@ def test_from_a_vanilla_checkpoint_to_a_fused_file(name, case, tmp_path):
     load_all(vanilla, file)
 
     del before, denoisers, others, state, file
-    ((_, backbone, guard),) = find_guards(model)
+    ((_, backbone, record),) = denoised_backbones(model)
     randomise(backbone.double())
     plain = vanilla.backbone.double()
     load_all(plain, fuse_state_dict(backbone.state_dict()))
-    image = torch.randn(guard.image_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    image = torch.randn(record.image_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     result = verify_fusion(backbone, plain, image)
     assert result.ok, f'\n{result}'
 
@@ -414,8 +414,8 @@ def test_identities_are_found_alike_before_and_after_fusing(name, case, tmp_path
 
     plain = build_vanilla(control)
     load_all(plain, split(model.state_dict())[1])
-    ((_, backbone, guard),) = find_guards(model)
-    images = torch.randn(guard.image_shape, generator=torch.Generator().manual_seed(0))
+    ((_, backbone, record),) = denoised_backbones(model)
+    images = torch.randn(record.image_shape, generator=torch.Generator().manual_seed(0))
     assert not verify_fusion(backbone, plain.backbone, images).ok, 'the denoisers matter'
 
 

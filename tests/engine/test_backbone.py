@@ -1,5 +1,6 @@
 """The factory: DenoiseRepBackbone in the registries, loading, freezing and optimizers of the OpenMMLab libraries."""
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +33,7 @@ from engine_helpers import (
 )
 from helpers import randomise
 from mmdenoiserep.core import DenoiseLayer, NoiseSchedule, fuse_model
-from mmdenoiserep.engine.backbone import find_guards
+from mmdenoiserep.engine.backbone import denoised_backbones
 
 LIBRARIES = {'mmdet': mmdet, 'mmseg': mmseg, 'mmpretrain': mmpretrain}
 CONVNEXT_ARCH = dict(depths=[1, 1, 1, 1], channels=[4, 8, 8, 12])
@@ -139,6 +140,9 @@ def test_fused_backbone_equals_the_denoised_one(name):
     module = randomise(build(scope, config).double())
     module.eval()
     fused = fuse_model(module)
+    own = type(module).__module__.startswith('mmdenoiserep')  # VMamba
+    assert b'mmdenoiserep' in pickle.dumps(module)
+    assert own or b'mmdenoiserep' not in pickle.dumps(fused)
     vanilla = build(scope, config, convert=False).double()
     vanilla.load_state_dict(fused.state_dict(), strict=True)
     vanilla.eval()
@@ -229,10 +233,16 @@ def test_unknown_part_of_the_same_registry_is_not_blamed_on_the_backbone():
 
 
 def test_options_reach_the_conversion():
-    """targets, exclude, rank, bias and schedule are those of apply_denoiserep."""
+    """targets, exclude, rank, denoiser_bias and schedule are those of apply_denoiserep."""
     scope, config = BACKBONES['mmpretrain-vit']
     module = build(
-        scope, config, targets='mlp', exclude=r'layers\.0\..*', rank=2, bias=False, schedule=dict(num_timesteps=50)
+        scope,
+        config,
+        targets='mlp',
+        exclude=r'layers\.0\..*',
+        rank=2,
+        denoiser_bias=False,
+        schedule=dict(num_timesteps=50),
     )
     own, _ = split(module.state_dict())
     assert {key.partition('.denoiser.')[0] for key in own} == {'layers.1.ffn.layers.0.0', 'layers.1.ffn.layers.1'}
@@ -284,9 +294,9 @@ def test_dummy_image_has_the_channels_by_any_name():
 def test_dummy_image_has_the_channels_that_the_backbone_takes(scope, name, channels):
     """LeNet5 takes grey images, and the first convolution of CSPDarknet twelve channels of an image of three."""
     module = build(scope, dict(type=name))
-    [(_, _, guard)] = find_guards(module)
-    assert guard.image_shape == (1, channels, 32, 32)
-    assert (guard.report.order, guard.report.probe_failure) == ('execution', '')
+    [(_, _, record)] = denoised_backbones(module)
+    assert record.image_shape == (1, channels, 32, 32)
+    assert (record.report.order, record.report.probe_failure) == ('execution', '')
 
 
 def test_pretrained_of_an_mmseg_segmentor_is_forwarded(tmp_path):

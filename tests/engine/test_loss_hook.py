@@ -39,7 +39,7 @@ from helpers import randomise
 from mmdenoiserep import NoiseSchedule, apply_denoiserep, fuse_model
 from mmdenoiserep.core import DenoiseLayer
 from mmdenoiserep.core.method.sample import Sample
-from mmdenoiserep.engine.backbone import find_guards
+from mmdenoiserep.engine.backbone import denoised_backbones
 from mmdenoiserep.engine.loss_hook import SOON, DenoiseLossHook
 from mmdenoiserep.engine.resume import allow_training_checkpoints
 
@@ -64,8 +64,8 @@ class Unguard(Hook):
     """Makes a control: trains a denoised model as it is, without the loss of its denoisers."""
 
     def before_train(self, runner):
-        for _, _, guard in find_guards(inner(runner)):
-            guard.satisfied = True
+        for _, _, record in denoised_backbones(inner(runner)):
+            record.has_loss = True
 
 
 @HOOKS.register_module()
@@ -460,7 +460,7 @@ def test_ema_copy_holds_no_listeners(case, order):
     average = next(hook for hook in runner.hooks if hasattr(hook, 'ema_model')).ema_model.module
     key = 'backbone.conv.denoiser.weight'
     assert not torch.equal(average.state_dict()[key], start[key])
-    assert [guard.satisfied for _, _, guard in find_guards(average)] == [False]
+    assert [record.has_loss for _, _, record in denoised_backbones(average)] == [False]
 
 
 @pytest.mark.parametrize('hook', [JOINT | dict(tokens=5), LABEL_FREE | dict(tokens=5)])
@@ -735,7 +735,7 @@ class Interrupt(Hook):
 @pytest.mark.parametrize('error', [KeyboardInterrupt, ArithmeticError])
 @pytest.mark.parametrize('place', ['iteration', 'forward', 'start'])
 def test_interrupted_training_leaves_nothing_behind(case, hook, error, place):
-    """However the training ends, no hook listens any more, gradients are on, the guard and the clipping are back."""
+    """However the training ends: no hook listens, gradients are on, the guard is up and the clipping is back."""
     optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1), clip_grad=dict(max_norm=0.01))
     runner = make_runner(
         case,
@@ -749,7 +749,7 @@ def test_interrupted_training_leaves_nothing_behind(case, hook, error, place):
     assert torch.is_grad_enabled()
     assert all(not m._forward_pre_hooks for m in model.modules())
     assert not model._forward_hooks
-    assert [guard.satisfied for _, _, guard in find_guards(model)] == [False]
+    assert [record.has_loss for _, _, record in denoised_backbones(model)] == [False]
     assert runner.optim_wrapper.clip_func is nn.utils.clip_grad_norm_
 
 

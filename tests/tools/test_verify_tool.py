@@ -11,7 +11,7 @@ from mmengine.registry import MODELS, DefaultScope
 from hardening_helpers import run
 from helpers import randomise
 from mmdenoiserep.core.files import fused
-from mmdenoiserep.engine.backbone import find_guards
+from mmdenoiserep.engine.backbone import denoised_backbones
 from tools_helpers import run_tool
 
 RESNET = {'type': 'ResNet', 'depth': 18, 'base_channels': 4, 'stem_channels': 4, 'norm_eval': True}
@@ -138,7 +138,7 @@ def test_verify(kind, folder):
     config, checkpoint, model = write(folder, *MODEL_KINDS[kind])
     assert run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config) is None
     state = torch.load(folder / 'out.pth', weights_only=True)['state_dict']
-    names = [name for name, _, _ in find_guards(model)]
+    names = [name for name, _, _ in denoised_backbones(model)]
     assert names == (['student.backbone', 'teacher.backbone'] if kind == 'soft teacher' else [names[0]])
     assert state
     assert not any('.denoiser.' in key for key in state)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..method.convert import MERGERS, fuse_before_deploy
 from ..method.fold import FusionError, fold_layer
-from ..method.layers import DenoiseLayer, drop_own_hooks, restore_layer
+from ..method.layers import DenoiseLayer, forget_denoising, restore_layer
 from ..utils.storage import Storages, shared_parameters, storage_of
 
 DENOISER_KEY = re.compile(r'(?P<layer>(?:.*\.)?)denoiser\.(?P<name>[^.]+)')
@@ -173,7 +173,7 @@ def fuse_model(module: nn.Module) -> nn.Module:
         for method in MERGERS:
             if child.__dict__.get(method) is fuse_before_deploy:
                 delattr(child, method)
-        drop_own_hooks(child)
+        forget_denoising(child)
         if _calls_the_original(child.__dict__.get('forward')):
             raise FusionError(
                 f'the forward of {name or "the model"} was replaced by a function that holds the denoised model, which '

@@ -120,7 +120,7 @@ class DenoiseLayer(nn.Module):
         """
         values = self.folded('the layer')
         plain: Any = restore_layer(copy.deepcopy(self))
-        drop_own_hooks(plain)
+        forget_denoising(plain)
         with torch.no_grad():
             for key, value in values.items():
                 plain.get_parameter(key).copy_(value)
@@ -310,14 +310,14 @@ def restore_layer(layer: DenoiseLayer) -> nn.Module:
     return layer
 
 
-def drop_own_hooks(module: nn.Module) -> None:
-    """Removes the hooks of this package from a module: they listen to denoised layers."""
-    package = __name__.partition('.')[0]
+def forget_denoising(module: nn.Module) -> None:
+    """Removes what this package hung on a module: its hooks, which listen to denoised layers, and its record."""
+    package = f'{__name__.partition(".")[0]}.'
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [
-            key for key, hook in hooks.items() if str(getattr(hook, '__module__', '')).startswith(f'{package}.')
-        ]:
+        for key in [key for key, hook in hooks.items() if str(getattr(hook, '__module__', '')).startswith(package)]:
             del hooks[key]
+    if type(module.__dict__.get('denoiserep')).__module__.startswith(package):
+        del module.__dict__['denoiserep']
 
 
 def reserved_names(layer: nn.Module) -> set[str]:
