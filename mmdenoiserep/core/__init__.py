@@ -2,7 +2,8 @@
 
 from .calibration.closed_form import closed_form
 from .calibration.collect import collect_moments
-from .calibration.domain import explicit_maps, fit_domain
+from .calibration.domain import fit_domain
+from .calibration.maps import explicit_maps
 from .calibration.match import safe_fit, transport
 from .calibration.moments import CalibrationError, Moments
 from .calibration.report import CalibratedLayer, CalibrationReport

@@ -1,17 +1,20 @@
 """Gathers the moments of what flows through the layers of a model."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..method.layers import Layer, input_channels
+from ..method.layers import Layer
 from ..method.probe import evaluating, run_model
 from ..method.sample import Sample
 from ..utils.intercept import intercepting
 from .batches import count_images
+from .features import Features
 from .moments import CalibrationError, Moments, gather_processes
+
+Stride = int | Mapping[str, int]
+"""One in so many vectors: for all layers, or by layer name."""
 
 
 def collect_moments(
@@ -20,19 +23,20 @@ def collect_moments(
     batches: Iterable[Any],
     *,
     inputs: bool = False,
-    every: int = 1,
+    stride: Stride = 1,
 ) -> dict[str, Moments]:
     """Gathers the moments of layers in one pass, in eval mode and without gradients.
 
-    Where a domain fit acts: on the input of a Linear layer, on the output of a convolution. They are those of all
-    processes, where there are several, each with its own batches, and of all calls of a layer.
+    They are taken where a domain fit acts: on the input of a Linear layer, on the output of a convolution; of a layer
+    that runs several times in a forward, at its first call. Several processes, each with its own batches, pool them.
 
     Args:
         module: The model.
         layers: Layers of the model by name, of :func:`select_layers`.
         batches: What to call the module with, one batch of images after the other.
-        inputs: Takes the inputs of convolutions too.
-        every: Takes a random one in so many vectors (tokens, pixels) of each batch; the same ones every time.
+        inputs: Takes the inputs of convolutions too, and all calls of a layer: what denoisers are solved for.
+        stride: Takes a random one in so many vectors (tokens, pixels) of each batch, the same ones every time: a number
+            for all layers, or one for each by name.
 
     Returns:
         The moments by layer name, in the order of ``layers``; those of a layer that no image reaches have the count 0.
@@ -49,73 +53,52 @@ def collect_moments(
     """
     if not layers:
         raise CalibrationError('there is no layer to gather moments of')
-    moments, images = gather(module, batches, layers, inputs, every)
+    moments, images = gather(module, batches, layers, inputs, stride)
     if not images:
         raise CalibrationError('there is no image to gather moments of')
     return moments
 
 
 def gather(
-    module: nn.Module,
-    batches: Iterable[Any],
-    layers: Mapping[str, Layer],
-    inputs: bool,
-    every: int,
-    run: Callable[[nn.Module, Any], Any] = run_model,
-    calls: Sequence[int] = (),
+    module: nn.Module, batches: Iterable[Any], layers: Mapping[str, Layer], inputs: bool, stride: Stride
 ) -> tuple[dict[str, Moments], int]:
-    """Does the pass of :func:`collect_moments` for some layers; returns the number of images too.
-
-    Args:
-        module: See :func:`collect_moments`.
-        batches: Likewise.
-        layers: The layers to listen to.
-        inputs: See :func:`collect_moments`.
-        every: Likewise.
-        run: Called with the module and a batch in the place of the module.
-        calls: How often each batch calls the layers, where that is known: its forward ends there, and saves what comes
-            after. Batches beyond the last entry run to their end.
-    """
-    moments = {name: empty_moments(layer, inputs) for name, layer in layers.items()}
-    images = number = done = 0
-    sample = Sample(every)
+    """Does the pass of :func:`collect_moments`; returns the number of images too."""
+    features = {name: Features(layer, inputs) for name, layer in layers.items()}
+    images = 0
+    sample, called = Sample(), set[str]()
 
     def listen(name: str, forward: Callable, *args: Tensor, **keywords: Tensor) -> Tensor:
-        nonlocal done
         (x,) = (*args, *keywords.values())
-        layer, output = layers[name], None
-        if inputs or not fitted_on_output(layer):
-            moments[name].update(sample(layer, x))
-        else:
-            output = forward(x)
-            moments[name].update(sample(layer, output))
-        done += 1
-        if number < len(calls) and done == calls[number]:
-            raise SeenAll
-        return forward(x) if output is None else output
+        output = forward(x)
+        if inputs or name not in called:
+            called.add(name)
+            features[name].update(sample, x, stride_of(stride, name), output)
+        return output
 
     with evaluating(module), intercepting(layers, listen):
-        for batch in batches:
+        for number, batch in enumerate(batches):
             images += count_images(batch)
-            done = 0
-            with suppress(SeenAll):
-                run(module, batch)
-            number += 1
+            sample, called = Sample(seed=number), set()
+            run_model(module, batch)
+    moments = {name: seen.moments() for name, seen in features.items()}
     for name, seen in moments.items():
-        seen.merge_processes()
         check_finite(name, seen)
     return moments, sum_processes(images)
 
 
-def empty_moments(layer: Layer, inputs: bool = False) -> Moments:
-    """Returns moments that have seen nothing, of what a domain fit corrects in a layer, or of its input."""
-    channels, groups = input_channels(layer)  # type: ignore[arg-type]
-    if fitted_on_output(layer) and not inputs:
-        channels = layer.weight.shape[0]
-    return Moments(groups, channels // groups, layer.weight.device)
+def stride_of(stride: Stride, name: str) -> int:
+    """Returns the stride of a layer.
+
+    Raises:
+        CalibrationError: It is below 1.
+    """
+    number = stride[name] if isinstance(stride, Mapping) else stride
+    if number < 1:
+        raise CalibrationError(f'stride must be 1 or more, got {number}')
+    return number
 
 
-def too_few(seen: Moments, every: int, images: int) -> str:
+def too_few(seen: Moments, stride: int, images: int) -> str:
     """Returns why moments are of too few vectors; empty if they are not.
 
     Where every image reaches a layer, the number of images says whether they are enough. An expert or a branch that
@@ -123,13 +106,13 @@ def too_few(seen: Moments, every: int, images: int) -> str:
 
     Args:
         seen: Moments of a layer.
-        every: One in so many vectors was taken.
+        stride: One in so many vectors was taken.
         images: Images seen.
     """
     size = seen.mean.shape[1]
     if not seen.count:
         return 'none of these images reaches it'
-    if seen.count <= size and seen.count * every < images:
+    if seen.count <= size and seen.count * stride < images:
         return f'{seen.count} vectors of some of these images are too few for {size} channels'
     return ''
 
@@ -140,15 +123,6 @@ def check_finite(name: str, moments: Moments) -> None:
         raise CalibrationError(
             f'the features of {name} hold NaN or Inf, or overflow; look at the weights and at the images'
         )
-
-
-class SeenAll(BaseException):
-    """Ends a forward whose rest nobody needs; a model that catches every Exception does not catch it."""
-
-
-def fitted_on_output(layer: Layer) -> bool:
-    """Whether a domain fit corrects what the layer returns: a convolution, whose padding a constant would miss."""
-    return isinstance(layer, nn.Conv2d)
 
 
 def sum_processes(number: int) -> int:

@@ -6,10 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .moments import CalibrationError, Moments
-
-RIDGE = 0.01
-"""Share of the mean source variance that is added to every variance on both sides."""
+from .moments import RIDGE, CalibrationError, Moments, add_ridge, power
 
 RANKED = ('full', 'covariance')
 FITS = (*RANKED, 'diagonal', 'mean')
@@ -17,7 +14,12 @@ FITS = (*RANKED, 'diagonal', 'mean')
 
 
 def transport(
-    source: Moments, target: Moments, fit: str = 'full', rank: int | None = None, prior: float = 0.0
+    source: Moments,
+    target: Moments,
+    fit: str = 'full',
+    rank: int | None = None,
+    prior: float = 0.0,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Returns A and c of ``x' = A x + c``, which carries the target's moments to the source's.
 
@@ -37,9 +39,10 @@ def transport(
         fit: ``'full'``, ``'covariance'``, ``'diagonal'`` or ``'mean'``.
         rank: Rank of ``A - I`` in each group, where the fit is in :data:`RANKED`; None for full.
         prior: Weight of the source in the target's moments, 0 to 1; ``n_0 / (n_0 + n)`` for a prior worth n_0 images.
+        dtype: Precision of the roots.
 
     Returns:
-        A, float64, (groups, size, size), and c, float64, (groups, size).
+        A, of that dtype, (groups, size, size), and c, float64, (groups, size).
 
     Raises:
         CalibrationError: The shapes differ, one side has seen nothing, or fit or rank is unknown.
@@ -53,32 +56,32 @@ def transport(
     if not (source.count and target.count):
         raise CalibrationError('moments of no image at all')
     mean = torch.lerp(target.mean, source.mean, prior)
-    identity = torch.eye(mean.shape[1], dtype=mean.dtype, device=mean.device).expand_as(target.scatter)
     if fit == 'mean':
-        return identity, source.mean - mean
-    cov_s = source.covariance
-    cov_t = torch.lerp(target.covariance, cov_s, prior)
-    ridge = RIDGE * cov_s.diagonal(dim1=1, dim2=2).mean()
+        identity = torch.eye(mean.shape[1], dtype=dtype, device=mean.device)
+        return identity.expand_as(target.scatter), source.mean - mean
+    covariance = target.covariance
+    if prior:
+        covariance = torch.lerp(covariance, source.covariance, prior)
+    ridge = RIDGE * source.variance
     if fit == 'diagonal':
-        smallest = torch.finfo(cov_s.dtype).tiny  # a dead layer has no variance and no ridge
-        var_s, var_t = ((c.diagonal(dim1=1, dim2=2) + ridge).clamp_min(smallest) for c in (cov_s, cov_t))
-        linear = torch.diag_embed((var_s / var_t).sqrt())
+        smallest = torch.finfo(torch.float64).tiny  # a dead layer has no variance and no ridge
+        diagonals = (source.covariance.diagonal(dim1=1, dim2=2), covariance.diagonal(dim1=1, dim2=2))
+        var_s, var_t = ((diagonal + ridge).clamp_min(smallest) for diagonal in diagonals)
+        linear = torch.diag_embed((var_s / var_t).sqrt()).to(dtype)
     else:
-        linear = _power(cov_s + ridge * identity, 0.5) @ _power(cov_t + ridge * identity, -0.5)
-        if rank is not None and rank < identity.shape[-1]:
-            change = linear - identity
-            largest = torch.linalg.eigh(change.mT @ change).eigenvectors[..., -rank:]  # right singular vectors
-            linear = identity + change @ largest @ largest.mT
+        linear = source.root(dtype) @ power(add_ridge(covariance, ridge).to(dtype), -0.5)
+        if rank is not None and rank < linear.shape[-1]:
+            linear = _low_rank(linear, rank)
     goal = mean if fit == 'covariance' else source.mean
-    return linear, goal - (linear @ mean[:, :, None])[..., 0]
+    return linear, goal - (linear.double() @ mean[:, :, None])[..., 0]
 
 
-def _power(matrix: Tensor, exponent: float) -> Tensor:
-    """Returns a power of symmetric positive matrices, (groups, size, size)."""
-    values, vectors = torch.linalg.eigh(matrix)
-    info = torch.finfo(values.dtype)
-    smallest = (values.amax(-1, keepdim=True) * info.eps).clamp_min(info.tiny)  # a dead layer has no variance at all
-    return vectors * values.maximum(smallest)[:, None, :] ** exponent @ vectors.mT
+def _low_rank(linear: Tensor, rank: int) -> Tensor:
+    """Returns A with ``A - I`` projected on its right singular vectors of the largest values."""
+    identity = torch.eye(linear.shape[-1], dtype=linear.dtype, device=linear.device)
+    change = linear - identity
+    largest = torch.linalg.eigh(change.mT @ change).eigenvectors[..., -rank:]  # (groups, size, rank)
+    return identity + change @ largest @ largest.mT
 
 
 FEW, MANY = 32, 512

@@ -12,6 +12,9 @@ from ..utils.errors import InputError
 class CalibrationError(InputError, ValueError):
     """A model, images or moments that can't be calibrated; the message names the layer or the option."""
 
+RIDGE = 0.01
+"""Share of the mean variance in the training domain that a fit adds to every variance, on both sides."""
+
 
 def gather_processes(value: Any) -> list[Any]:
     """Returns what each process has, in the order of the ranks; a single process has its own value only."""
@@ -49,11 +52,43 @@ class Moments:
         self.count = 0
         self.mean = torch.zeros(groups, size, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(groups, size, size, dtype=torch.float64, device=device)
+        self._root: Tensor | None = None  # where a file has it
+
+    @classmethod
+    def from_root(cls, count: int, mean: Tensor, root: Tensor) -> 'Moments':
+        """Returns the moments of which :meth:`root` is known, which saves a decomposition.
+
+        From ``R^2 = S + r I`` and ``r = RIDGE tr(S) / C`` follows ``r = RIDGE / (1 + RIDGE) tr(R^2) / C``.
+
+        Args:
+            count: n.
+            mean: mu, (groups, size).
+            root: R, (groups, size, size).
+        """
+        moments = cls(*mean.shape, mean.device)
+        square = (root @ root).double()
+        ridge = RIDGE / (1 + RIDGE) * square.diagonal(dim1=1, dim2=2).mean().item()
+        moments.count = count
+        moments.mean += mean
+        moments.scatter += add_ridge(square, -ridge) * count
+        moments._root = root
+        return moments
 
     @property
     def covariance(self) -> Tensor:
         """S, float64, (groups, size, size)."""
         return self.scatter / max(self.count, 1)
+
+    @property
+    def variance(self) -> float:
+        """The mean variance of all channels."""
+        return (self.scatter.diagonal(dim1=1, dim2=2).mean() / max(self.count, 1)).item()
+
+    def root(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Returns ``(S + r I)^1/2``, (groups, size, size), with the ridge r of :data:`RIDGE` mean variances."""
+        if self._root is None:
+            return power(add_ridge(self.covariance, RIDGE * self.variance).to(dtype), 0.5)
+        return self._root.to(dtype)
 
     @property
     def second_moment(self) -> Tensor:
@@ -64,6 +99,7 @@ class Moments:
         """Returns these moments on a device."""
         moments = Moments(0, 0, device)
         moments.count, moments.mean, moments.scatter = self.count, self.mean.to(device), self.scatter.to(device)
+        moments._root = None if self._root is None else self._root.to(device)
         return moments
 
     @classmethod
@@ -83,6 +119,20 @@ class Moments:
             centred = x - mean
             self._add(x.shape[-1], mean[..., 0].double(), centred @ centred.mT)
 
+    def mapped(self, weight: Tensor, bias: Tensor | None) -> 'Moments':
+        """Returns the moments of ``W x + b``, of one group.
+
+        Args:
+            weight: W, (C_out, C).
+            bias: b, (C_out,).
+        """
+        weight = weight.to(self.mean)
+        moments = Moments(0, 0)
+        moments.count = self.count
+        moments.mean = self.mean @ weight.mT if bias is None else self.mean @ weight.mT + bias
+        moments.scatter = weight @ self.scatter @ weight.mT
+        return moments
+
     def merge(self, other: 'Moments') -> None:
         """Adds all vectors that other moments have seen."""
         self._add(other.count, other.mean.to(self.mean), other.scatter.to(self.scatter))
@@ -91,6 +141,7 @@ class Moments:
         if not count:
             return
         total = self.count + count
+        self._root = None
         delta = mean - self.mean
         self.scatter += scatter  # in place, whatever the dtype: large matrices are slow to allocate
         self.scatter.addcmul_(delta[:, :, None], delta[:, None, :], value=self.count * count / total)
@@ -131,3 +182,18 @@ class Moments:
         moments.mean += mean
         moments.scatter += scatter
         return moments
+
+
+def add_ridge(matrix: Tensor, ridge: float) -> Tensor:
+    """Returns matrices, (groups, size, size), with a number added to the diagonal."""
+    matrix = matrix.clone()
+    matrix.diagonal(dim1=1, dim2=2).add_(ridge)
+    return matrix
+
+
+def power(matrix: Tensor, exponent: float) -> Tensor:
+    """Returns a power of symmetric positive matrices, (groups, size, size)."""
+    values, vectors = torch.linalg.eigh(matrix)
+    info = torch.finfo(values.dtype)
+    smallest = (values.amax(-1, keepdim=True) * info.eps).clamp_min(info.tiny)  # a dead layer has no variance at all
+    return vectors * values.maximum(smallest)[:, None, :] ** exponent @ vectors.mT

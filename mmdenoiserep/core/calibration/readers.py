@@ -1,7 +1,7 @@
 """Which layer's output is read by one other layer alone, seen while a model runs."""
 
 import gc
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +25,7 @@ def find_sole_readers(module: nn.Module, layers: Mapping[str, nn.Module], exampl
         example_input: What to call the module with.
     """
     readers = Readers(layers)
-    with evaluating(module):
+    with evaluating(module), readers.watching():
         readers.run(module, example_input)
     return readers.pairs()
 
@@ -43,43 +43,46 @@ class Readers:
         owned: Names of layers and tensors that only these may read.
 
     Attributes:
-        calls: For each run of this process, how often it called each layer.
         read_elsewhere: Names of the layers of which such a tensor was read outside of their forward.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], owned: Iterable[tuple[str, Tensor | None]] = ()) -> None:
         self.layers = layers
         self.owned = Storages(owned)
-        self.calls: list[Counter[str]] = []
         self.read_elsewhere: set[str] = set()
         self._readers: dict[str, set[str | None]] = defaultdict(set)  # None stands for outside of all layers
         self._sources: dict[str, set[str | None]] = defaultdict(set)  # whose output is the first argument
         self._outputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._running: list[str | None] = []
-        self._watching = True
+        self._running: list[str | None] = []  # the layers that are open, innermost last; empty between runs
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watches all that :meth:`run` runs while it lasts."""
+        with intercepting(self.layers, self._run), _Watch(self._note):
+            yield
 
     def run(self, module: nn.Module, batch: Any) -> None:
-        """Runs a model on a batch and watches."""
-        self.calls.append(Counter())
+        """Runs a model on a batch, while :meth:`watching`."""
         self._outputs, self._running = WeakTensorKeyDictionary(), [None]
-        with intercepting(self.layers, self._run), _Watch(self._note):
-            returned = run_model(module, batch)
+        returned = run_model(module, batch)
         held = list(self._outputs.values())
         if any(None not in self._readers[name] for name in held):
             gc.collect()  # a reference cycle holds tensors that nobody can read any more
             held = list(self._outputs.values())
         for name in held:
             self._readers[name].add(None)
+        self._running = []
         del returned
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Does not watch while it lasts."""
-        self._watching = False
+        """Does not watch while it lasts, and lets other runs take place."""
+        own = self._outputs, self._running
+        self._running = []
         try:
             yield
         finally:
-            self._watching = True
+            self._outputs, self._running = own
 
     def merge_processes(self) -> None:
         """Makes these the readers in the runs of all processes, where there are several."""
@@ -101,7 +104,6 @@ class Readers:
 
     def _run(self, name: str, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the forward of a layer."""
-        self.calls[-1][name] += 1
         first = next(iter((*args, *kwargs.values())), None)
         self._sources[name].add(self._outputs.get(first) if isinstance(first, Tensor) else None)
         self._running.append(name)
@@ -115,7 +117,7 @@ class Readers:
 
     def _note(self, value: Tensor, result: Any) -> None:
         """Notes that an operation takes a tensor, and what comes out of it."""
-        if not self._watching:
+        if not self._running:
             return
         name = self._outputs.get(value)
         if name is not None:

@@ -1,7 +1,7 @@
 """What a calibration did to each layer, as data and as a table."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,28 +19,32 @@ class CalibratedLayer:
         name: Name of the layer.
         rank: Rank of the map less the identity; None where it is not low.
         moved: ``E|x' - x|^2 / E|x - mu|^2``: how far the features move, as a share of their variance.
-        linear: A of the map ``x' = A x + c``, float64, (groups, size, size): on the layer's input, in domain mode on
-            the output of a convolution.
-        constant: c, float64, (groups, size).
-        before: Eigenvalues of the features' covariance, ascending, float64.
-        after: The same of the corrected features.
         start: Schedule mode: the loss of the denoiser as it was, on the gathered features.
         loss: Schedule mode: the loss of the denoiser now.
         optimum: Schedule mode: the least loss that a denoiser of full rank can have on them.
+        linear: A of the map ``x' = A x + c``, (groups, size, size), where asked for: on the layer's input, in domain
+            mode on the output of a convolution.
+        constant: c, float64, (groups, size), where asked for.
+        before: Eigenvalues of the features' covariance, ascending, float64, where asked for.
+        after: Eigenvalues of the corrected features' covariance, where asked for.
         note: What could not be done, or empty.
     """
 
     name: str
     rank: int | None
     moved: float
-    linear: Tensor
-    constant: Tensor
-    before: Tensor
-    after: Tensor
     start: float | None = None
     loss: float | None = None
     optimum: float | None = None
+    linear: Tensor | None = None
+    constant: Tensor | None = None
+    before: Tensor | None = None
+    after: Tensor | None = None
     note: str = ''
+
+    def noting(self, note: str) -> 'CalibratedLayer':
+        """Returns the row with one more note."""
+        return replace(self, note='; '.join(filter(None, [self.note, note])))
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,12 @@ class CalibrationReport:
     Attributes:
         mode: ``'schedule'`` (solved denoisers) or ``'domain'`` (a domain fit).
         images: Images seen, in all processes.
-        passes: How often they were run through the model.
         layers: The calibrated layers, first executed first.
         skipped: Why a layer was left as it is, by its name.
     """
 
     mode: str
     images: int
-    passes: int
     layers: tuple[CalibratedLayer, ...]
     skipped: Mapping[str, str] = field(default_factory=dict)
 
@@ -71,47 +73,56 @@ class CalibrationReport:
             header[3:3] = 'loss before', 'loss', 'optimum of full rank'
             for row, values in zip(rows, losses, strict=True):
                 row[3:3] = [f'{value:.6f}' for value in values]
-        passes = f'{self.passes} pass{"es" if self.passes > 1 else ""}'
         rows += [[name, *'-' * (len(header) - 2), f'skipped: {why}'] for name, why in self.skipped.items()]
         return (
             f'{format_table(tuple(header), [tuple(row) for row in rows])}\n'
-            f'{len(self.layers)} layers calibrated ({self.mode}) on {self.images} images in {passes}'
+            f'{len(self.layers)} layers calibrated ({self.mode}) on {self.images} images'
         )
 
 
 def make_report(
-    mode: str, images: int, passes: int, rows: Sequence[CalibratedLayer], skipped: Mapping[str, str]
+    mode: str, images: int, rows: Sequence[CalibratedLayer], skipped: Mapping[str, str]
 ) -> CalibrationReport:
     """Returns the report; raises a CalibrationError if no layer was calibrated."""
     if not rows:
         name, reason = next(iter(skipped.items()), ('', 'none is named'))
         raise CalibrationError(f'no layer was calibrated: {name}{": " if name else ""}{reason}')
-    return CalibrationReport(mode, images, passes, tuple(rows), skipped)
+    return CalibrationReport(mode, images, tuple(rows), skipped)
 
 
-def make_row(name: str, linear: Tensor, constant: Tensor, moments: Moments, **rest: Any) -> CalibratedLayer:
+def make_row(
+    name: str,
+    linear: Tensor,
+    constant: Tensor,
+    moments: Moments,
+    *,
+    spectra: bool = False,
+    maps: bool = False,
+    **rest: Any,
+) -> CalibratedLayer:
     """Returns the row of a layer with the map ``x' = A x + c``.
 
     Args:
         name: Name of the layer.
-        linear: A, float64, (groups, size, size).
+        linear: A, (groups, size, size).
         constant: c, float64, (groups, size).
-        moments: Those of x.
+        moments: Moments of x.
+        spectra: Whether the row has the spectra of x and x'.
+        maps: Whether the row has A and c.
         **rest: The other attributes of :class:`CalibratedLayer`.
     """
-    covariance = moments.covariance
+    covariance = moments.covariance.to(linear.dtype)
     change = linear - torch.eye(linear.shape[-1], dtype=linear.dtype, device=linear.device)
-    shift = (change @ moments.mean[..., None])[..., 0] + constant
-    variance = covariance.diagonal(dim1=1, dim2=2).sum().clamp_min(torch.finfo(torch.float64).tiny)
+    shift = (change.double() @ moments.mean[..., None])[..., 0] + constant
+    variance = moments.covariance.diagonal(dim1=1, dim2=2).sum().clamp_min(torch.finfo(torch.float64).tiny)
     moved = ((change @ covariance * change).sum() + shift.square().sum()) / variance
-    before = torch.linalg.eigvalsh(covariance).flatten().sort().values
-    after = torch.linalg.eigvalsh(linear @ covariance @ linear.mT).flatten().sort().values
-    return CalibratedLayer(
-        name,
-        moved=moved.item(),
-        linear=linear,
-        constant=constant,
-        before=before,
-        after=after,
-        **rest,
-    )
+    if maps:
+        rest |= dict(linear=linear, constant=constant)
+    if spectra:
+        rest |= dict(before=_spectrum(covariance), after=_spectrum(linear @ covariance @ linear.mT))
+    return CalibratedLayer(name, moved=moved.item(), **rest)
+
+
+def _spectrum(covariance: Tensor) -> Tensor:
+    """Returns the eigenvalues of all groups, ascending, float64."""
+    return torch.linalg.eigvalsh(covariance).flatten().sort().values.double()

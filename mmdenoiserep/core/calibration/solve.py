@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..method.correction import Correction
 from ..method.layers import DenoiseLayer
 from .closed_form import closed_form
-from .collect import gather, too_few
+from .collect import Stride, gather, stride_of, too_few
 from .moments import CalibrationError, Moments
 from .report import CalibrationReport, make_report, make_row
 
@@ -20,7 +20,9 @@ def solve_denoisers(
     *,
     layers: Collection[str] | None = None,
     prior: float = 0.0,
-    every: int = 1,
+    stride: Stride = 1,
+    spectra: bool = False,
+    maps: bool = False,
 ) -> CalibrationReport:
     """Sets the denoisers of a model to the exact optimum of their loss on unlabelled images, in place.
 
@@ -31,7 +33,9 @@ def solve_denoisers(
         batches: What to call the module with; each process has its own.
         layers: Names of the denoised layers to solve for; None takes all. The others are left as they are.
         prior: Images that a prior of equal variances in unrelated channels is worth.
-        every: See :func:`collect_moments`.
+        stride: See :func:`collect_moments`.
+        spectra: Whether the report has the spectra of all layers, which cost two decompositions each.
+        maps: Whether the report has the maps of all layers.
 
     Returns:
         A :class:`CalibrationReport`.
@@ -55,12 +59,12 @@ def solve_denoisers(
         chosen = {name: layer for name, layer in chosen.items() if name in set(layers)}
     if prior < 0:
         raise CalibrationError(f'prior must be a number of images, 0 or more, got {prior}')
-    moments, images = gather(module, batches, chosen, True, every)  # type: ignore[arg-type]
+    moments, images = gather(module, batches, chosen, True, stride)  # type: ignore[arg-type]
     if not images:
         raise CalibrationError('there is no image to calibrate with')
     rows, skipped = [], {}
     for name, seen in moments.items():
-        if reason := too_few(seen, every, images):
+        if reason := too_few(seen, stride_of(stride, name), images):
             skipped[name] = reason
             continue
         layer = chosen[name]
@@ -79,8 +83,10 @@ def solve_denoisers(
         constant = torch.zeros_like(seen.mean) if solution.bias is None else -solution.bias.reshape(seen.mean.shape)
         linear = torch.eye(seen.mean.shape[1], dtype=torch.float64, device=seen.mean.device) - solution.matrix()
         losses = dict(start=start, loss=_loss(layer, solution, seen), optimum=_loss(layer, best, seen))
-        rows.append(make_row(name, linear, constant, seen, rank=before.rank, **losses))
-    return make_report('schedule', images, 1, rows, skipped)
+        rows.append(
+            make_row(name, linear, constant, seen, rank=before.rank, spectra=spectra, maps=maps, **losses)
+        )
+    return make_report('schedule', images, rows, skipped)
 
 
 def denoised_layers(module: nn.Module) -> dict[str, DenoiseLayer]:

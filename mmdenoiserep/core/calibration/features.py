@@ -1,0 +1,132 @@
+"""Gathers the moments of what a domain fit corrects: the input of a Linear layer, the output of a convolution."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..method.layers import DenoiseLayer, Layer, input_channels
+from ..method.sample import Sample
+from .moments import Moments
+
+
+def fitted_on_output(layer: Layer) -> bool:
+    """Whether a domain fit corrects what the layer returns: a convolution, whose padding a constant would miss."""
+    return isinstance(layer, nn.Conv2d)
+
+
+class Features:
+    """Gathers the moments of what a domain fit corrects in a layer, or of its input.
+
+    The output of a convolution is computed at the chosen pixels alone. That of a 1x1 convolution with no more inputs
+    than outputs, ``y = W x + b``, is not computed at all: its moments follow from those of the input,
+
+        ``E[y] = W mu + b``,   ``Cov[y] = W S W^T``
+
+    Args:
+        layer: The layer.
+        inputs: Gathers the moments of its input, also of a convolution.
+    """
+
+    def __init__(self, layer: Layer, inputs: bool = False) -> None:
+        self.layer = layer
+        channels, self.groups = input_channels(layer)  # type: ignore[arg-type]
+        self.on_output = fitted_on_output(layer) and not inputs
+        self.follows = self.on_output and _is_narrow(layer) and not isinstance(layer, DenoiseLayer)
+        if self.on_output and not self.follows:
+            channels = layer.weight.shape[0]
+        self.gathered = Moments(self.groups, channels // self.groups, layer.weight.device)
+
+    @property
+    def channels(self) -> int:
+        """Channels of a vector that is gathered."""
+        return self.gathered.mean.numel() // self.groups
+
+    def update(self, sample: Sample, x: Tensor, stride: int, output: Tensor | None = None) -> None:
+        """Adds one in ``stride`` of the vectors of a batch.
+
+        Args:
+            sample: Chooses them.
+            x: What the layer is called with.
+            stride: 1 takes all.
+            output: What it returns, if that is known.
+        """
+        layer = self.layer
+        if not self.on_output:
+            self.gathered.update(sample(layer, x, stride))
+            return
+        if output is not None and not self.follows:
+            self.gathered.update(sample(layer, output, stride))
+            return
+        assert isinstance(layer, nn.Conv2d)
+        images = x if x.dim() == 4 else x[None]
+        height, width = _output_size(layer, images)
+        places = sample.draw(len(images), height * width, stride)
+        if self.follows:
+            pixels = images[..., :: layer.stride[0], :: layer.stride[1]].flatten(2)  # (B, C, H' * W')
+            if places is not None:
+                pixels = pixels.gather(2, places[:, None].to(x.device).expand(-1, pixels.shape[1], -1))
+            self.gathered.update(pixels.permute(1, 0, 2).flatten(1)[None])  # (1, C, B * n)
+            return
+        if places is None:
+            outputs = nn.Conv2d._conv_forward(layer, images, layer.weight, layer.bias).flatten(2)  # (B, C_out, H' * W')
+        else:
+            outputs = convolve_at(layer, images, places.to(x.device))  # (B, C_out, n)
+        self.gathered.update(outputs.unflatten(1, (self.groups, -1)).permute(1, 2, 0, 3).flatten(2))
+
+    def moments(self) -> Moments:
+        """Returns the moments of all vectors, in all processes."""
+        self.gathered.merge_processes()
+        return self.gathered.mapped(self.layer.weight.flatten(1), self.layer.bias) if self.follows else self.gathered
+
+
+def convolve_at(layer: nn.Conv2d, x: Tensor, places: Tensor) -> Tensor:
+    """Returns the output of a convolution at some pixels, (B, C_out, n).
+
+    Args:
+        layer: The convolution.
+        x: (B, C, H, W).
+        places: Which pixels of the output, counted row by row, (B, n).
+    """
+    _, width = _output_size(layer, x)
+    x = F.pad(x, _padding(layer), 'constant' if layer.padding_mode == 'zeros' else layer.padding_mode)
+    rows = places.div(width, rounding_mode='floor') * layer.stride[0]
+    columns = places % width * layer.stride[1]
+    taps = [  # (B, n) each
+        (rows + i * layer.dilation[0]) * x.shape[-1] + columns + j * layer.dilation[1]
+        for i in range(layer.kernel_size[0])
+        for j in range(layer.kernel_size[1])
+    ]
+    index = torch.stack(taps, 1).flatten(1)  # (B, k * n)
+    patches = x.flatten(2).gather(2, index[:, None].expand(-1, x.shape[1], -1))  # (B, C, k * n)
+    patches = patches.reshape(len(x), layer.groups, -1, places.shape[1])  # (B, g, C/g * k, n)
+    weight = layer.weight.reshape(layer.groups, -1, patches.shape[2])  # (g, C_out/g, C/g * k)
+    output = (weight @ patches).flatten(1, 2)
+    return output if layer.bias is None else output + layer.bias[:, None]
+
+
+def _is_narrow(layer: Layer) -> bool:
+    return (
+        isinstance(layer, nn.Conv2d)
+        and layer.kernel_size == (1, 1)
+        and layer.groups == 1
+        and layer.in_channels <= layer.out_channels
+        and not any(_padding(layer))
+    )
+
+
+def _padding(layer: nn.Conv2d) -> list[int]:
+    """Returns what is added on each side: (left, right, top, bottom)."""
+    if isinstance(layer.padding, str) or layer.padding_mode != 'zeros':
+        return list(layer._reversed_padding_repeated_twice)
+    height, width = layer.padding  # what the forward reads, and models may change it
+    return [width, width, height, height]
+
+
+def _output_size(layer: nn.Conv2d, x: Tensor) -> tuple[int, int]:
+    left, right, top, bottom = _padding(layer)
+    sizes = (x.shape[-2] + top + bottom, x.shape[-1] + left + right)
+    height, width = (
+        (size - layer.dilation[i] * (layer.kernel_size[i] - 1) - 1) // layer.stride[i] + 1
+        for i, size in enumerate(sizes)
+    )
+    return height, width
