@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..fusing.fuse import FusionError, fold_state_dict
+from ..fusing.fuse import FusionError, fuse_with_changes
 from ..utils.errors import CheckpointError, printable
 from .atomic import check_output
 from .checkpoint import write_atomically
@@ -81,7 +81,7 @@ def fuse_content(content: Content) -> FusedCheckpoint:
             f'{content.source} is fused already (its meta says so); it loads into the vanilla config as it is'
         )
     try:
-        weights, changes = fold_state_dict(content.weights)
+        weights, changes = fuse_with_changes(content.weights)
     except (FusionError, NotImplementedError) as error:  # float8 lacks most operations
         raise CheckpointError(f'{content.source} cannot be fused: {error}') from None
     vanilla = content.without_denoising()
