@@ -1,4 +1,4 @@
-"""The method itself; imports torch only."""
+"""The core: denoisers, fusing, calibration and files, on torch alone."""
 
 from .calibration.closed_form import closed_form
 from .calibration.collect import collect_moments

@@ -20,15 +20,7 @@ REPARAMETERIZATIONS = ('switch_to_deploy', 'merge_kernel', 'local_inject', 'repa
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """A layer that got a denoiser.
-
-    Attributes:
-        name: Name of the layer.
-        type: Name of its class before the conversion.
-        shape: Shape of its weight.
-        timestep: t in the reverse diffusion.
-        extra_parameters: Parameters of its denoiser.
-    """
+    """A layer that got a denoiser: its vanilla class, the shape of its weight, and the parameters of the denoiser."""
 
     name: str
     type: str

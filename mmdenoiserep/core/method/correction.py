@@ -1,7 +1,7 @@
 """The correction of one layer: ``x' = x - (B x + b~)``, at full and at low rank, with its loss and its fold."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,8 +40,7 @@ class Correction:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     @property
     def rank(self) -> int | None:

@@ -100,11 +100,10 @@ class DenoiseLayer(nn.Module):
         return self.denoise_loss_of([(Sample()(self, x), 1.0)], limit)
 
     def denoise_loss_of(self, parts: Sequence[tuple[Tensor, float]], limit: float = 1.0) -> Tensor:
-        """Returns :meth:`denoise_loss` of several inputs.
+        """Returns the weighted sum of :meth:`denoise_loss` of several inputs.
 
         Args:
-            parts: Sampled vectors of each input, (groups, C/g, n), see :class:`~.sample.Sample`, and the weight of its
-                loss; the weights sum up to 1.
+            parts: Vectors of each input, (groups, C/g, n), see :class:`~.sample.Sample`, and the weight of its loss.
             limit: See :meth:`denoise_loss`.
         """
         with torch.autocast(self.weight.device.type, enabled=False):
@@ -293,14 +292,7 @@ def convert_layer(
     """Turns an ``nn.Linear`` or ``nn.Conv2d`` into its denoised class, in place, and returns it.
 
     The object and its parameters stay the same, so references to them stay valid: those of parent modules, optimizers
-    and hooks. :func:`restore_layer` is the inverse.
-
-    Args:
-        layer: The layer.
-        timestep: See :class:`DenoiseLayer`.
-        schedule: See :class:`DenoiseLayer`.
-        rank: See :class:`Denoiser`.
-        bias: ``denoiser_bias`` of :class:`DenoiseLinear`.
+    and hooks. The arguments are those of :class:`DenoiseLinear`. :func:`restore_layer` is the inverse.
 
     Raises:
         ValueError: See :class:`DenoiseLinear`; the layer is then unchanged.

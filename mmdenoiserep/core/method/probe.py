@@ -45,9 +45,6 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
     ``eval()`` of a backbone may freeze parameters, renew a cache that the forward reads (LeViT), or leave submodules in
     training mode. So the context calls ``eval()``, and restores modes, attributes and ``requires_grad``.
-
-    Args:
-        modules: The modules.
     """
     parts = {part: part.training for module in modules for part in module.modules()}
     attributes = {part: dict(part.__dict__) for part in parts if type(part).train is not nn.Module.train}
@@ -146,10 +143,6 @@ class _WeightWatch(TorchDispatchMode):
 
     A torch function mode or hooks would disable the fast path of ``nn.TransformerEncoderLayer``, which reads the
     weights of its children. A weight is recognised by its memory, so a view that the model keeps counts as the weight.
-
-    Args:
-        layers: The layers by name.
-        execution: Is filled in.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], execution: Execution) -> None:

@@ -111,17 +111,7 @@ def _match(
     excluded: Sequence[re.Pattern],
     obstacles: Mapping[str, str],
 ) -> tuple[dict[str, Target], dict[str, str]]:
-    """Matches targets with layers.
-
-    Args:
-        names: All names of each layer.
-        layers: The layers by their first name.
-        targets: The parsed targets.
-        excluded: The parsed entries of exclude.
-        obstacles: By first name, why a layer can't be converted, or an empty string.
-
-    Returns:
-        The target of each selected layer; the obstacle of each skipped layer.
+    """Returns the target of each selected layer, and the obstacle of each skipped layer, by the layer's first name.
 
     Raises:
         ValueError: A target matches no layer that can be denoised, or an entry of exclude matches no layer at all.

@@ -26,14 +26,7 @@ POSITION_BIAS = re.compile(r'(.*\.)?cpb_mlp\..*')
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One entry of ``targets``.
-
-    Attributes:
-        text: The preset or the regular expression, as the user wrote it.
-        pattern: Must match the whole name of a layer.
-        types: Classes of layers that the entry matches.
-        overrides: Values of :data:`OPTIONS`.
-    """
+    """One entry of ``targets``: as the user wrote it, what it matches, and the :data:`OPTIONS` that it overrides."""
 
     text: str
     pattern: re.Pattern

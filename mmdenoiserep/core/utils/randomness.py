@@ -4,6 +4,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,5 @@ def _module_generators(modules: tuple[nn.Module, ...]) -> Iterator[Generator]:
 
 
 def _numpy_generator(bits: Any) -> Generator:
-    def set_state(state: Any) -> None:
-        bits.state = state
-
+    set_state = partial(setattr, bits, 'state')
     return lambda: bits.state, set_state, lambda seed: set_state(type(bits)(seed).state)
