@@ -115,7 +115,7 @@ def write_atomically(content: Any, target: Path) -> None:
 
 @contextmanager
 def _only_stand_ins() -> Iterator[None]:
-    """Makes :data:`STAND_INS` the safe globals of ``torch.load``; those of the process become inert."""
+    """Makes :data:`STAND_INS` the safe globals of ``torch.load``, and the safe globals of the process inert."""
     allowed = torch.serialization.get_safe_globals()
     names = [entry[1] if isinstance(entry, tuple) else f'{entry.__module__}.{entry.__qualname__}' for entry in allowed]
     stand_ins = {**dict.fromkeys(names, Inert), **STAND_INS}

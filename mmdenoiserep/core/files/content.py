@@ -19,7 +19,7 @@ EXTRA_STATE = '_extra_state'
 
 
 @dataclass(frozen=True)
-class Content:
+class Checkpoint:
     """The weights and ``meta`` of a checkpoint file.
 
     Attributes:
@@ -34,7 +34,7 @@ class Content:
     meta: dict[str, Any]
     notes: tuple[str, ...]
 
-    def without_denoising(self) -> 'Content':
+    def without_denoising(self) -> 'Checkpoint':
         """Returns a copy whose ``meta['cfg']`` is the config without denoising."""
         text = self.meta.get('cfg')
         if not isinstance(text, str):
@@ -45,10 +45,10 @@ class Content:
         except ValueError as error:
             del meta['cfg']
             notes += (f'left out of meta: cfg, which cannot be read ({error}); give the inferencers a config file',)
-        return Content(self.source, self.weights, meta, notes)
+        return Checkpoint(self.source, self.weights, meta, notes)
 
 
-def open_checkpoint(path: str | os.PathLike, allow_pickle: bool = False, key: str | None = None) -> Content:
+def open_checkpoint(path: str | os.PathLike, allow_pickle: bool = False, key: str | None = None) -> Checkpoint:
     """Reads a checkpoint file and finds the weights in it.
 
     Args:
@@ -76,7 +76,7 @@ def open_checkpoint(path: str | os.PathLike, allow_pickle: bool = False, key: st
         notes.append(f'left out of meta, because it is no plain data: {", ".join(sorted(set(left_out)))}')
     if 'ema_state_dict' in checkpoint:
         notes.append('the run kept averaged weights (EMA); they are what its state_dict holds')
-    return Content(source, weights, meta, tuple(notes))
+    return Checkpoint(source, weights, meta, tuple(notes))
 
 
 def find_weights(

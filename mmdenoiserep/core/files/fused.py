@@ -12,7 +12,7 @@ from ..fusing.fuse import FusionError, fuse_with_changes
 from ..utils.errors import CheckpointError, printable
 from .atomic import check_output
 from .checkpoint import write_atomically
-from .content import Content, open_checkpoint
+from .content import Checkpoint, open_checkpoint
 
 STAMP = 'denoiserep'
 """Key in ``meta`` that marks a fused file."""
@@ -73,7 +73,7 @@ def fuse_checkpoint(
     return fused
 
 
-def fuse_content(content: Content) -> FusedCheckpoint:
+def fuse_content(content: Checkpoint) -> FusedCheckpoint:
     """Folds the denoisers of a checkpoint into its weights; writes nothing.
 
     Args:

@@ -1,4 +1,4 @@
-"""Reads and writes files of moments, such as those of a training domain."""
+"""Reads and writes moments, for example of a training domain."""
 
 import hashlib
 import os

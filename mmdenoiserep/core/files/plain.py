@@ -27,7 +27,7 @@ def is_dense(value: Any) -> bool:
 
 
 def to_plain(value: Any, name: str, left_out: list[str]) -> Any:
-    """Converts a value, recursively, to plain data.
+    """Converts a value to plain data, recursively.
 
     Subclasses of dict and namespaces become dicts, arrays become nested lists, sets become sorted lists (equal sets
     give equal files), paths, dates and dtypes become strings. Dense tensors stay tensors.
@@ -46,12 +46,12 @@ def to_plain(value: Any, name: str, left_out: list[str]) -> Any:
 class _Converter:
     def __init__(self, left_out: list[str]) -> None:
         self.left_out = left_out
-        # value and result by id: a small file may hold one list in many places, or a list that contains itself
+        # by id, the value and its plain form, which is computed once: a small file may hold one list in many places
         self.done: dict[int, tuple[Any, Any]] = {}
 
     def convert(self, value: Any, name: str, depth: int) -> Any:
         if id(value) not in self.done:
-            self.done[id(value)] = value, LEFT_OUT  # the result inside of itself; the reference keeps the id in use
+            self.done[id(value)] = value, LEFT_OUT  # for a value that contains itself; holding it keeps its id unique
             self.done[id(value)] = value, self._convert(value, name, depth)
         plain = self.done[id(value)][1]
         if plain is LEFT_OUT and name not in self.left_out:

@@ -101,7 +101,7 @@ def denoiser_keys(state: Mapping[str, Any]) -> set[str]:
 
 
 def _is_denoiser(weight: Any, entries: Mapping[str, Tensor]) -> bool:
-    """Whether the entries ``denoiser.*`` of a layer are those of a :class:`Denoiser`, complete or not.
+    """Whether the entries ``denoiser.*`` of a layer come from a :class:`Denoiser`, complete or not.
 
     A :class:`Denoiser` belongs to a layer with a weight of 2 or 4 dimensions, and its own weight is a stack of square
     matrices. Without the weight of the layer, as in a damaged file, all entries must have the dimensions of a denoiser:
@@ -190,7 +190,7 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def _holds_denoise_layers(forward: Any) -> bool:
-    """Whether the closure of a function holds a module with denoisers: that of the original model."""
+    """Whether the closure of a function holds a module with denoisers, which only the original model has."""
     held = []
     for cell in getattr(forward, '__closure__', None) or ():
         with suppress(ValueError):  # an empty cell

@@ -21,7 +21,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, tor
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference between an output tensor of the denoised model and that of the fused model.
+    """The difference between an output tensor of the denoised model and the one of the fused model.
 
     Attributes:
         output: Path of the tensor in what the model returns, such as ``output[0]``.

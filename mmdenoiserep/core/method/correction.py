@@ -31,7 +31,7 @@ class Correction:
         """Returns the correction with the parameters of a :class:`Denoiser`, given by name.
 
         Raises:
-            ValueError: The names are those of neither form.
+            ValueError: The names fit neither form.
         """
         if parameters.keys() - {'bias'} not in ({'weight'}, {'scale', 'up', 'down'}):
             raise ValueError(f'is incomplete: it has only {", ".join(sorted(parameters))}')
@@ -60,20 +60,20 @@ class Correction:
         identity = torch.eye(low_rank.shape[-1], device=low_rank.device, dtype=low_rank.dtype)
         return scale[:, None, None] * identity + low_rank
 
-    def apply(self, x: Tensor, project: Callable[..., Tensor], scale: Callable[..., Tensor]) -> Tensor:
+    def apply(self, x: Tensor, project: Callable[..., Tensor], channel_shape: tuple[int, ...]) -> Tensor:
         """Returns ``B x + b~`` in the layout of a layer's features.
 
         Args:
             x: Features.
             project: ``project(x, matrix, bias)`` applies a block-diagonal matrix, (groups, out/g, in/g), and a bias to
                 the channels of x.
-            scale: ``scale(x, factors)`` multiplies the channels of each group by its factor, (groups,).
+            channel_shape: Shape in which one number for each channel, (C,), multiplies x.
         """
         if self.weight is not None:
             return project(x, self.weight, self.bias)
-        factors, up, down = self._factors
+        scale, up, down = self._factors
         low_rank = project(project(x, down, None), up, self.bias)
-        return scale(x, factors) + low_rank
+        return x * scale.repeat_interleave(up.shape[1]).reshape(channel_shape) + low_rank  # (groups,) -> (C,)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns ``W' = W - W B`` and ``b' = b - W b~``, differentiable, in the dtype of the arguments.
@@ -145,9 +145,9 @@ class Correction:
             full rank:  ``2 / (C c1^2) * (q + 1)``
             low rank:   ``2 / (C c1^2) * (q (1 + |up|^2 + |down|^2) + 1)``,   ``q = abar E|x|^2 + (1 - abar) C/g``
 
-        The bound is that of the Gauss-Newton matrix ``2 J^T J`` of the loss ``|r|^2``, where J is the derivative of r.
-        The trace q of the second moment of the noised features bounds its largest eigenvalue. The summand 1 comes from
-        the bias, and is 0 without one.
+        It bounds the Gauss-Newton matrix ``2 J^T J`` of the loss ``|r|^2``, where J is the derivative of r. The trace q
+        of the second moment of the noised features bounds the largest eigenvalue of that moment. The summand 1 comes
+        from the bias, and is 0 without one.
 
         Args:
             vectors: Features x, (groups, C/g, n), in the dtype of the correction.

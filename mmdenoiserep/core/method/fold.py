@@ -16,6 +16,7 @@ class FusionError(InputError, ValueError):
     """A layer, model or state dict that can't be fused; the message names the key or the layer."""
 
 
+@torch.no_grad()
 def fold_layer(
     name: str, weight: Tensor, bias: Tensor | None, parameters: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor | None, float]:
@@ -45,13 +46,13 @@ def fold_layer(
         shapes = ', '.join(f'{key} {tuple(value.shape)}' for key, value in parameters.items())
         raise FusionError(f'the denoiser of {name} ({shapes}) does not fit its weight {tuple(weight.shape)}')
 
-    correction = Correction.of({key: _to_float64(value) for key, value in parameters.items()})
+    correction = correction.to('cpu', torch.float64)
     fused = torch.empty_like(weight)
     fused_bias = None if bias is None else torch.empty_like(bias)
     squared_change = squared_norm = 0.0
     for chunk in _chunks(weight, correction.groups):
-        before = _to_float64(weight[chunk])
-        after, chunk_bias = correction.fold(before, None if bias is None else _to_float64(bias[chunk]))
+        before = weight[chunk].to('cpu', torch.float64)
+        after, chunk_bias = correction.fold(before, None if bias is None else bias[chunk].to('cpu', torch.float64))
         fused[chunk] = after
         squared_change += after.copy_(fused[chunk]).sub_(before).norm().item() ** 2  # after rounding
         squared_norm += before.norm().item() ** 2
@@ -71,10 +72,6 @@ def _chunks(weight: Tensor, groups: int) -> Iterator[slice]:
     step = outputs if groups > 1 else max(1, CHUNK_ELEMENTS // max(1, weight[:1].numel()))
     for start in range(0, outputs, step):
         yield slice(start, start + step)
-
-
-def _to_float64(values: Tensor) -> Tensor:
-    return values.detach().double().cpu()
 
 
 def _is_finite(values: Tensor) -> bool:

@@ -46,6 +46,7 @@ class DenoiseLayer(nn.Module):
     timestep: int
     schedule: NoiseSchedule
     vanilla_class: type[nn.Module]
+    channel_shape: tuple[int, ...]  # (C,) numbers are reshaped to it, to multiply features
 
     def extra_repr(self) -> str:
         """Adds the timestep to the representation of the vanilla layer."""
@@ -84,7 +85,7 @@ class DenoiseLayer(nn.Module):
 
     def correct(self, x: Tensor) -> Tensor:
         """Returns the denoised input ``x' = x - (B x + b~)``, of the shape of x; B and b~ are constants here."""
-        return x - self._constants().apply(x, self._project, self._scale)
+        return x - self._constants().apply(x, self._project, self.channel_shape)
 
     def denoise_loss(self, x: Tensor, limit: float = 1.0) -> Tensor:
         """Returns the expected error of the predicted noise on an input, see :meth:`~.correction.Correction.loss`.
@@ -160,10 +161,6 @@ class DenoiseLayer(nn.Module):
         """Applies a block-diagonal matrix, (groups, out/g, in/g), and a bias to the channels of x."""
         raise NotImplementedError
 
-    def _scale(self, x: Tensor, scale: Tensor) -> Tensor:
-        """Multiplies the channels of each group by its scale, (groups,)."""
-        raise NotImplementedError
-
     def _add_denoiser(self, timestep: int, schedule: NoiseSchedule | None, rank: int | None, bias: bool | None) -> None:
         exact = can_fuse_denoiser_bias(self)  # type: ignore[arg-type]
         if bias and not exact:
@@ -203,6 +200,7 @@ class DenoiseLinear(DenoiseLayer, nn.Linear):
     """
 
     vanilla_class = nn.Linear
+    channel_shape = (-1,)
 
     def __init__(
         self,
@@ -227,9 +225,6 @@ class DenoiseLinear(DenoiseLayer, nn.Linear):
     def _project(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, matrix[0], bias)
 
-    def _scale(self, x: Tensor, scale: Tensor) -> Tensor:
-        return x * scale
-
 
 class DenoiseConv2d(DenoiseLayer, nn.Conv2d):
     """``nn.Conv2d`` with a 1x1 denoiser on its input; adds only ``denoiser.*`` to the state dict.
@@ -246,7 +241,7 @@ class DenoiseConv2d(DenoiseLayer, nn.Conv2d):
         **kwargs: Keyword arguments of ``nn.Conv2d``.
 
     Shape:
-        Input (B, C, H, W) or (C, H, W), output that of ``nn.Conv2d``.
+        Input (B, C, H, W) or (C, H, W), output as from ``nn.Conv2d``.
 
     Raises:
         ValueError: The denoiser bias can't be fused exactly, the rank is below 1, or the timestep is outside the
@@ -254,6 +249,7 @@ class DenoiseConv2d(DenoiseLayer, nn.Conv2d):
     """
 
     vanilla_class = nn.Conv2d
+    channel_shape = (-1, 1, 1)
 
     def __init__(
         self,
@@ -279,9 +275,6 @@ class DenoiseConv2d(DenoiseLayer, nn.Conv2d):
         kernel = matrix.flatten(0, 1)[..., None, None]  # (groups * out/g, in/g, 1, 1)
         return F.conv2d(x, kernel, bias, groups=matrix.shape[0])
 
-    def _scale(self, x: Tensor, scale: Tensor) -> Tensor:
-        return x * scale.repeat_interleave(self.weight.shape[1])[:, None, None]  # (C, 1, 1)
-
 
 DENOISE_CLASSES: dict[type[nn.Module], type[DenoiseLayer]] = {nn.Linear: DenoiseLinear, nn.Conv2d: DenoiseConv2d}
 
@@ -291,8 +284,8 @@ def convert_layer(
 ) -> DenoiseLayer:
     """Turns an ``nn.Linear`` or ``nn.Conv2d`` into its denoised class, in place, and returns it.
 
-    The object and its parameters stay the same, so references to them stay valid: those of parent modules, optimizers
-    and hooks. The arguments are those of :class:`DenoiseLinear`. :func:`restore_layer` is the inverse.
+    The object and its parameters stay the same, so parent modules, optimizers and hooks keep valid references. For the
+    arguments see :class:`DenoiseLinear`; ``bias`` is its ``denoiser_bias``. :func:`restore_layer` is the inverse.
 
     Raises:
         ValueError: See :class:`DenoiseLinear`; the layer is then unchanged.

@@ -42,7 +42,7 @@ class DenoiseLosses:
     def mean(self, weight: float = 1.0) -> Tensor:
         """Returns ``weight * (mean of the losses of the N layers that ran)`` and drops the recorded inputs.
 
-        The gradient of each denoiser is scaled down to that of a curvature of 1 (see :func:`~.loss.limit_curvature`),
+        The gradient of each denoiser is scaled down to a curvature of at most 1 (see :func:`~.loss.limit_curvature`),
         so that one learning rate suits features of any scale.
 
         Args:
@@ -84,7 +84,7 @@ class DenoiseLosses:
             self._recording = False
 
     def _recorder(self, name: str) -> Callable[[Any, tuple, dict], None]:
-        """Returns the forward pre-hook of a layer; its copy, in a copy of the model, records nothing."""
+        """Returns the forward pre-hook of a layer."""
 
         def record(layer: DenoiseLayer, args: tuple, kwargs: dict) -> None:
             if not self._recording:
@@ -102,9 +102,9 @@ def denoise_losses(module: nn.Module, tokens: int | None = 128) -> Iterator[Deno
     """Computes the loss of the denoisers of a model while it trains.
 
     During each forward of the model, forward pre-hooks sample the detached inputs of the layers that have trainable
-    denoisers. Layers that run only in the backward pass, for activation checkpointing, are not recorded twice, and
-    layers that a forward skips have no part in its loss. Each forward samples other tokens, uniformly with a generator
-    of its own, so the expected loss is that of all tokens.
+    denoisers. Activation checkpointing, which runs layers again in the backward pass, records nothing twice, and layers
+    that a forward skips have no part in its loss. Each forward samples tokens uniformly, with a generator of its own,
+    so the loss is an unbiased estimate of the loss of all tokens.
 
     Args:
         module: The model, whose forward is called.

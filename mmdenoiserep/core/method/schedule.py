@@ -22,7 +22,7 @@ class ReverseStep(NamedTuple):
 
 
 class NoiseSchedule:
-    """A linear noise schedule; the default values are those of the official code of DenoiseRep (arXiv 2406.08773).
+    """A linear noise schedule; the defaults come from the official code of DenoiseRep (arXiv 2406.08773).
 
         ``alpha_t = 1 - beta_t``,   ``abar_t = alpha_0 alpha_1 ... alpha_t``
         noised feature:  ``x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps``

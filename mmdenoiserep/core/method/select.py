@@ -165,9 +165,9 @@ def _find_obstacle(layer: nn.Module, execution: Execution, shared: Container[int
         return 'its weight or bias is shared with another layer'
     if id(layer) in execution.bypassed:
         return 'bypassed: its weight or bias is used outside of its own forward'
-    vanilla = f'{type(layer).__module__}.{type(layer).__qualname__}'
-    if vanilla not in EXACT_CLASSES:
-        return f'{vanilla} may compute something else than the plain layer'
+    kind = f'{type(layer).__module__}.{type(layer).__qualname__}'
+    if kind not in EXACT_CLASSES:
+        return f'{kind} may compute something else than the plain layer'
     for name in FORWARDS:
         defined = getattr(type(layer), name, None)
         if name in layer.__dict__:
@@ -176,7 +176,8 @@ def _find_obstacle(layer: nn.Module, execution: Execution, shared: Container[int
             return f'the {name} of its class was replaced'
     if not _owns_parameters(layer):
         return 'its weight or bias is not a parameter of its own (pruned, weight norm or a parametrisation)'
-    if not all(_is_ordinary(p) for p in layer._parameters.values() if p is not None):
+    parameters = [p for p in layer._parameters.values() if p is not None]
+    if not all(type(p.data) is Tensor and p.is_floating_point() and p.layout is torch.strided for p in parameters):
         return 'its weight or bias is no ordinary tensor of floating-point numbers'
     own = {*layer.__dict__, *layer._parameters, *layer._buffers, *layer._modules}
     if taken := reserved_names(layer) & (own | execution.attributes.get(id(layer), set())):
@@ -186,7 +187,3 @@ def _find_obstacle(layer: nn.Module, execution: Execution, shared: Container[int
     if not execution.failure and id(layer) not in execution.order:
         return 'not executed on the dummy image'
     return ''
-
-
-def _is_ordinary(parameter: nn.Parameter) -> bool:
-    return type(parameter.data) is Tensor and parameter.is_floating_point() and parameter.layout is torch.strided
