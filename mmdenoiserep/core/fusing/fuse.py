@@ -40,7 +40,7 @@ def fuse_state_dict(state: Mapping[str, Tensor]) -> 'OrderedDict[str, Tensor]':
 
 
 def fuse_with_changes(state: Mapping[str, Tensor]) -> 'tuple[OrderedDict[str, Tensor], dict[str, float]]':
-    """Returns :func:`fuse_state_dict`, and how much it changed.
+    """Fuses a state dict, see :func:`fuse_state_dict`, and measures the changes.
 
     Returns:
         The vanilla state dict; the relative change of each weight, ``|W' - W| / |W|`` (Frobenius norm), by layer name.
@@ -56,7 +56,7 @@ def fuse_with_changes(state: Mapping[str, Tensor]) -> 'tuple[OrderedDict[str, Te
     changes = {}
     for layer, parameters in denoisers.items():
         if foreign := [key for key in fused if key.startswith(f'{layer}denoiser.')]:
-            raise FusionError(f'{foreign[0]} is nothing that a denoiser of this package holds')
+            raise FusionError(f'{foreign[0]} is no parameter of a denoiser of this package')
         name = layer.rstrip('.') or 'the model'
         weight, bias = state.get(f'{layer}weight'), state.get(f'{layer}bias')
         if not isinstance(weight, Tensor):
