@@ -46,7 +46,7 @@ class DenoiseLayer(nn.Module):
     timestep: int
     schedule: NoiseSchedule
     vanilla_class: type[nn.Module]
-    channel_shape: tuple[int, ...]  # (C,) numbers are reshaped to it, to multiply features
+    _channel_shape: tuple[int, ...]  # (C,) numbers are reshaped to it, to multiply features
 
     def extra_repr(self) -> str:
         """Adds the timestep to the representation of the vanilla layer."""
@@ -85,7 +85,7 @@ class DenoiseLayer(nn.Module):
 
     def correct(self, x: Tensor) -> Tensor:
         """Returns the denoised input ``x' = x - (B x + b~)``, of the shape of x; B and b~ are constants here."""
-        return x - self._constants().apply(x, self._project, self.channel_shape)
+        return x - self._constants().apply(x, self._project, self._channel_shape)
 
     def denoise_loss(self, x: Tensor, limit: float = 1.0) -> Tensor:
         """Returns the expected error of the predicted noise on an input, see :meth:`~.correction.Correction.loss`.
@@ -200,7 +200,7 @@ class DenoiseLinear(DenoiseLayer, nn.Linear):
     """
 
     vanilla_class = nn.Linear
-    channel_shape = (-1,)
+    _channel_shape = (-1,)
 
     def __init__(
         self,
@@ -249,7 +249,7 @@ class DenoiseConv2d(DenoiseLayer, nn.Conv2d):
     """
 
     vanilla_class = nn.Conv2d
-    channel_shape = (-1, 1, 1)
+    _channel_shape = (-1, 1, 1)
 
     def __init__(
         self,
