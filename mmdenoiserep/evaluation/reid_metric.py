@@ -14,7 +14,7 @@ from mmengine.registry import METRICS
 from torch import Tensor
 
 from ..core import InputError
-from ..core.files.atomic import whole_file
+from ..core.files.atomic import atomic_file
 from .reid_ranking import Ranking, rank_matches
 
 KEYS = ('sample_idx', 'img_path', 'pid', 'camid', 'is_query')
@@ -214,5 +214,5 @@ def write_matches(path: Path, images: list[dict], query: Tensor, gallery: Tensor
         ]
         entries.append(dict(entry, ap=ranking.average_precision[i].item(), matches=matches))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(json.dumps(entries).encode())

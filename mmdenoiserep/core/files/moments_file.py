@@ -1,4 +1,4 @@
-"""Files of moments: those of a training domain, which later fits are carried to."""
+"""Reads and writes moments, for example of a training domain."""
 
 import hashlib
 import os
@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from ..calibration.moments import Moments
-from .checkpoint import CheckpointError, read_checkpoint, write_atomically
+from ..utils.errors import CheckpointError
+from .checkpoint import read_checkpoint, write_atomically
 
-KIND = 'moments'
-"""Key of the moments in such a file, beside ``meta``."""
+MOMENTS = 'moments'
+"""Key of the moments in a file, beside ``meta``."""
 
 
 def fingerprint(state: Mapping[str, Any]) -> str:
-    """Returns a checksum of names and values, by which moments know the weights that they were gathered with.
+    """Returns a SHA-256 checksum of a state dict, which tells whether moments were collected with the same weights.
 
     Args:
-        state: A state dict; what is no tensor in it (``_extra_state``) does not count.
+        state: A state dict; values that are no tensors (``_extra_state``) are ignored.
     """
     checksum = hashlib.sha256()
     for name in sorted(name for name, value in state.items() if isinstance(value, Tensor)):
@@ -31,18 +32,18 @@ def fingerprint(state: Mapping[str, Any]) -> str:
 
 
 def save_moments(moments: Mapping[str, Moments], path: str | os.PathLike, meta: Mapping[str, Any]) -> None:
-    """Writes moments by layer name, whole or not at all.
+    """Writes moments atomically; an existing file is replaced.
 
-    A layer of C channels takes half of C^2 float32 numbers: the covariance is symmetric, and its rounding of 1e-7 is
-    far below the ridge of :func:`transport`.
+    Stores the lower triangle of each covariance, C (C + 1) / 2 numbers for C channels, in float32: the rounding of 1e-7
+    is far below the ridge of :func:`transport`.
 
     Args:
         moments: Moments by layer name.
         path: File to write.
-        meta: Plain data about them.
+        meta: Plain data to store with the moments.
 
     Raises:
-        CheckpointError: The folder or disk does not take the file.
+        CheckpointError: The file can't be written.
     """
     layers = {}
     for name, seen in moments.items():
@@ -52,23 +53,23 @@ def save_moments(moments: Mapping[str, Moments], path: str | os.PathLike, meta: 
             mean=seen.mean.cpu(),
             covariance=seen.covariance.cpu()[:, rows, columns].float(),
         )
-    write_atomically({'meta': dict(meta), KIND: layers}, Path(path))
+    write_atomically({'meta': dict(meta), MOMENTS: layers}, Path(path))
 
 
 def load_moments(path: str | os.PathLike) -> tuple[dict[str, Moments], dict[str, Any]]:
-    """Reads what :func:`save_moments` wrote, without running any code of the file.
+    """Reads a file of :func:`save_moments` without running its code.
 
     Returns:
-        The moments by layer name, and ``meta``.
+        The moments by layer name; ``meta``.
 
     Raises:
-        CheckpointError: The file is missing, damaged, or holds no moments.
+        CheckpointError: The file is missing or damaged, or holds no moments.
     """
     content = read_checkpoint(path)
-    if not isinstance(content.get(KIND), Mapping) or not isinstance(content.get('meta'), Mapping):
+    if not isinstance(content.get(MOMENTS), Mapping) or not isinstance(content.get('meta'), Mapping):
         raise CheckpointError(f'{path} holds no moments; write them with collect_moments and save_moments')
     moments = {}
-    for name, layer in content[KIND].items():
+    for name, layer in content[MOMENTS].items():
         try:
             moments[name] = _unpack(layer)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
@@ -77,7 +78,7 @@ def load_moments(path: str | os.PathLike) -> tuple[dict[str, Moments], dict[str,
 
 
 def _unpack(layer: Mapping[str, Tensor]) -> Moments:
-    mean, packed = layer['mean'], layer['covariance']
+    mean, packed = layer['mean'], layer['covariance']  # (groups, size), (groups, size (size + 1) / 2)
     size = mean.shape[1]
     rows, columns = torch.tril_indices(size, size, device='cpu')
     covariance = torch.zeros(*mean.shape, size, dtype=torch.float64, device='cpu')

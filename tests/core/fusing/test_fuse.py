@@ -480,7 +480,7 @@ def test_damaged_beside_a_users_own():
         ({'denoiser__weight': None}, 'incomplete'),
         ({'rank': 2, 'denoiser__down': None}, 'incomplete'),
         ({'rank': 2, 'weight': None}, 'no weight'),
-        ({'denoiser__gain': torch.ones(1)}, 'nothing that a denoiser'),
+        ({'denoiser__gain': torch.ones(1)}, 'no parameter of a denoiser'),
     ):
         with pytest.raises(FusionError, match=message):
             fuse_state_dict(own | broken(**damage))

@@ -433,7 +433,7 @@ def owning(layer, **attributes):
         (owning(plain('linear'), timestep=3), 'for itself: timestep'),
         (owning(plain('conv'), schedule='cosine', vanilla_class=nn.Linear), 'schedule, vanilla_class'),
         (owning(plain('linear'), denoiser=nn.Linear(8, 8)), 'for itself: denoiser'),
-        (owning(plain('conv'), _scale=0.1), 'for itself: _scale'),
+        (owning(plain('conv'), _project=0.1), 'for itself: _project'),
     ],
 )
 def test_odd_layers_are_skipped(layer, reason):

@@ -357,12 +357,12 @@ def test_the_smaller_factor_is_multiplied(kind, rank, monkeypatch):
     """A large input leaves the weight to be corrected, a small one is corrected itself; output and gradients agree."""
     layer = denoised(LAYERS[kind](dtype=torch.float64), rank)
     ways = []
-    for name in ('_fold', 'correct'):
+    for name in ('_fused', 'correct'):
         method = getattr(DenoiseLayer, name)
         monkeypatch.setattr(DenoiseLayer, name, lambda *args, m=method, n=name: ways.append(n) or m(*args))
     small = example(layer)[:1, ..., :1, :] if isinstance(layer, nn.Linear) else example(layer)[:1, :, :3, :3]
     large = torch.cat([example(layer, seed=seed) for seed in range(20)])
-    for x, way in ((small, 'correct'), (large, '_fold')):
+    for x, way in ((small, 'correct'), (large, '_fused')):
         ways.clear()
         x = x.clone().requires_grad_()
         inputs = [x, layer.weight, *([] if layer.bias is None else [layer.bias])]
@@ -370,7 +370,7 @@ def test_the_smaller_factor_is_multiplied(kind, rank, monkeypatch):
         for forward in (layer, layer.forward_by_definition):
             output = forward(x)
             results.append([output, *torch.autograd.grad(output.sin().sum(), inputs)])
-        expected_way = 'correct' if x.numel() <= layer.weight.numel() else '_fold'
+        expected_way = 'correct' if x.numel() <= layer.weight.numel() else '_fused'
         assert ways == [expected_way, 'correct']
         assert expected_way == way or kind in ('grouped', 'depthwise')
         for actual, expected in zip(*results, strict=True):
