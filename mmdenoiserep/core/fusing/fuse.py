@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..method.convert import REPARAMETERIZATIONS, refuse_reparameterization
 from ..method.fold import FusionError, fold_layer
-from ..method.layers import forget_denoising, find_denoise_layers, make_vanilla
+from ..method.layers import find_denoise_layers, forget_denoising, make_vanilla
 from ..utils.storage import Storages, shared_parameters, storage_of
 
 DENOISER_KEY = re.compile(r'(?P<layer>(?:.*\.)?)denoiser\.(?P<name>[^.]+)')
