@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 
 from denoiserep_commands import launch
-from studies.steps import last_checkpoint, last_metric, run, scalars
+from studies.commands import last_checkpoint, last_metric, run, scalars
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {

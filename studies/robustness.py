@@ -15,8 +15,8 @@ from pathlib import Path
 from denoiserep_commands import launch
 from mmdenoiserep.core import InputError
 from studies import study
+from studies.commands import last_checkpoint, run
 from studies.robustness_report import Result, draw, report
-from studies.steps import last_checkpoint, run
 from studies.study_report import write_page
 
 ROOT = Path(__file__).absolute().parents[1]
@@ -32,7 +32,7 @@ NOTE = 'robustness_note.json'
 
 def run_seed(experiment: study.Experiment, seed: int, folder: Path, overrides: list[str]) -> None:
     """Trains what is missing of one experiment with one seed, and measures in a process of its own."""
-    from studies.measurement import CLASSIFICATION, RESULT, write_noise_config
+    from studies.robustness_run import CLASSIFICATION, RESULT, write_noise_config
 
     study.train(folder, 'baseline', experiment.config(), seed, overrides)
     if experiment.data == CLASSIFICATION:
@@ -47,7 +47,7 @@ def run_seed(experiment: study.Experiment, seed: int, folder: Path, overrides: l
 
 def read_results(work_dir: Path) -> list[Result]:
     """Reads every finished measurement below a work dir."""
-    from studies.measurement import RESULT
+    from studies.robustness_run import RESULT
 
     results = []
     for name, experiment in study.EXPERIMENTS.items():
@@ -68,7 +68,7 @@ def main() -> None:
     os.environ |= ENVIRONMENT
     warnings.simplefilter('ignore')
     if args.one:
-        from studies.measurement import measure_one
+        from studies.robustness_run import measure_one
 
         measure_one(args)
         return
@@ -77,7 +77,7 @@ def main() -> None:
     note, results = args.work_dir / NOTE, read_results(args.work_dir)
     if not note.exists() or not results:
         raise InputError(f'{args.work_dir} holds no finished measurement; start it without --report')
-    from studies.measurement import SEVERITIES
+    from studies.robustness_run import SEVERITIES
 
     text = report(results, json.loads(note.read_text()), SEVERITIES)
     write_page(args.out, text)

@@ -39,7 +39,7 @@ class Result:
         data: Name of the data set.
         seeds: In the order of the runs.
         steps: Metric: the step to which it is rounded, in percent (0 where it is not).
-        runs: What ``Measurement.measure`` of studies.robustness returned, one a seed.
+        runs: What ``RobustnessRun.measure`` of studies.robustness returned, one a seed.
     """
 
     name: str

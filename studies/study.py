@@ -23,7 +23,7 @@ from pathlib import Path
 
 from denoiserep_commands import launch
 from mmdenoiserep.core import InputError
-from studies.steps import last_checkpoint, last_metric, run, scalars
+from studies.commands import last_checkpoint, last_metric, run, scalars
 from studies.study_report import STAGES, Result, report, write_page
 
 ROOT = Path(__file__).absolute().parents[1]

@@ -19,7 +19,7 @@ from denoiserep_commands import launch
 SPLITS = dict(schedule='train', moments='train', domain='test')
 
 
-def add_common(parser: argparse.ArgumentParser, split: str) -> None:
+def add_shared_arguments(parser: argparse.ArgumentParser, split: str) -> None:
     """Adds what all three commands take."""
     parser.add_argument('config', help='config of the model, with denoising or without')
     parser.add_argument('checkpoint', help='its trained checkpoint')
@@ -50,7 +50,7 @@ def add_common(parser: argparse.ArgumentParser, split: str) -> None:
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
 
 
-def add_result(parser: argparse.ArgumentParser, prior: str) -> None:
+def add_output_arguments(parser: argparse.ArgumentParser, prior: str) -> None:
     """Adds what the commands take that write a checkpoint and a picture."""
     parser.add_argument('--prior', type=float, metavar='N', help=f'images that a prior is worth: {prior}')
     parser.add_argument('--verify', action='store_true', help='compare before and after; write nothing if they differ')
@@ -66,9 +66,9 @@ def parse_args() -> argparse.Namespace:
     moments = commands.add_parser('moments', description='Gathers the moments of all layers in the training domain.')
     domain = commands.add_parser('domain', description='Fits the model to images of the place where it will run.')
     for name, command in dict(schedule=schedule, moments=moments, domain=domain).items():
-        add_common(command, SPLITS[name])
-    add_result(schedule, 'equal variances in unrelated channels')
-    add_result(domain, 'the training domain')
+        add_shared_arguments(command, SPLITS[name])
+    add_output_arguments(schedule, 'equal variances in unrelated channels')
+    add_output_arguments(domain, 'the training domain')
     domain.add_argument(
         '--source', type=Path, metavar='FILE', required=True, help='moments in the training domain, of this tool'
     )

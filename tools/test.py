@@ -41,7 +41,7 @@ def main() -> None:
 
     cfg = config.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     if args.show or args.show_dir:
-        config.show_predictions(cfg, args.show_dir, args.show, args.wait_time)
+        config.enable_visualization_hook(cfg, args.show_dir, args.show, args.wait_time)
     if args.tta:
         config.use_tta(cfg)
     run.test(cfg, args.checkpoint, args.out)

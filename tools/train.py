@@ -43,7 +43,7 @@ def main() -> None:
     if args.amp:
         config.use_amp(cfg)
     if args.auto_scale_lr:
-        config.scale_learning_rate(cfg)
+        config.enable_auto_scale_lr(cfg)
     if args.resume:
         run.resume(cfg, args.resume)
     run.train(cfg)

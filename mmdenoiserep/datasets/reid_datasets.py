@@ -193,7 +193,7 @@ class MSMT17(ReIDDataset):
             listed = [
                 (str(folder / path), int(pid), int(camera) - 1) for path, camera, pid in read_list(list_file, self.LINE)
             ]
-            require_images(listed, list_file)
+            check_images_exist(listed, list_file)
             images += listed
         return images
 
@@ -239,7 +239,7 @@ class VehicleID(ReIDDataset):
         list_file = self.find(f'train_test_split/{name}.txt')
         present = {name.rpartition('.')[0]: name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES)}
         listed = [(present.get(name, f'{name}.jpg'), name, int(pid)) for name, pid in read_list(list_file, self.LINE)]
-        require_none([folder / file for file, name, _ in listed if name not in present], len(listed), list_file)
+        refuse_missing([folder / file for file, name, _ in listed if name not in present], len(listed), list_file)
         return [(str(folder / file), pid, 0) for file, _, pid in listed]
 
     def describe(self, part: str) -> str:
@@ -413,16 +413,16 @@ def split_folder(folder: Path) -> tuple[list[Path], list[Path]]:
     return images, others
 
 
-def require_images(images: list[Image], list_file: Path) -> None:
+def check_images_exist(images: list[Image], list_file: Path) -> None:
     """Raises InputError if an image of a list is missing; reads folders, since asking for each image is slow."""
     paths = [os.path.split(image[0]) for image in images]
     folders = {folder for folder, _ in paths}
     present = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in folders}
     missing = [Path(folder, name) for folder, name in paths if name not in present[folder]]
-    require_none(missing, len(images), list_file)
+    refuse_missing(missing, len(images), list_file)
 
 
-def require_none(missing: list[Path], count: int, list_file: Path) -> None:
+def refuse_missing(missing: list[Path], count: int, list_file: Path) -> None:
     """Raises InputError if some of the images in a list are missing."""
     if missing:
         raise InputError(

@@ -160,7 +160,7 @@ class ReIDMetric(BaseMetric):
                 )
                 if self.matches_file:
                     write_matches(Path(self.matches_file), images, query, gallery, ranking)
-            figures.append(ranking.figures(self.topk))
+            figures.append(ranking.metrics(self.topk))
         return {name: 100 * sum(trial[name] for trial in figures) / len(figures) for name in figures[0]}
 
     def _require_both(self, queries: int, gallery: int) -> None:

@@ -30,7 +30,7 @@ class Ranking:
     nearest: Tensor
     distances: Tensor
 
-    def figures(self, topk: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    def metrics(self, topk: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
         """Returns ``mAP``, ``rank<k>`` for every k, and ``mINP``: means over the V queries, between 0 and 1."""
         cmc = {f'rank{k}': (self.first_rank <= k).double().mean().item() for k in topk}
         return dict(mAP=self.average_precision.mean().item(), **cmc, mINP=self.inverse_penalty.mean().item())

@@ -105,7 +105,7 @@ def compare(
     """
     import torch
 
-    from mmdenoiserep.apis.calibration import choose_every, measure_flows
+    from mmdenoiserep.apis.calibration import choose_every, measure_activations
     from mmdenoiserep.core import apply_denoiserep, collect_moments, select_layers
     from studies.benchmarks.measure import alternate, peak_memory
 
@@ -117,7 +117,7 @@ def compare(
     layers = select_layers(plain, 'all', example_input=images[:1])
     denoised = {name: converted.get_submodule(name) for name in layers}
     if every is None:
-        every = choose_every(measure_flows(plain, layers, images[:1]), IMAGES)
+        every = choose_every(measure_activations(plain, layers, images[:1]), IMAGES)
     loader = [images] * batches
     runs: dict[str, Callable] = {PLAIN: partial(forward, plain, loader)}
     for mode, part in (('schedule', every), ('domain', every), ('schedule', 1)):

@@ -91,7 +91,8 @@ def compare(name: str, strength: float) -> dict[str, Any]:
     """
     import torch
 
-    from mmdenoiserep.apis.export import export_onnx, largest_difference, random_images, run_onnx
+    from mmdenoiserep.apis.export import export_onnx, largest_difference, run_onnx
+    from mmdenoiserep.core.utils.randomness import random_images
 
     fused, vanilla, shape = build_pair(name, strength)
 
@@ -99,11 +100,11 @@ def compare(name: str, strength: float) -> dict[str, Any]:
         with TemporaryDirectory() as folder:
             path = Path(folder) / 'model.onnx'
             export_onnx(fused, shape, path, dynamic_batch, dynamo)
-            batches = [random_images(n, shape) for n in (BATCHES if dynamic_batch else (1,))]
+            batches = [random_images((n, *shape), seed=n) for n in (BATCHES if dynamic_batch else (1,))]
             return max(largest_difference(run_onnx(path, images), fused(images)) for images in batches)
 
     def by_export() -> float:
-        images = random_images(2, shape)
+        images = random_images((2, *shape), seed=2)
         return largest_difference(torch.export.export(fused, (images,)).module()(images), fused(images))
 
     with torch.no_grad():
@@ -119,7 +120,7 @@ def compare(name: str, strength: float) -> dict[str, Any]:
             },
             int8={
                 quantiser.__name__.removeprefix('by_'): {
-                    kind: quantiser(model, random_images(16, shape))
+                    kind: quantiser(model, random_images((16, *shape), seed=16))
                     for kind, model in (('fused', fused), ('vanilla', vanilla))
                 }
                 for quantiser in (by_torch, by_onnxruntime)
@@ -138,20 +139,19 @@ def attempt(function: Callable[..., float], *args: bool) -> float | str:
 def build_pair(name: str, strength: float) -> 'tuple[Deployed, Deployed, tuple[int, int, int]]':
     """Returns a model with random denoisers, fused, the same without them, and the shape (C, H, W) of their images."""
     import torch
-    from mmengine.registry import MODELS as REGISTRY
 
-    import mmdenoiserep  # noqa: F401  (registers VMamba)
     from mmdenoiserep import apply_denoiserep, fuse_model
-    from mmdenoiserep.apis.config import load_config, set_default_scope
-    from mmdenoiserep.apis.export import Deployed, image_shape, random_images
+    from mmdenoiserep.apis.config import load_config
+    from mmdenoiserep.apis.export import Deployed, image_shape
+    from mmdenoiserep.apis.model import build_model
+    from mmdenoiserep.core.utils.randomness import random_images
 
     cfg = load_config(CONFIGS / f'{name}.py')
-    set_default_scope(cfg)
     torch.manual_seed(0)
-    vanilla = REGISTRY.build(cfg.model).eval()
+    vanilla = build_model(cfg)
     denoised = deepcopy(vanilla)
     shape = image_shape(cfg, vanilla, (MODELS[name], MODELS[name]))
-    apply_denoiserep(denoised.backbone, 'all', example_input=random_images(1, shape))
+    apply_denoiserep(denoised.backbone, 'all', example_input=random_images((1, *shape), seed=1))
     for key, parameter in denoised.named_parameters():
         if '.denoiser.' in key:
             torch.nn.init.normal_(parameter, std=strength / parameter.shape[-1] ** 0.5)

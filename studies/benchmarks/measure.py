@@ -37,7 +37,7 @@ def alternate(functions: dict[str, Callable[[], object]], warm_up: int, repeats:
     return seconds
 
 
-class Ratio(NamedTuple):
+class CostRatio(NamedTuple):
     """Quartiles of what one thing takes over what another takes; prints as ``1.05 (1.04 to 1.07)``."""
 
     low: float
@@ -48,13 +48,13 @@ class Ratio(NamedTuple):
         return f'{self.median:.3f} ({self.low:.3f} to {self.high:.3f})'
 
 
-def ratio(ours: Sequence[float], other: Sequence[float]) -> Ratio:
+def ratio(ours: Sequence[float], other: Sequence[float]) -> CostRatio:
     """Returns the quartiles of the ratios of two lists, pair by pair."""
     ratios = [a / b for a, b in zip(ours, other, strict=True)]
     if len(ratios) == 1:
-        return Ratio(*ratios * 3)
+        return CostRatio(*ratios * 3)
     low, middle, high = quantiles(ratios, n=4, method='inclusive')
-    return Ratio(low, middle, high)
+    return CostRatio(low, middle, high)
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:

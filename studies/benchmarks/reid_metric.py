@@ -75,7 +75,7 @@ def measure(size: Sequence[int], repeats: int, loops: bool = True) -> list[dict[
     case = make_case(*size)
     tensors = [torch.from_numpy(values) for values in case]
     results: dict[str, dict[str, float]] = {}
-    ways: dict[str, Callable] = {'ours': lambda: results.update(ours=rank_matches(*tensors).figures())}
+    ways: dict[str, Callable] = {'ours': lambda: results.update(ours=rank_matches(*tensors).metrics())}
     if loops:
         ways['loops'] = lambda: results.update(loops=rank_by_loops(*case))
     seconds = alternate(ways, 0, repeats)
@@ -116,7 +116,7 @@ def rank_by_loops(
     query_camids: NDArray,
     gallery_camids: NDArray,
 ) -> dict[str, float]:
-    """Returns mAP, CMC and mINP as :meth:`~mmdenoiserep.evaluation.reid_ranking.Ranking.figures` does, the usual way.
+    """Returns mAP, CMC and mINP as :meth:`~mmdenoiserep.evaluation.reid_ranking.Ranking.metrics` does, the usual way.
 
     Args:
         query: Features, (Q, C), float32.

@@ -38,8 +38,8 @@ from mmdenoiserep.core.files.atomic import write_file
 from mmdenoiserep.engine.resume import allow_training_checkpoints
 from studies import study
 from studies.benchmarks.measure import alternate
+from studies.commands import last_checkpoint
 from studies.robustness_report import ALL_LAYERS, AS_TRAINED, BATCH_NORM, EARLY_HALF, FIRST_LAYER
-from studies.steps import last_checkpoint
 
 CLASSIFICATION = 'fashion-mnist'
 SEVERITIES = {
@@ -115,7 +115,7 @@ def corrupt(images: Tensor, corruption: str, severity: float, seed: int) -> Tens
     return corrupted.permute(0, 3, 1, 2).flip(1).contiguous()
 
 
-class Measurement:
+class RobustnessRun:
     """One baseline, its data, and everything that is measured with it.
 
     Args:
@@ -351,7 +351,7 @@ def measure_one(args: argparse.Namespace) -> None:
     cfg = load_config(experiment.config(), args.cfg_options)
     set_default_scope(cfg)
     with torch.no_grad():
-        result = Measurement(experiment, folder, seed, cfg).measure()
+        result = RobustnessRun(experiment, folder, seed, cfg).measure()
     result['cpu_seconds'] = time.process_time() - started
     with write_file(folder / RESULT) as file:
         file.write(json.dumps(result, indent=1).encode())
