@@ -176,7 +176,7 @@ def run_onnx(path: Path, images: Tensor) -> list[Tensor]:
 
 
 def largest_difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Returns the largest relative difference of two lists of outputs: maximum difference over maximum expected value."""
+    """Returns the largest relative difference of outputs: maximum difference over maximum expected value."""
     return max(
         ((a - e).abs().max() / e.abs().max()).nan_to_num(torch.inf).item()
         for a, e in zip(actual, expected, strict=True)

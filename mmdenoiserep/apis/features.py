@@ -45,7 +45,7 @@ def extract_features(
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> features, paths = extract_features(cfg, 'vit.pth', 'images', device='cpu')
         >>> features.shape
-        (4, 64)
+        (4, 96)
     """
     images = Path(images)
     if not os.path.isdir(images):  # False, too, for a name that is too long

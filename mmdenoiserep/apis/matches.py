@@ -44,6 +44,7 @@ def draw_matches(
         >>> cfg = load_config('configs/demo/vit_fashion-reid.py', options, launcher='none')
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> test(cfg, 'vit.pth')
+        Loads checkpoint by local backend from path: vit.pth
         >>> figure, count = draw_matches(cfg, 'matches.json', queries=2)
         >>> figure.savefig('matches.png')
     """

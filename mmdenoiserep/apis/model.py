@@ -28,8 +28,8 @@ def build_model(cfg: Config, denoised: bool = True) -> nn.Module:
 
     Example:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
-        >>> build_model(cfg)(torch.randn(1, 1, 28, 28))[0].shape
-        torch.Size([1, 64])
+        >>> build_model(cfg)(torch.randn(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
     """
     with config_at_fault(cfg.filename):
         if not cfg.get('model'):

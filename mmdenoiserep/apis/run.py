@@ -60,6 +60,7 @@ def test(cfg: Config, checkpoint: str, out: str | None = None) -> None:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py', ['log_level=ERROR'], launcher='none')
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> test(cfg, 'vit.pth', out='predictions.pkl')
+        Loads checkpoint by local backend from path: vit.pth
     """
     if '://' not in checkpoint and not os.path.isfile(checkpoint):
         raise InputError(f'the checkpoint {checkpoint} does not exist')

@@ -18,9 +18,9 @@ from ..core.fusing.fuse import denoiser_keys
 from .model import named_values
 
 MIN_SHARE_START = 0.1
-"""To start a training, a checkpoint must give this share of the model's parameters, or the model use this share of it."""
+"""A checkpoint starts a training only if this share of its tensors, or of the model's parameters, is loaded."""
 MIN_SHARE_WHOLE = 0.5
-"""To test a model or resume a training, a checkpoint must give this share of the model's parameters."""
+"""A checkpoint is tested or resumed only if this share of the model's parameters is loaded."""
 
 
 class LoadingCheck:

@@ -602,7 +602,7 @@ def test_files_that_cannot_be_read_are_named(root, tmp_path, content, step):
 
 
 def test_data_sets_that_cannot_be_read(root):
-    with pytest.raises(InputError, match='train_dataloader cannot be read'):
+    with pytest.raises(InputError, match='train_dataloader in the config cannot be read'):
         open_images(config(custom(root), custom('nowhere')), 'train')
     with pytest.raises(InputError, match='train_dataloader cannot be read.*NoSuch'):
         open_images(config(custom(root), dict(type='NoSuchDataset')), 'train')
