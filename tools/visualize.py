@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
         '--images',
         type=Path,
         metavar='DIR',
-        help='folder of clean images; folders in it are searched too (default: the test data set of the config)',
+        help='folder of clean images; its subfolders are searched too (default: the test data set of the config)',
     )
     parser.add_argument(
         '--corrupt', choices=CORRUPTIONS, default='noise', help='corruption of the images (default: %(default)s)'
@@ -76,10 +76,13 @@ def main() -> None:
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone and VMamba)
     from mmdenoiserep.apis.config import load_config
     from mmdenoiserep.apis.figures import table, write_figures
+    from mmdenoiserep.apis.folders import check_outside
     from mmdenoiserep.apis.visualization import Visualization
     from mmdenoiserep.core.files.atomic import check_folder, write_folder
 
     check_folder(args.out, lambda path: FIGURE.fullmatch(path.name), args.overwrite)
+    if args.images:
+        check_outside(args.out, args.images)
     cfg = load_config(args.config, args.cfg_options)
     MMLogger.get_current_instance().setLevel('ERROR')
     visualization = Visualization(

@@ -129,7 +129,7 @@ def test_a_model_whose_state_dict_leaves_weights_out_is_refused(tmp_path):
 def test_a_domain_fit_brings_the_first_features_home_in_the_unchanged_config(name, tmp_path, capsys):
     output = fit(name, tmp_path / 'fitted.pth', '--layers', 'all', '--fit', 'full', '--every', 1, '--prior', 0)
     shown = capsys.readouterr().out
-    assert 'takes exactly these weights' in shown and 'TOO LARGE' not in shown and 'in 1 pass' in shown
+    assert 'the weights fit the config without denoising exactly' in shown and 'TOO LARGE' not in shown and 'in 1 pass' in shown
     assert output.with_suffix('.png').stat().st_size > 10_000
     before, after = (torch.load(path, weights_only=path == output) for path in (checkpoint(name), output))
     assert after.keys() == {'meta', 'state_dict'} and after['meta']['note'] == 'kept'
