@@ -339,6 +339,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path):
     pictures.mkdir()
     cv2.imwrite(str(pictures / 'a.png'), np.zeros((28, 28), np.uint8))
     assert 'one image is not enough' in sentence('visualize', *good, '--images', pictures)
+    assert 'out lies among the images' in sentence(
+        'visualize', *good[:3], '--out', pictures / 'out', '--images', pictures
+    )
     (pictures / 'broken.png').write_bytes(b'no picture')
     assert 'broken.png cannot be read' in sentence('visualize', *good, '--images', pictures)
     assert 'pass --overwrite' in sentence('visualize', config, weights, weights, '--out', pictures)
