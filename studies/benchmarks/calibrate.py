@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             lines.append(f'| {name} | {" | ".join(form.format(row[key][name]) for row in rows)} |')
     note = (
         f'{args.batches} batches of {args.batch} images of {args.size} x {args.size}. Passes: medians of '
-        f'{args.repeats} alternating runs; ratios are taken pair by pair. Solving: time of one layer of each width, times their number.'
+        f'{args.repeats} alternating runs; ratios are taken pair by pair. Solving: time of one layer of each width, '
+        'times their number.'
     )
     if args.memory:
         note += (

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         lines.append(f'| {row["model"]} | {" x ".join(map(str, row["image"]))} | {" | ".join(cells)} |')
     lines += [
         '',
-        '| model | int8 by | error fused | error vanilla | ratio | float32 fused and vanilla | int8 fused and vanilla |',
+        '| model | int8 by | error fused | error vanilla | ratio | float32, fused, vanilla | int8, fused, vanilla |',
         '|---|---|---|---|---|---|---|',
     ]
     for row in rows:
