@@ -106,8 +106,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         )
     note = (
         f'Denoisers on all layers. Seconds: medians of {args.repeats} alternating runs (inference: {3 * args.repeats})'
-        '; ratios are taken pair by pair. A step is forward, backward and AdamW; the label-free step is compared with a '
-        'forward of the plain model without gradients. Memory: '
+        '; ratios are taken pair by pair. A step is forward, backward and AdamW; the label-free step is compared with '
+        'a forward of the plain model without gradients. Memory: '
         f'peak of the weights, the optimizer and two steps; median of {PROCESSES} processes.'
     )
     return '\n'.join([*lines, '', note]), dict(rows=rows, amp=args.amp)
