@@ -60,7 +60,7 @@ class Result:
         return self.runs[0]['picked']
 
     def values(self, *keys: str, metric: str | None = None) -> list[float]:
-        """Returns one number for each seed by the keys of nested dicts; the last one is a metric, by default the first."""
+        """Returns one number for each seed, by the keys of nested dicts and a metric (the first one by default)."""
         values = []
         for run in self.runs:
             for key in (*keys, metric or self.metric):
