@@ -2,13 +2,25 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+def random_images(shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Returns the same standard normal images in every call, on the CPU.
+
+    Args:
+        shape: (B, C, H, W).
+        dtype: A floating-point dtype; each has its own numbers.
+        seed: Seed of a generator of their own; the global generators stay as they are.
+    """
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=dtype, device='cpu')
+
 
 Generator = tuple[Callable[[], Any], Callable[[Any], object], Callable[[int], object]]
 """The functions of a random number generator that get its state, set its state, and seed it."""
