@@ -21,14 +21,7 @@ from torch.utils.data import Dataset
 import mmdenoiserep  # noqa: F401
 from helpers import randomise
 
-TINY_SWIN = dict(
-    embed_dims=12,
-    depths=(1, 1),
-    num_heads=(1, 2),
-    strides=(4, 2),
-    out_indices=(0, 1),
-    window_size=4,
-)
+TINY_SWIN = dict(embed_dims=12, depths=(1, 1), num_heads=(1, 2), strides=(4, 2), out_indices=(0, 1), window_size=4)
 """What mmdet's and mmseg's SwinTransformer take; the type is left to the test."""
 
 

@@ -112,10 +112,7 @@ def commands(small, out, config=None, checkpoint=None):
             os.listdir,
         ),
         export=Command(
-            'export_onnx',
-            [both[0], checkpoint or small / 'fused.pth', out / 'out.onnx'],
-            out / 'out.onnx',
-            onnx.load,
+            'export_onnx', [both[0], checkpoint or small / 'fused.pth', out / 'out.onnx'], out / 'out.onnx', onnx.load
         ),
         train=Command('train', [both[0], *log, *(['--resume', checkpoint] if checkpoint else [])]),
     )

@@ -194,10 +194,7 @@ BACKBONES = {
     ),
     'vit': (lambda: VisionTransformer(VIT, img_size=32, patch_size=8, out_type='featmap'), 32),
     'vit-without-qkv-bias': (lambda: VisionTransformer(VIT, img_size=32, patch_size=8, qkv_bias=False), 32),
-    'segformer': (
-        lambda: MixVisionTransformer(embed_dims=16, num_layers=[1, 1, 1, 1], num_heads=[1, 1, 2, 4]),
-        64,
-    ),
+    'segformer': (lambda: MixVisionTransformer(embed_dims=16, num_layers=[1, 1, 1, 1], num_heads=[1, 1, 2, 4]), 64),
     'mmseg-vit': (
         lambda: SegVisionTransformer(img_size=32, patch_size=8, embed_dims=32, num_layers=2, num_heads=2),
         32,
