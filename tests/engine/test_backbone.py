@@ -69,8 +69,6 @@ BACKBONES = {
 
 @MODELS.register_module()
 class NestedBackbone(BaseModule):
-    """Returns its features in a tuple of dicts of lists."""
-
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 1)
@@ -100,7 +98,6 @@ def images(size=32):
 
 
 def features(model):
-    """Returns all features of a model in eval mode, in its dtype."""
     model.eval()
     with torch.no_grad():
         return tensors(model(images().to(next(model.parameters()).dtype)))
@@ -246,8 +243,6 @@ def test_dummy_image_has_the_asked_size(arguments, size, expected):
 
 @MODELS.register_module()
 class Chans(BaseModule):
-    """Has six channels by another name, as timm's backbones do."""
-
     def __init__(self, in_chans=6):
         super().__init__()
         self.late, self.conv = nn.Conv2d(2, 2, 1), nn.Conv2d(in_chans, 2, 1)
@@ -387,7 +382,6 @@ def test_norm_eval(name, norm_eval):
 
 
 def test_sync_batchnorm_is_reverted_in_place():
-    """mmengine's conversion of SyncBN replaces norms, never the denoised layers."""
     module = build('mmdet', RESNET | dict(norm_cfg=dict(type='SyncBN'), norm_eval=False))
     before = {key for key in module.state_dict() if is_denoiser(key)}
     module = revert_sync_batchnorm(module)
@@ -405,7 +399,6 @@ class Detector(nn.Module):
 
 
 def optimizer_settings(scope, model, config):
-    """Returns (learning rate, weight decay) by parameter name."""
     with DefaultScope.overwrite_default_scope(scope):
         wrapper = build_optim_wrapper(model, Config(config)._cfg_dict)
     settings = {id(p): (g['lr'], g['weight_decay']) for g in wrapper.optimizer.param_groups for p in g['params']}
@@ -466,7 +459,6 @@ def test_custom_keys_of_the_default_constructor():
 
 
 def test_conversion_is_logged_once(case):
-    """A run has one table, which names the class that was built and every layer."""
     runner = make_runner(case, tiny_model())
     text = log_of(runner)
     assert text.count('DenoiseRep on engine_helpers.TinyBackbone') == 1

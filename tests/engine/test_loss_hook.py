@@ -102,13 +102,11 @@ def find_hook(runner, kind):
 
 
 def watched(case, model, hook, **changes):
-    """Trains a model and returns the runner and its Watch."""
     runner = train(case, model, [hook, dict(type='Watch')], **changes)
     return runner, find_hook(runner, Watch)
 
 
 def features_of(backbone, size=16, **options):
-    """Config of a FeatureModel on a denoised backbone."""
     return dict(type='FeatureModel', backbone=denoised(backbone, image_size=size)) | options
 
 
@@ -193,8 +191,6 @@ def test_label_free_trains_the_denoisers_and_nothing_else(case):
 
 @MODELS.register_module()
 class SeesGradient(TinyBackbone):
-    """Keeps whether its forward has gradients, and fails in the sixth call."""
-
     seen: list = []
 
     def forward(self, x):
@@ -250,8 +246,6 @@ def test_label_free_without_the_care_would_drift(case, monkeypatch):
 
 @MODELS.register_module()
 class CachingBackbone(TinyBackbone):
-    """Reads in eval mode what only eval() makes, as LeViT does."""
-
     def train(self, mode=True):
         super().train(mode)
         self.__dict__.pop('cache', None)
@@ -271,8 +265,6 @@ def test_label_free_calls_eval_of_the_backbone(case):
 
 @MODELS.register_module()
 class WithInstanceNorm(TinyModel):
-    """Has running statistics outside of the backbone that are no BatchNorm's."""
-
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.neck = nn.InstanceNorm2d(3, track_running_stats=True)
@@ -303,7 +295,6 @@ def test_activation_checkpointing(case, backbone, hook):
 
 @both_modes
 def test_activation_checkpointing_of_the_runner(case, hook):
-    """mmengine's own, around the whole backbone."""
     (plain, first), (checkpointed, second) = (
         watched(case, tiny_model(), hook, **options) for options in ({}, dict(activation_checkpointing=['backbone']))
     )
@@ -477,8 +468,6 @@ def test_frozen_stages(case, backbone, hook):
 
 @MODELS.register_module()
 class WithHead(FeatureModel):
-    """Has something to train beside a backbone that is all frozen."""
-
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.scale = nn.Parameter(torch.ones(()))

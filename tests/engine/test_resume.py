@@ -68,7 +68,6 @@ def test_runner_resumes(checkpoint, case):
 
 
 def test_file_written_with_numpy_1(checkpoint, tmp_path):
-    """numpy 1 pickled the same functions as numpy.core, without the underscore."""
     path, _ = checkpoint
     old = tmp_path / 'old.pth'
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(old, 'w') as target:
@@ -122,15 +121,6 @@ def test_the_attack_would_run_without_weights_only(tmp_path):
     torch.save(dict(message_hub=Reduce(os.system, f'touch {marker}')), path)
     torch.load(path, weights_only=False)
     assert marker.exists()
-
-
-def test_real_getattr_is_never_on_the_list():
-    allow_training_checkpoints()
-    entries = torch.serialization.get_safe_globals()
-    assert getattr not in entries
-    stand_in = [entry[0] for entry in entries if isinstance(entry, tuple) and entry[1] == 'builtins.getattr']
-    assert len(stand_in) == 1 and stand_in[0] is not getattr
-    assert stand_in[0](HistoryBuffer, 'mean') is HistoryBuffer.mean
 
 
 def test_numpy_before_its_module_was_renamed(checkpoint, monkeypatch):

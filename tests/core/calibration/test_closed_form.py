@@ -135,13 +135,11 @@ def test_low_rank_keeps_the_best_directions(rank):
     assert max(costs.values()) > 1.01 * min(costs.values())
 
 
-@pytest.mark.parametrize(
-    ('timestep', 'most', 'steps'), [(12, None, 1000), (500, None, 1000), (999, None, 1000), (500, 32, 2000)]
-)
+@pytest.mark.parametrize(('timestep', 'most'), [(12, None), (500, None), (999, None), (500, 32)])
 @pytest.mark.parametrize('rank', [None, 4])
-def test_training_reaches_the_closed_form(rank, timestep, most, steps):
+def test_training_reaches_the_closed_form(rank, timestep, most):
     """Adam, on all tokens or on 32 of 1,024 at a time, comes within 1 % of the optimum from a start that is farther."""
-    x = gaussian_features(16)
+    x, steps = gaussian_features(16), 2000 if most else 1000
     exact = DenoiseLinear(16, 4, timestep=timestep, rank=rank, dtype=torch.float64)
     solve(exact, x)
     best = exact.denoise_loss(x).item()

@@ -168,8 +168,6 @@ def test_the_running_mean_that_others_read(how, batches):
 
 
 class Bare(nn.Module):
-    """A BatchNorm without running statistics and a LayerNorm without bias."""
-
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 1, bias=False)

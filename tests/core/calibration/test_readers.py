@@ -32,8 +32,6 @@ class Residual(nn.Module):
 
 
 class Both(nn.Module):
-    """Returns what a convolution gives beside what the norm makes of it."""
-
     def __init__(self):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)

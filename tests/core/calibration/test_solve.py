@@ -12,7 +12,6 @@ from mmdenoiserep.core import NoiseSchedule, apply_denoiserep, solve_denoisers
 
 
 def converted(make=Net, example=CLEAN[0], **options):
-    """Returns a model with denoisers that matter."""
     model = built(make)
     apply_denoiserep(model, 'all', example_input=example, **options)
     return randomise(model, size=1e-4)

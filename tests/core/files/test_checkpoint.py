@@ -162,7 +162,6 @@ def test_prefixes_are_stripped(tmp_path, target, prefix, wrap):
 
 
 def test_ema_is_mentioned(tmp_path, target):
-    """mmengine puts the averaged weights into state_dict: those are fused, and it is said."""
     averaged, current = build_denoised(), randomise(build_denoised(), seed=5)
     content = {'state_dict': averaged.state_dict(), 'ema_state_dict': current.state_dict()}
     result = fuse_checkpoint(save(tmp_path / 'in.pth', content), target)
@@ -182,7 +181,6 @@ def test_half_precision_is_mentioned(tmp_path, target, size, noted):
 
 
 def history():
-    """Returns an object that needs code to be read again."""
     hub = MessageHub('history')
     hub.update_scalar('loss', 1.0)
     return hub.state_dict()['log_scalars']['loss']
@@ -252,7 +250,6 @@ class Payload:
 @pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'legacy'])
 @pytest.mark.parametrize('place', ['meta', 'message_hub'])
 def test_file_that_needs_code(tmp_path, target, place, zipped):
-    """The code does not run, and the message names it; only the explicit flag lifts that."""
     proof = tmp_path / 'proof'
     for function, name in ((os.system, 'posix.system'), (shutil.copy, 'shutil.copy')):
         arguments = (f'touch {proof}',) if function is os.system else (__file__, str(proof))
@@ -357,7 +354,6 @@ def test_disk_that_refuses(source, target, monkeypatch, owner, name, code):
 
 
 def test_folder_that_takes_no_files(source):
-    """A folder that even root can't write to."""
     refused(source, Path('/proc/self/fdinfo/fused.pth'), 'cannot be written')
 
 
@@ -409,7 +405,6 @@ def test_interrupt(source, target, monkeypatch, moment):
 
 
 def interrupt_after(save, calls):
-    """Return torch's own writer, interrupted when it has written a part."""
 
     def interrupted(content, file, *args, **kwargs):
         save({'part': copy.copy(content['meta'])}, file, *args, **kwargs)

@@ -118,7 +118,6 @@ def test_what_the_file_is(kind, tmp_path):
 
 @pytest.mark.parametrize('protocol', [3, 4, 5])
 def test_pickle_protocol(protocol, tmp_path):
-    """torch reads protocol 2 alone without running code; the flag reads the others."""
     path = tmp_path / 'in.pth'
     torch.save(dict(state_dict=denoised_state(), meta=dict(a=frozenset('ab'))), path, pickle_protocol=protocol)
     if protocol > 3:

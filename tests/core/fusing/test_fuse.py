@@ -191,7 +191,6 @@ BACKBONES = {
 
 
 def build_backbone(kind, rank=None, targets='all', dtype=torch.float64):
-    """Return (vanilla, denoised with random values, an image batch, the report)."""
     build, size = BACKBONES[kind]
     torch.manual_seed(0)
     vanilla = build()
@@ -227,7 +226,6 @@ def test_backbones_fuse_exactly(kind, rank):
 
 
 def test_bypassed_layers_would_be_wrong():
-    """Converting SwinV2's qkv by force breaks the fusion, so skipping it is needed."""
     _, model, images, report = build_backbone('swin-v2')
     name = next(name for name, reason in report.skipped.items() if name.endswith('.qkv') and 'bypassed' in reason)
     convert_layer(model.get_submodule(name), 1, None, None, None)
@@ -282,8 +280,6 @@ def test_what_is_fused_has_no_hooks_of_this_package(fuse):
 
 
 class Shared(nn.Module):
-    """One layer in two places."""
-
     def __init__(self):
         super().__init__()
         self.first = self.second = nn.Linear(12, 12, dtype=torch.float64)
@@ -294,7 +290,6 @@ class Shared(nn.Module):
 
 @pytest.mark.parametrize('rank', [None, 2])
 def test_shared_layer(rank):
-    """A layer in two places is fused once, under both names."""
     vanilla = Shared()
     model, x = copy.deepcopy(vanilla), torch.randn(3, 12, dtype=torch.float64)
     apply_denoiserep(model, 'all', rank=rank, example_input=x)
@@ -375,8 +370,6 @@ def test_what_can_not_be_fused(state, message, beside):
 
 
 class Own(nn.Module):
-    """A module of the user's own, with children or parameters called denoiser."""
-
     def __init__(self, denoiser, weight=None):
         super().__init__()
         self.enc = nn.Linear(12, 12)
@@ -590,7 +583,6 @@ def test_pruned_after_the_conversion():
 
 
 def test_overflow_is_refused():
-    """A fused weight that the stored dtype can't hold is an error, not Inf in a file."""
     layer = denoised(nn.Linear(12, 4)).half()
     layer.denoiser.weight.data.fill_(6e4)
     layer.weight.data.fill_(100)

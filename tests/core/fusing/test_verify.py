@@ -42,7 +42,6 @@ class Net(nn.Module):
 
 
 def make(between=torch.relu, pack=lambda x: x):
-    """A converted Net with random denoisers, and the same without."""
     torch.manual_seed(0)
     vanilla = Net(between, pack).double().eval()
     model = copy.deepcopy(vanilla)
@@ -155,7 +154,6 @@ class Slots:
 
 
 def sample(x):
-    """What a detector returns."""
     instances = InstanceData(scores=x.flatten(1)[:, 0], labels=torch.ones(2, dtype=torch.long))
     return [DetDataSample(pred_instances=instances, metainfo={'img_path': 'a.png'}), PixelData(data=x[:1])]
 
@@ -186,7 +184,6 @@ PACKINGS = {
 
 @pytest.mark.parametrize('kind', PACKINGS)
 def test_outputs_of_any_kind(kind):
-    """The tensors of every output are found and compared; a difference in them is one."""
     model, vanilla = make(pack=PACKINGS[kind])
     result = verify_fusion(model, example_input=X)
     assert result.differences
@@ -206,7 +203,6 @@ def test_outputs_of_any_kind(kind):
     ],
 )
 def test_outputs_without_numbers(pack, kind):
-    """Nothing to compare is a failure with a sentence, not an empty table."""
     model, _ = make(pack=pack)
     with pytest.raises(FusionError, match=f'no floating-point tensor.* a {kind}'):
         verify_fusion(model, example_input=X)
@@ -253,7 +249,6 @@ def test_two_plain_models():
 
 
 def test_what_is_wrong_is_found():
-    """NaN, Inf and a wrong weight are not ok; other outputs are an error."""
     layer, x = denoised(nn.Linear(8, 4)), X.float()
     good = fuse_model(layer)
     verification = verify_fusion(layer, good, x)

@@ -49,7 +49,6 @@ def set_prediction(layer, seed=0):
 
 
 def restored(layer):
-    """Returns a plain copy of a denoised layer, nothing folded in."""
     layer = copy.deepcopy(layer)
     restore_layer(layer)
     layer.zero_grad()
@@ -60,7 +59,6 @@ def restored(layer):
 @pytest.mark.parametrize('rank', [None, 1, 3])
 @pytest.mark.parametrize('kind', LAYERS)
 def test_starts_as_the_vanilla_layer(kind, rank, dtype):
-    """A new denoiser changes no bit, in train and eval mode."""
     vanilla = LAYERS[kind](dtype=dtype)
     layer = copy.deepcopy(vanilla)
     convert_layer(layer, 3, None, rank, None)
@@ -296,7 +294,6 @@ def test_printed_form_shows_the_timestep():
 
 
 def test_device_and_frozen_layers():
-    """The denoiser lives on the layer's device and inherits requires_grad."""
     assert DenoiseLinear(8, 6, rank=2, device='meta').denoiser.down.device.type == 'meta'
     layer = nn.Linear(8, 6).requires_grad_(False)
     convert_layer(layer, 1, None, None, None)

@@ -140,7 +140,6 @@ class Net(nn.Module):
 
 
 def net():
-    """Returns a model with denoisers that are not zero, and images."""
     torch.manual_seed(0)
     model = Net().double()
     apply_denoiserep(model, 'all', rank=2, example_input=torch.randn(1, 3, 5, 5).double())
@@ -256,7 +255,6 @@ def test_checkpointing_and_label_losses_do_not_interfere():
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, ArithmeticError])
 def test_nothing_is_left_after_an_interrupt(error):
-    """An error inside of the context or of the forward leaves no hook on the model."""
     model, x = net()
     with pytest.raises(error), denoise_losses(model):
         model(x)
