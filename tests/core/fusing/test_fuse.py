@@ -340,7 +340,7 @@ def broken(rank=None, **changes):
         (broken(denoiser__weight=None), 'incomplete'),
         (broken(rank=2, denoiser__up=None), 'incomplete'),
         (broken(rank=2, denoiser__down=None), 'incomplete'),
-        (broken(denoiser__gain=torch.ones(1)), r'denoiser\.gain.* nothing that a denoiser'),
+        (broken(denoiser__gain=torch.ones(1)), r'denoiser\.gain.* no parameter of a denoiser'),
         (broken(rank=2, denoiser__weight=torch.zeros(1, 12, 12)), 'denoiser of fc'),
         (broken(denoiser__weight=torch.full((1, 12, 12), torch.nan)), r'fc\.denoiser\.weight holds NaN or Inf'),
         (broken(denoiser__bias=torch.full((12,), torch.inf)), r'fc\.denoiser\.bias holds NaN or Inf'),
