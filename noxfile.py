@@ -13,11 +13,20 @@ import nox
 nox.options.error_on_missing_interpreters = False  # a Python that is not here is skipped, and said to be
 nox.options.reuse_existing_virtualenvs = True
 
-TORCH_ALONE = ['tests/core/test_alone.py', 'tests/core/calibration']
-MMENGINE_ALONE = ['tests/core/files/test_checkpoint.py', 'tests/engine/test_fusion_hook.py', 'tests/engine/test_resume.py']
+CORE = Path('tests', 'core')
+TORCH_ALONE = [
+    CORE / 'test_alone.py',
+    *(CORE / 'calibration' / f'test_{name}.py' for name in ('closed_form', 'collect', 'match', 'moments', 'solve')),
+    *(CORE / 'method' / f'test_{name}.py' for name in ('correction', 'layers', 'sample', 'schedule', 'select')),
+]
+MMENGINE_ALONE = [
+    CORE / 'files' / 'test_checkpoint.py',
+    'tests/engine/test_fusion_hook.py',
+    'tests/engine/test_resume.py',
+]
 BY_OBJECTS = 'tests/core/calibration/test_processes.py'
 """Needs numpy besides: torch 2.6 can't send objects between processes without it."""
-STACK = ['tests/engine', 'tests/tools/test_tools.py']
+STACK = [ENGINE, 'tests/tools/test_tools.py']
 """Test files that meet mmengine most: its registries, hooks, runners, checkpoints and configs."""
 
 PURELIB = 'import sysconfig; print(sysconfig.get_path("purelib"))'

@@ -4,7 +4,6 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -69,6 +68,8 @@ def copied(state):
 
 def random_states():
     """Returns the states of the generators of torch, Python and numpy."""
+    import numpy as np  # the core's tests run without it
+
     return str(torch.get_rng_state().tolist()), random.getstate(), str(np.random.get_state())
 
 
