@@ -1,17 +1,17 @@
-# `make demo` and `make test` are all that is needed; both install what they need into .venv, once.
+# Every target installs the pinned stack into .venv first, once.
 PYTHON_VENV = .venv/bin/python
 
 .PHONY: help install demo study robustness docs test test-all lint format
 
 help:
 	@echo 'make demo     train, evaluate, fuse and compare a small Mask R-CNN with DenoiseRep (under 15 minutes on 2 cores)'
-	@echo 'make study    the same for seven small models and three seeds, into docs/study.md (hours on 2 cores)'
-	@echo 'make robustness   fit them to corrupted images, beside rivals, into docs/domain.md (over an hour on 2 cores)'
-	@echo 'make docs     build the pages in docs into site/, with the notebook run'
+	@echo 'make study    train seven small models with three seeds and write docs/study.md (hours on 2 cores)'
+	@echo 'make robustness   fit them to corrupted images by several methods and write docs/domain.md (over an hour)'
+	@echo 'make docs     run the notebook and build the pages of docs into site/'
 	@echo 'make test     run the tests, with some of the configs at full size'
 	@echo 'make test-all run the tests with every backbone, and every config at full size'
 	@echo 'make lint     ruff, mypy and docstring coverage'
-	@echo 'make format   let ruff rewrite the code'
+	@echo 'make format   format the code with ruff'
 	@echo 'make install  only create .venv and install the pinned stack'
 
 install:

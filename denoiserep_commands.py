@@ -1,7 +1,7 @@
-"""The console commands, and how every tool ends: ``launch`` turns what a user can mend into one sentence.
+"""The console commands, and ``launch``, which runs every tool and prints errors that users can fix as one sentence.
 
-``denoiserep-train`` runs ``tools/train.py``, that of the checkout or of the installed package. This module stands
-outside of the package, whose import brings torch: ``--help`` has to answer at once.
+``denoiserep-train`` runs ``tools/train.py`` of the checkout or of the installed package. This module is outside of the
+package because importing the package imports torch, and ``--help`` has to be fast.
 """
 
 import io
@@ -19,30 +19,30 @@ PACKAGES = {
     'sklearn': 'scikit-learn',
     'pkg_resources': '"setuptools<81"',
 }
-"""What brings a module, where it has another name."""
+"""The package that provides a module, if its name differs."""
 
 
 def main() -> None:
-    """Runs the tool that the command is named after, as a script."""
+    """Runs the tool with the name of the command, as a script."""
     name = Path(sys.argv[0]).stem.removeprefix('denoiserep-').replace('-', '_')
     path = next(iter(TOOLS.rglob(f'{name}.py')))
-    # from its file: by name, Python's own package "test" may come first, and runpy would name another program in --help
+    # by path: the name "test" may find Python's own package, and runpy would print another program name in --help
     spec = spec_from_file_location('__main__', path)
     sys.modules['__main__'] = module = module_from_spec(spec)
     spec.loader.exec_module(module)
 
 
 def launch(run: Callable[[], None]) -> None:
-    """Runs a tool; a missing module, input that is refused and an interrupt end the program with a sentence.
+    """Runs a tool; an InputError, a missing module or an interrupt ends the program with one sentence.
 
-    Everything else keeps its traceback. The folder of the tools leaves the path, so that no module of the user is taken
-    for a tool of the same name. A name that is no UTF-8 is printed with escapes.
+    All other errors keep their traceback. Removes the folder of the tools from ``sys.path``, so a tool can't hide a
+    user's module of the same name. Prints file names that are not UTF-8 with escapes.
 
     Args:
-        run: The tool's ``main``.
+        run: ``main`` of the tool.
 
     Raises:
-        SystemExit: With the sentence, behind the name of the tool.
+        SystemExit: With the name of the tool and the sentence.
     """
     sys.path[:] = [entry for entry in sys.path if not entry or not Path(entry).resolve().is_relative_to(TOOLS)]
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -58,13 +58,13 @@ def launch(run: Callable[[], None]) -> None:
 
 
 def _describe(error: Exception) -> str:
-    """Returns the sentence of an error that a user can mend; empty if it is none."""
+    """Returns the sentence for an error that users can fix; empty for other errors."""
     core = sys.modules.get('mmdenoiserep.core')
     if core and isinstance(error, core.InputError):
         return str(error)
     name = (getattr(error, 'name', None) or '').partition('.')[0]
     if isinstance(error, ModuleNotFoundError) and name and not find_spec(name):
-        # what is raised on purpose says who needs the module
+        # an error raised on purpose says what needs the module
         who = str(error) if not error.msg.startswith('No module named') else f'this tool needs {name}'
         package = PACKAGES.get(name, name)
         return f'{who}, which is not installed; make install brings the tested versions, or: pip install {package}'

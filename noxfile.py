@@ -13,11 +13,20 @@ import nox
 nox.options.error_on_missing_interpreters = False  # a Python that is not here is skipped, and said to be
 nox.options.reuse_existing_virtualenvs = True
 
-TORCH_ALONE = [f'tests/test_core_{name}.py' for name in ('alone', 'calibrate', 'layers', 'schedule')]
-MMENGINE_ALONE = [f'tests/test_{name}.py' for name in ('core_checkpoint', 'engine_fusion_hook', 'engine_resume')]
-BY_OBJECTS = 'tests/test_core_calibrate.py::test_two_processes_calibrate_as_one'
+CORE = Path('tests', 'core')
+TORCH_ALONE = [
+    CORE / 'test_alone.py',
+    *(CORE / 'calibration' / f'test_{name}.py' for name in ('closed_form', 'collect', 'match', 'moments', 'solve')),
+    *(CORE / 'method' / f'test_{name}.py' for name in ('correction', 'layers', 'sample', 'schedule', 'select')),
+]
+MMENGINE_ALONE = [
+    CORE / 'files' / 'test_checkpoint.py',
+    'tests/engine/test_fusion_hook.py',
+    'tests/engine/test_resume.py',
+]
+BY_OBJECTS = 'tests/core/calibration/test_processes.py'
 """Needs numpy besides: torch 2.6 can't send objects between processes without it."""
-STACK = [f'tests/test_{name}.py' for name in ('engine_backbone', 'engine_loss_hook', 'engine_fusion_hook', 'tools')]
+STACK = [ENGINE, 'tests/tools/test_tools.py']
 """Test files that meet mmengine most: its registries, hooks, runners, checkpoints and configs."""
 
 PURELIB = 'import sysconfig; print(sysconfig.get_path("purelib"))'
@@ -47,4 +56,4 @@ def stack(session: nox.Session, mmengine: str) -> None:
 @nox.parametrize('library', ['mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'])
 def without(session: nox.Session, library: str) -> None:
     """The present environment without one library."""
-    session.run(sys.executable, '-m', 'pytest', 'tests/test_without_libraries.py', '-k', library)
+    session.run(sys.executable, '-m', 'pytest', 'tests/install/test_without_libraries.py', '-k', library)

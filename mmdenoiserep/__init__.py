@@ -1,7 +1,7 @@
 """DenoiseRep (arXiv 2406.08773) for OpenMMLab: train linear denoisers on a backbone, fold them into its weights.
 
-The names of the core need torch only. Where mmengine is installed, importing this package also registers
-``DenoiseRepBackbone``, its hooks and the backbone ``VMamba`` in its root registries.
+The core needs torch only. With mmengine installed, importing this package also registers ``DenoiseRepBackbone``, the
+hooks and the backbone ``VMamba`` in mmengine's root registries.
 """
 
 from importlib.util import find_spec

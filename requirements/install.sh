@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Creates .venv and installs the pinned stack into it, step by step.
 #
-# A step that is done leaves a stamp with the checksum of what it ran, so an interrupted install goes on where it
-# stopped, a second call installs nothing, and a changed pin repeats its own step and what builds on it.
+# A finished step leaves a stamp with the checksum of its inputs. So an interrupted install continues where it stopped, a
+# second call installs nothing, and a changed pin repeats its step and all later steps.
 #
 #   PYTHON       interpreter to build .venv with (default: the first of python3.11, python3.10, python3.12, python3)
 #   TORCH_INDEX  extra package index for torch, e.g. the one with CPU-only or with other CUDA builds

@@ -1,1 +1,1 @@
-"""What makes the tables of the pages: the demo, the studies, the survey of backbones, the benchmarks."""
+"""Programs that produce the tables of the docs: the demo, the studies, the survey of backbones, the benchmarks."""

@@ -1,7 +1,6 @@
-"""Measures time and memory of a part of this package beside what else there is, on the machine at hand.
+"""Measures time and memory of parts of this package against baselines, on this machine.
 
-``all`` runs every part with its default settings. OMP_NUM_THREADS sets the number of threads. The figures are printed
-as Markdown.
+``all`` runs every benchmark with its default settings. OMP_NUM_THREADS sets the number of threads. Prints Markdown.
 """
 
 import argparse
@@ -20,8 +19,6 @@ from denoiserep_commands import launch
 from studies import benchmarks
 
 NAMES = [module.name for module in iter_modules(benchmarks.__path__) if module.name != 'measure']
-
-
 PACKAGES = 'torch', 'mmengine', 'mmcv', 'mmdet', 'mmpretrain'
 """Modules whose versions are reported."""
 
@@ -38,10 +35,10 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    commands.add_parser('all', help='All of these, one after the other; takes an hour').set_defaults(run=run_all)
+    commands.add_parser('all', help='All benchmarks, one after the other; takes an hour').set_defaults(run=run_all)
     for command in commands.choices.values():
-        command.add_argument('--json', type=Path, metavar='FILE', help='write the figures to this file, too')
-        command.add_argument('--markdown', type=Path, metavar='FILE', help='write the report to this file, too')
+        command.add_argument('--json', type=Path, metavar='FILE', help='also write the figures to this file')
+        command.add_argument('--markdown', type=Path, metavar='FILE', help='also write the report to this file')
     return parser.parse_args(words)
 
 
@@ -76,7 +73,7 @@ def main() -> None:
 
 
 def machine() -> dict[str, str | int]:
-    """Returns what the figures depend on."""
+    """Returns the hardware and software that the figures depend on."""
     import torch
 
     facts: dict[str, str | int] = dict(
@@ -87,12 +84,12 @@ def machine() -> dict[str, str | int]:
     )
     distributions = packages_distributions()
     facts |= {name: version(distributions[name][0]) for name in PACKAGES if name in distributions}
-    facts['torch'] = torch.__version__  # with its build
+    facts['torch'] = torch.__version__  # with its build, such as +cpu
     return facts | (dict(GPU=torch.cuda.get_device_name()) if torch.cuda.is_available() else {})
 
 
 def _processor() -> str:
-    """Returns the model of the processor where Linux tells it, else the architecture."""
+    """Returns the model of the processor on Linux, otherwise the architecture."""
     info = Path('/proc/cpuinfo')
     found = re.search(r'^model name\s*:\s*(.*)$', info.read_text(), re.MULTILINE) if info.exists() else None
     return found[1] if found else platform.machine()

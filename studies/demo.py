@@ -1,7 +1,7 @@
-"""Trains a small Mask R-CNN on composed scenes, continues it with and without denoising, fuses, and compares.
+"""Trains a small Mask R-CNN, fine-tunes it with and without denoising, fuses it, and fits the baseline to noise.
 
-Then the baseline is fitted to noisy scenes without their labels, and evaluated on other noisy scenes. Every step is
-one of the commands that users run themselves; it is printed before it runs.
+The domain fit uses unlabelled noisy scenes; it is evaluated on other noisy scenes. Every step is a command of the
+project, which is printed before it runs.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 
 from denoiserep_commands import launch
-from studies.steps import last_checkpoint, last_metric, run, scalars
+from studies.commands import last_checkpoint, last_metric, run, scalars
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {
@@ -41,8 +41,8 @@ def main() -> None:
     do('Compose scenes from Fashion-MNIST articles', '-m', 'studies.make_scenes', 'work_dirs/scenes', '--overwrite')
     for name, title in {
         'baseline': 'Train the baseline',
-        'control': 'Continue it without denoising (the control)',
-        'denoised': 'Continue it with denoisers (joint mode), and evaluate it unfused',
+        'control': 'Fine-tune it without denoising (the control)',
+        'denoised': 'Fine-tune it with denoisers (joint mode), and evaluate it unfused',
     }.items():
         do(title, 'tools/train.py', CONFIGS[name], '--work-dir', str(WORK / name))
     fuse = ['tools/fuse_checkpoint.py', last_checkpoint(WORK / 'denoised'), str(FUSED), '--verify', CONFIGS['denoised']]
@@ -52,13 +52,13 @@ def main() -> None:
 
     baseline, source = [CONFIGS['baseline'], last_checkpoint(WORK / 'baseline')], str(WORK / 'moments.pth')
     corrupt = ['tools/analysis_tools/corrupt_images.py', 'work_dirs/scenes/images', str(NOISY), 'noise']
-    do('Spoil all scenes with noise', *corrupt)
+    do('Add noise to all scenes', *corrupt)
     do('Gather moments of the clean training scenes', 'tools/calibrate.py', 'moments', *baseline, source)
     images = ['--images', str(NOISY / 'training'), '--num-images', '300', '--representative', '--verify']
     fit = ['tools/calibrate.py', 'domain', *baseline, str(FITTED), '--source', source, *images]
     do('Fit the baseline to noisy training scenes, without labels', *fit)
     noisy = ['--cfg-options', f'test_dataloader.dataset.data_prefix.img=../demo/{NOISY.name}/validation/']
-    do('Evaluate the baseline on noisy scenes', 'tools/test.py', *baseline, '--work-dir', str(WORK / 'spoiled'), *noisy)
+    do('Evaluate the baseline on noisy scenes', 'tools/test.py', *baseline, '--work-dir', str(WORK / 'noise'), *noisy)
     evaluate = ['tools/test.py', CONFIGS['baseline'], str(FITTED), '--work-dir', str(WORK / 'fitted'), *noisy]
     do('Evaluate the fitted file in the unchanged config', *evaluate)
 
@@ -67,7 +67,7 @@ def main() -> None:
     from studies import demo_report
 
     average_precision = 'coco/bbox_mAP', 'coco/segm_mAP'
-    stages = *CONFIGS, 'fused', 'spoiled', 'fitted'
+    stages = *CONFIGS, 'fused', 'noise', 'fitted'
     metrics = {name: tuple(last_metric(WORK / name, key) for key in average_precision) for name in stages}
     checkpoints = {name: last_checkpoint(WORK / name) for name in CONFIGS} | dict(fused=FUSED, fitted=FITTED)
     models = demo_report.load_models(CONFIGS, checkpoints)

@@ -1,9 +1,8 @@
-"""The table and the picture that end the demo."""
+"""The table and the picture of the demo."""
 
 import copy
-import statistics
-import time
 from contextlib import redirect_stdout
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -12,45 +11,42 @@ import matplotlib
 import numpy as np
 import torch
 from mmengine.analysis import get_model_complexity_info
-from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
-from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
+from mmengine.registry import DATASETS
 from torch import nn
 
+from mmdenoiserep.apis.config import load_config
+from mmdenoiserep.apis.model import open_model
 from mmdenoiserep.core import evaluating, format_table, verify_fusion
-from mmdenoiserep.engine.resume import allow_training_checkpoints
+from studies.benchmarks.measure import alternate, cost_ratio
 
 matplotlib.use('Agg')
-SCORE = 0.5
-"""Least score of a detection that is drawn."""
+MIN_SCORE = 0.5
+"""Smallest score of a detection that is drawn."""
 
 
 def load_models(configs: dict[str, str], checkpoints: dict[str, str | Path]) -> dict[str, nn.Module]:
-    """Returns a detector for each checkpoint, in eval mode; those without a config of their own have the baseline's."""
-    allow_training_checkpoints()
-    init_default_scope('mmdet')
+    """Returns the detector of each checkpoint in eval mode; checkpoints without a config take the baseline's."""
     MMLogger.get_current_instance().setLevel('ERROR')
     models = {}
     for name, checkpoint in checkpoints.items():
-        cfg = Config.fromfile(configs.get(name, configs['baseline']))
-        models[name] = MODELS.build(cfg.model).eval()
-        load_checkpoint(models[name], str(checkpoint), strict=True, logger='silent')
+        cfg = load_config(configs.get(name, configs['baseline']))
+        models[name], _ = open_model(cfg, str(checkpoint), denoisers='keep')
         models[name].cfg = cfg
     return models
 
 
 def table(models: dict[str, nn.Module], metrics: dict[str, tuple[float, float]]) -> str:
-    """Returns the report: accuracy of each stage, exactness and cost of the fused model."""
+    """Returns the report: accuracy of each stage, exactness of the fusion, and cost of the fused model."""
     clean = {name: metrics[name] for name in ('baseline', 'control', 'denoised', 'fused')}
-    noisy = {'baseline': metrics['spoiled'], 'fitted to noisy scenes': metrics['fitted']}
-    lost, regained = (metrics[name][0] - metrics['spoiled'][0] for name in ('baseline', 'fitted'))
+    noisy = {'baseline': metrics['noise'], 'fitted to noisy scenes': metrics['fitted']}
+    lost, regained = (metrics[name][0] - metrics['noise'][0] for name in ('baseline', 'fitted'))
     share = f' ({regained / lost:.0%} of the lost box AP)' if lost > 0 else ''
     features = Features(models['denoised']), Features(models['fused'])
     exact = verify_fusion(*features, example_input=next(iter(_scenes(models['baseline'], 8)))['inputs'])
     cost = [_cost(models[name]) for name in ('baseline', 'fused', 'fitted')]
-    ratios = {name: _latency_ratios(models['baseline'], models[name]) for name in ('fused', 'fitted')}
+    latencies = {name: _latencies(models['baseline'], models[name]) for name in ('fused', 'fitted')}
     return '\n'.join(
         [
             _accuracy(clean),
@@ -72,10 +68,10 @@ def table(models: dict[str, nn.Module], metrics: dict[str, tuple[float, float]])
                 ],
             ),
             *(
-                f'Latency, {name} over baseline, batch 1, {torch.get_num_threads()} threads: median '
-                f'{statistics.median(pairs):.3f} of {len(pairs)} alternating pairs '
-                f'(quartiles {_quartiles(pairs)[0]:.3f} to {_quartiles(pairs)[1]:.3f})'
-                for name, pairs in ratios.items()
+                f'Latency, {name} over baseline, batch 1, {torch.get_num_threads()} threads: '
+                f'{cost_ratio(seconds["other"], seconds["baseline"])}, median and quartiles of '
+                f'{len(seconds["other"])} alternating pairs'
+                for name, seconds in latencies.items()
             ),
         ]
     )
@@ -90,14 +86,18 @@ def _accuracy(metrics: dict[str, tuple[float, float]]) -> str:
 
 
 class Features(nn.Module):
-    """What a detector computes before anything is thresholded."""
+    """The outputs of a detector before any threshold."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
         self.detector = detector
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Returns FPN features, RPN scores and RPN boxes of all levels, flat, for images (B, 3, H, W), normalised."""
+        """Returns FPN features, RPN scores and RPN boxes, each flattened over all levels.
+
+        Args:
+            images: Preprocessed images, (B, 3, H, W).
+        """
         features = self.detector.extract_feat(images)
         outputs = zip(
             ('FPN features', 'RPN scores', 'RPN boxes'), (features, *self.detector.rpn_head(features)), strict=True
@@ -106,64 +106,47 @@ class Features(nn.Module):
 
 
 def _scenes(model: nn.Module, count: int):
-    """Yields one preprocessed batch of the first ``count`` validation scenes, and keeps their data samples."""
+    """Yields one preprocessed batch of the first ``count`` validation scenes with their data samples."""
     dataset = _dataset(model)
     yield model.data_preprocessor(pseudo_collate([dataset[i] for i in range(count)]))
 
 
 def _dataset(model: nn.Module, images: Path | None = None):
-    """Returns the validation scenes, or those of another folder with the same annotations."""
+    """Returns the data set of validation scenes, or of another folder of images with the same annotations."""
     config = copy.deepcopy(model.cfg.test_dataloader.dataset)
     if images:
         config.data_prefix.img = str(images.absolute())
-    with redirect_stdout(None):  # pycocotools reports its progress
+    with redirect_stdout(None):  # pycocotools prints its progress
         return DATASETS.build(config)
 
 
 def _cost(model: nn.Module) -> tuple[int, int]:
-    """Returns (parameters, FLOPs) of the backbone, neck and RPN for one 128 x 128 image, by mmengine's counter."""
+    """Returns the number of parameters, and mmengine's FLOPs of backbone, neck and RPN for one 128 x 128 image."""
     counted = get_model_complexity_info(Features(model), (3, 128, 128), show_table=False, show_arch=False)
     return sum(p.numel() for p in model.parameters()), int(counted['flops'])
 
 
-def _latency_ratios(baseline: nn.Module, fused: nn.Module, pairs: int = 60, warm_up: int = 10) -> list[float]:
-    """Returns the ratios of the times of neighbouring runs; which of the two goes first alternates."""
+def _latencies(baseline: nn.Module, other: nn.Module) -> dict[str, list[float]]:
+    """Returns the seconds of 60 alternating runs of two detectors on one 128 x 128 image."""
     image = torch.zeros(1, 3, 128, 128)
-    pair = Features(baseline), Features(fused)
-
-    def measure(model: nn.Module) -> float:
-        started = time.perf_counter()
-        model(image)
-        return time.perf_counter() - started
-
-    ratios = []
-    with evaluating(*pair):
-        for i in range(warm_up + pairs):
-            first = i % 2
-            times = {first: measure(pair[first])}
-            times[1 - first] = measure(pair[1 - first])
-            ratios.append(times[1] / times[0])
-    return ratios[warm_up:]
-
-
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    lower, _, upper = statistics.quantiles(values, n=4)
-    return lower, upper
+    models = dict(baseline=Features(baseline), other=Features(other))
+    with evaluating(*models.values()):
+        return alternate({name: partial(model, image) for name, model in models.items()}, warm_up=10, repeats=60)
 
 
 def draw(models: dict[str, nn.Module], logs: dict[str, list[dict]], noisy: Path, path: Path, scenes: int = 4) -> None:
-    """Writes a picture: detections on the first scenes with three articles or more, and the loss curves.
+    """Writes a picture with the detections on the first scenes with three or more articles, and the loss curves.
 
     Args:
-        models: What :func:`load_models` returned.
-        logs: What the trainings logged, by their names.
+        models: Detectors from :func:`load_models`.
+        logs: Logged scalars of each training.
         noisy: Folder of the validation scenes with noise.
         path: File to write.
         scenes: Number of scenes.
     """
     from matplotlib import pyplot as plt
 
-    clean, spoiled = _dataset(models['baseline']), _dataset(models['baseline'], noisy)
+    clean, with_noise = _dataset(models['baseline']), _dataset(models['baseline'], noisy)
     several = (i for i in range(len(clean)) if len(clean[i]['data_samples'].gt_instances) >= 3)
     chosen = list(islice(several, scenes))
     columns = {
@@ -171,8 +154,8 @@ def draw(models: dict[str, nn.Module], logs: dict[str, list[dict]], noisy: Path,
         'baseline': ('baseline', clean),
         'control': ('control', clean),
         'denoised, fused': ('fused', clean),
-        'noise: baseline': ('baseline', spoiled),
-        'noise: fitted to it': ('fitted', spoiled),
+        'noise: baseline': ('baseline', with_noise),
+        'noise: fitted to it': ('fitted', with_noise),
     }
     figure = plt.figure(figsize=(2.75 * len(columns), 2.8 * scenes + 3.4), layout='constrained')
     pictures, curves = figure.subfigures(2, 1, height_ratios=(2.8 * scenes, 3.4))
@@ -203,13 +186,13 @@ def draw(models: dict[str, nn.Module], logs: dict[str, list[dict]], noisy: Path,
 
 
 def _overlay(image: np.ndarray, instances, classes: tuple[str, ...], scale: int = 4) -> np.ndarray:
-    """Draws masks, boxes and names on an image (H, W, 3) BGR uint8; returns RGB, enlarged."""
+    """Returns an image, (H, W, 3), BGR, uint8, enlarged and as RGB, with masks, boxes and class names drawn on it."""
     canvas = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)[..., ::-1].copy()
     scores = getattr(instances, 'scores', None)
     masks = instances.masks.masks if hasattr(instances.masks, 'masks') else instances.masks.numpy()
     palette = matplotlib.colormaps['tab10']
     for i, label in enumerate(instances.labels.tolist()):
-        if scores is not None and scores[i] < SCORE:
+        if scores is not None and scores[i] < MIN_SCORE:
             continue
         colour = [int(255 * c) for c in palette(label)[:3]]
         outline = cv2.resize(masks[i].astype(np.uint8), canvas.shape[1::-1], interpolation=cv2.INTER_LINEAR)

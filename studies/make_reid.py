@@ -1,13 +1,13 @@
-"""Photograph Fashion-MNIST articles with several made-up cameras: a small data set for re-identification.
+"""Renders Fashion-MNIST articles with several virtual cameras: a small data set for re-identification.
 
-One article is one identity. The output has Market-1501's layout, so that its class reads it unchanged:
+One article is one identity. The output has the layout of Market-1501, so its class reads it unchanged:
 
     OUT/{bounding_box_train,query,bounding_box_test}/0002_c1s1_000451_03.jpg
 
-The name is identity, camera, sequence (always 1), number of the article in Fashion-MNIST, and number of the image.
-Training, testing and the distractors (identity 0, in the gallery alone) use different articles. Each camera has a
-background, a place and size of the article, colours, exposure and blur of its own; on top, every image differs a
-little. Cameras and images depend on the seed, the size and the articles, not on the number of images.
+The name has identity, camera, sequence (always 1), number of the article in Fashion-MNIST, and number of the image.
+Training, testing and distractors (identity 0, in the gallery only) use different articles. Each camera has its own
+background, position and size of the article, colours, exposure and blur; images vary a little in addition. Cameras and
+images depend on the seed, the size and the articles, not on the number of images.
 """
 
 import argparse
@@ -25,14 +25,14 @@ MIN_HEIGHT = 32
 
 
 class Camera(NamedTuple):
-    """What all images of a camera have in common."""
+    """Properties of all images of a camera."""
 
     background: Any
-    """Colours of shape (2 height, 2 height, 3), float32, of which an image shows a part."""
+    """Background, (2 height, 2 height, 3), float32; an image shows a part of it."""
     size: float
-    """Side of the article, relative to the width of the image."""
+    """Side of the article over the width of the image."""
     shift: Any
-    """Place of the article off the middle, (x, y) relative to the width."""
+    """Offset of the article from the centre, (x, y), over the width of the image."""
     angle: float
     """Degrees, counter-clockwise."""
     cast: Any
@@ -40,13 +40,13 @@ class Camera(NamedTuple):
     contrast: float
     """Factor on the difference from middle grey."""
     brightness: float
-    """What is added, of 255."""
+    """Value that is added, for values from 0 to 255."""
     blur: float
-    """Standard deviation in pixels of an image 64 high."""
+    """Standard deviation in pixels for an image of height 64."""
 
 
 def make_camera(height, rng):
-    """Draw a camera.
+    """Draws a random camera.
 
     Args:
         height (int): Height of its images.
@@ -68,7 +68,7 @@ def make_camera(height, rng):
 
 
 def take_image(article, tint, camera, height, rng):
-    """Show an article to a camera.
+    """Renders an article with a camera.
 
     Args:
         article (numpy.ndarray): Grey image of shape (H, W), uint8, on black.
@@ -103,7 +103,7 @@ def take_image(article, tint, camera, height, rng):
 
 
 def plan_images(order, args):
-    """List the images of each folder.
+    """Lists the images of each folder.
 
     Args:
         order (numpy.ndarray): Numbers of the articles in random order, shape (N,).
@@ -134,7 +134,7 @@ def plan_images(order, args):
 
 
 def write_images(folder, images, articles, size, seed):
-    """Write the images of a folder.
+    """Writes the images of a folder.
 
     Args:
         folder (Path): The folder to create.
@@ -156,13 +156,13 @@ def write_images(folder, images, articles, size, seed):
 
 
 def check_arguments(args):
-    """Find what is wrong with the arguments.
+    """Checks the arguments.
 
     Args:
         args (argparse.Namespace): The parsed command line.
 
     Returns:
-        str: One sentence, or '' if nothing is wrong.
+        str: The first error as one sentence; empty if there is none.
     """
     if args.ids < 1 or args.test_ids < 1:
         return 'training and testing need at least one identity each.'
@@ -178,7 +178,7 @@ def check_arguments(args):
 
 
 def main():
-    """Run the command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('out', metavar='OUT', type=Path, help='output folder')
     parser.add_argument('--ids', type=int, default=500, help='training identities (default: %(default)s)')

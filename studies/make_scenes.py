@@ -1,4 +1,4 @@
-"""Compose Fashion-MNIST articles into scenes with boxes, instance masks and semantic maps.
+"""Composes Fashion-MNIST articles into scenes with boxes, instance masks and semantic maps.
 
 The output has ADE20K's layout for images and semantic maps, and COCO's format for instances:
 
@@ -44,7 +44,7 @@ FOREGROUND = 16
 
 
 def read_idx(path):
-    """Read a gzipped idx file of bytes.
+    """Reads a gzipped idx file of bytes.
 
     Args:
         path (Path): The file.
@@ -53,7 +53,7 @@ def read_idx(path):
         numpy.ndarray: The array, uint8, of the shape that the header gives.
 
     Raises:
-        ValueError: If the file is missing, damaged, or not an idx file of bytes.
+        ValueError: The file is missing, damaged, or not an idx file of bytes.
     """
     import numpy as np
 
@@ -73,7 +73,7 @@ def read_idx(path):
 
 
 def read_articles(source):
-    """Read the articles, without those that are nearly empty.
+    """Reads the articles, except nearly empty ones.
 
     Args:
         source (Path): Folder with the two files of Fashion-MNIST's test split.
@@ -82,7 +82,7 @@ def read_articles(source):
         tuple: Articles of shape (N, H, W), uint8, and their labels 0 to 9 of shape (N,), uint8.
 
     Raises:
-        ValueError: If a file is unusable, or the two do not belong together.
+        ValueError: A file can't be read, or images and labels do not match.
     """
     images = read_idx(source / 't10k-images-idx3-ubyte.gz')
     labels = read_idx(source / 't10k-labels-idx1-ubyte.gz')
@@ -93,14 +93,14 @@ def read_articles(source):
 
 
 def split_articles(count, seed):
-    """Divide the articles between training and validation.
+    """Splits the articles into training and validation.
 
     Args:
         count (int): Number of articles.
         seed (int): Seed, 0 or more.
 
     Returns:
-        tuple: Indices of the training and of the validation articles, two int64 arrays with nothing in common.
+        tuple: Disjoint indices of the training and the validation articles, two int64 arrays.
     """
     import numpy as np
 
@@ -110,7 +110,7 @@ def split_articles(count, seed):
 
 
 def make_background(size, rng):
-    """Draw a smooth random texture.
+    """Draws a smooth random texture.
 
     Args:
         size (int): Side of the scene.
@@ -129,7 +129,7 @@ def make_background(size, rng):
 
 
 def cut_out(article, side):
-    """Enlarge an article and find its outline, with holes filled.
+    """Enlarges an article and computes its filled outline.
 
     Args:
         article (numpy.ndarray): Grey image of shape (H, W), uint8, on black.
@@ -149,7 +149,7 @@ def cut_out(article, side):
 
 
 def compose_scene(images, labels, size, rng):
-    """Compose one scene.
+    """Composes one scene.
 
     Args:
         images (numpy.ndarray): Articles to choose from, shape (N, H, W), uint8.
@@ -189,11 +189,14 @@ def compose_scene(images, labels, size, rng):
 
 
 def write_image(path, image):
-    """Write an image, or raise OSError.
+    """Writes an image.
 
     Args:
-        path (Path): The file, its suffix tells the format.
+        path (Path): The file; its suffix sets the format.
         image (numpy.ndarray): Shape (H, W) or (H, W, 3), uint8.
+
+    Raises:
+        OSError: The file can't be written.
     """
     import cv2
 
@@ -201,7 +204,7 @@ def write_image(path, image):
 
 
 def write_split(out, split, count, images, labels, size, seed):
-    """Write the scenes and annotations of one split.
+    """Writes the scenes and annotations of one split.
 
     Args:
         out (Path): Output folder.
@@ -244,13 +247,13 @@ def write_split(out, split, count, images, labels, size, seed):
 
 
 def check_arguments(args):
-    """Find what is wrong with the arguments.
+    """Checks the arguments.
 
     Args:
         args (argparse.Namespace): The parsed command line.
 
     Returns:
-        str: One sentence, or '' if nothing is wrong.
+        str: The first error as one sentence; empty if there is none.
     """
     if args.train < 1 or args.val < 1:
         return 'each split needs at least one scene.'
@@ -262,8 +265,8 @@ def check_arguments(args):
 
 
 def main():
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description='Compose Fashion-MNIST articles into scenes with annotations.')
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description='Composes Fashion-MNIST articles into scenes with annotations.')
     parser.add_argument('out', metavar='OUT', type=Path, help='output folder')
     parser.add_argument('--train', type=int, default=1000, help='number of training scenes (default: %(default)s)')
     parser.add_argument('--val', type=int, default=100, help='number of validation scenes (default: %(default)s)')

@@ -1,8 +1,8 @@
-"""Write Fashion-MNIST in the layout that mmpretrain's own dataset class reads: four uncompressed idx files.
+"""Writes Fashion-MNIST in the layout of mmpretrain's data set class: four uncompressed idx files.
 
-A source with both splits is taken as it is, such as Debian's package dataset-fashion-mnist (60,000 and 10,000 images).
-Of a source with the test split alone, such as the shipped one, the first 8,000 images are for training and the rest
-for testing.
+A source with both splits, such as Debian's package dataset-fashion-mnist (60,000 and 10,000 images), keeps them. If the
+source has only the test split, such as the one in demo, its first 8,000 images are for training and the others for
+testing.
 """
 
 import argparse
@@ -18,7 +18,7 @@ TRAINING = 8000
 
 
 def read_split(source, split):
-    """Read one split.
+    """Reads one split.
 
     Args:
         source (Path): Folder with the gzipped files of Fashion-MNIST.
@@ -28,7 +28,7 @@ def read_split(source, split):
         tuple: Images of shape (N, H, W) and labels 0 to 9 of shape (N,), both uint8.
 
     Raises:
-        ValueError: If a file is unusable, or the two do not belong together.
+        ValueError: A file can't be read, or images and labels do not match.
     """
     images = read_idx(source / f'{split}-images-idx3-ubyte.gz')
     labels = read_idx(source / f'{split}-labels-idx1-ubyte.gz')
@@ -38,7 +38,7 @@ def read_split(source, split):
 
 
 def read_source(source):
-    """Read or make both splits.
+    """Reads both splits, or makes them from the test split.
 
     Args:
         source (Path): Folder with the gzipped files of both splits, or of the test split alone.
@@ -47,7 +47,7 @@ def read_source(source):
         dict: Images and labels of 'train' and 't10k', as :func:`read_split` returns them.
 
     Raises:
-        ValueError: If a file is unusable, or a split lacks one of the classes.
+        ValueError: A file can't be read, or a split lacks a class.
     """
     import numpy as np
 
@@ -63,7 +63,7 @@ def read_source(source):
 
 
 def write_idx(path, array):
-    """Write an idx file of bytes.
+    """Writes an idx file of bytes.
 
     Args:
         path (Path): The file.
@@ -74,7 +74,7 @@ def write_idx(path, array):
 
 
 def main():
-    """Run the command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         'out',

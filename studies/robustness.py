@@ -1,9 +1,9 @@
-"""Measures what a fit to the deployment domain recovers on corrupted images, and writes what came out.
+"""Measures how much accuracy a domain fit recovers on corrupted images, and writes the page of the results.
 
-For each experiment of studies.study and each seed: the same baseline (the two programs share their work dir), fitted
-to unlabelled corrupted training images, fused, and evaluated on the test images with other draws of the corruption.
-Beside it: the paper's schedule, re-estimated BatchNorm, entropy minimisation, and fine-tuning with labels and noise.
-A finished step is not run again.
+For each experiment of studies.study and each seed, the baseline (the two programs share their work dir) is fitted to
+unlabelled corrupted training images and evaluated on test images with other draws of the corruption. It is compared
+with the paper's schedule, re-estimated BatchNorm, entropy minimisation, and fine-tuning with labels and noise. Finished
+steps are not repeated.
 """
 
 import argparse
@@ -15,24 +15,24 @@ from pathlib import Path
 from denoiserep_commands import launch
 from mmdenoiserep.core import InputError
 from studies import study
+from studies.commands import last_checkpoint, run
 from studies.robustness_report import Result, draw, report
-from studies.steps import last_checkpoint, run
 from studies.study_report import write_page
 
 ROOT = Path(__file__).absolute().parents[1]
 ENVIRONMENT = {
-    'NO_ALBUMENTATIONS_UPDATE': '1',  # it asks the network for news otherwise
-    # glibc keeps freed memory; to get and clear it again and again takes a third of a fit's time
+    'NO_ALBUMENTATIONS_UPDATE': '1',  # otherwise albumentations looks for updates in the network
+    # makes glibc keep freed memory: to allocate and clear it again takes a third of the time of a fit
     'MALLOC_MMAP_MAX_': '0',
     'MALLOC_TRIM_THRESHOLD_': str(2**36),
 }
-"""For the processes that are started."""
+"""Environment variables of the started processes."""
 NOTE = 'robustness_note.json'
 
 
 def run_seed(experiment: study.Experiment, seed: int, folder: Path, overrides: list[str]) -> None:
-    """Trains what is missing of one experiment with one seed, and measures in a process of its own."""
-    from studies.measurement import CLASSIFICATION, RESULT, write_noise_config
+    """Trains the missing models of one experiment with one seed, and measures in a separate process."""
+    from studies.robustness_run import CLASSIFICATION, RESULT, write_noise_config
 
     study.train(folder, 'baseline', experiment.config(), seed, overrides)
     if experiment.data == CLASSIFICATION:
@@ -47,7 +47,7 @@ def run_seed(experiment: study.Experiment, seed: int, folder: Path, overrides: l
 
 def read_results(work_dir: Path) -> list[Result]:
     """Reads every finished measurement below a work dir."""
-    from studies.measurement import RESULT
+    from studies.robustness_run import RESULT
 
     results = []
     for name, experiment in study.EXPERIMENTS.items():
@@ -60,15 +60,15 @@ def read_results(work_dir: Path) -> list[Result]:
 
 
 def main() -> None:
-    """Measures what is missing, and writes the page and the picture."""
+    """Runs the missing measurements, and writes the page and the picture."""
     parser = study.make_parser(__doc__, Path('docs/domain.md'))
-    parser.add_argument('--one', nargs=2, help=argparse.SUPPRESS)  # NAME SEED, in a process of its own
+    parser.add_argument('--one', nargs=2, help=argparse.SUPPRESS)  # NAME SEED: one measurement in this process
     args = study.parse_args(parser)
     os.chdir(ROOT)
     os.environ |= ENVIRONMENT
     warnings.simplefilter('ignore')
     if args.one:
-        from studies.measurement import measure_one
+        from studies.robustness_run import measure_one
 
         measure_one(args)
         return
@@ -77,7 +77,7 @@ def main() -> None:
     note, results = args.work_dir / NOTE, read_results(args.work_dir)
     if not note.exists() or not results:
         raise InputError(f'{args.work_dir} holds no finished measurement; start it without --report')
-    from studies.measurement import SEVERITIES
+    from studies.robustness_run import SEVERITIES
 
     text = report(results, json.loads(note.read_text()), SEVERITIES)
     write_page(args.out, text)

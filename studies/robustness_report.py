@@ -1,4 +1,4 @@
-"""The page of the robustness study: what its runs measured, as tables, in words and as a picture."""
+"""The page of the robustness study: tables of the results, conclusions and a picture."""
 
 import statistics
 from collections.abc import Callable
@@ -24,22 +24,22 @@ COLOURED = (
     'fine-tuned',
     'fine-tuned on noise',
 )
-"""The methods in the order of their colours, which are the same in every panel."""
+"""The methods in the order of their colours, the same in every panel."""
 LATENCY = 0.02
-"""How far the median ratio of latencies may be from 1."""
+"""Largest deviation of the median ratio of latencies from 1."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one experiment measured over its seeds.
+    """Results of one experiment over its seeds.
 
     Attributes:
         name: Name of the experiment.
         title: Name of the model.
         data: Name of the data set.
-        seeds: In the order of the runs.
-        steps: Metric: the step to which it is rounded, in percent (0 where it is not).
-        runs: What ``Measurement.measure`` of studies.robustness returned, one a seed.
+        seeds: Seeds, in the order of the runs.
+        steps: Rounding step of each metric in percent (0 without rounding).
+        runs: Results of ``studies.robustness_run.RobustnessRun.measure``, one for each seed.
     """
 
     name: str
@@ -56,11 +56,11 @@ class Result:
 
     @property
     def picked(self) -> str:
-        """The fit that safe_fit picks for the images of the table, taken as representative."""
+        """The fit that safe_fit picks for the images of the table, if they are representative."""
         return self.runs[0]['picked']
 
     def values(self, *keys: str, metric: str | None = None) -> list[float]:
-        """Returns one number a seed, from nested dicts whose last key is a metric, by default the first one."""
+        """Returns one number for each seed, by the keys of nested dicts and a metric (the first one by default)."""
         values = []
         for run in self.runs:
             for key in (*keys, metric or self.metric):
@@ -69,7 +69,7 @@ class Result:
         return values  # type: ignore[return-value]
 
     def gain(self, corruption: str, *keys: str, metric: str | None = None) -> Paired:
-        """Returns a score on a corruption less that of the model as trained; one key alone is a method of the table."""
+        """Returns a score on a corruption minus the score of the model as trained; a single key is a method."""
         metric = metric or self.metric
         keys = ('table', corruption, *keys) if len(keys) == 1 else keys
         before = self.values('table', corruption, AS_TRAINED, metric=metric)
@@ -78,12 +78,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Goal:
-    """One thing that the study was to show.
+    """A goal of the study.
 
     Attributes:
-        text: What.
-        measured: How it came out, in words.
-        met: Whether it was shown.
+        text: Description of the goal.
+        measured: The result in words.
+        met: Whether the goal is met.
     """
 
     text: str
@@ -95,9 +95,9 @@ def report(results: list[Result], note: dict, severities: dict[str, dict[str, fl
     """Returns the generated part of the page, in Markdown.
 
     Args:
-        results: What was measured.
-        note: What studies.robustness noted about the machine, the software and the time.
-        severities: Data set, then corruption.
+        results: Results of the experiments.
+        note: Content of the file of :func:`studies.study.write_note`.
+        severities: Severities by data set and corruption.
     """
     corruptions = list(next(iter(severities.values())))
     parts = [
@@ -122,7 +122,7 @@ def report(results: list[Result], note: dict, severities: dict[str, dict[str, fl
 
 
 def goals(results: list[Result]) -> list[Goal]:
-    """Judges what the study was to show, as far as the experiments were run."""
+    """Returns the goals of the experiments that were run."""
     by_name = {result.name: result for result in results}
     found = []
     for corruption, least in {'noise': {'vit': 20, 'resnet': 30}, 'blur': {'vit': 8, 'resnet': 8}}.items():
@@ -159,7 +159,7 @@ def goals(results: list[Result]) -> list[Goal]:
 
 
 def recovered(result: Result, corruption: str) -> list[float]:
-    """Returns the share, in percent, of what a corruption cost that the picked fit recovered, one a seed."""
+    """Returns the share of the loss by a corruption that the picked fit recovers, in percent, one for each seed."""
     clean, before, after = (
         result.values('table', *keys)
         for keys in (('clean', AS_TRAINED), (corruption, AS_TRAINED), (corruption, result.picked))
@@ -168,7 +168,7 @@ def recovered(result: Result, corruption: str) -> list[float]:
 
 
 def goals_table(results: list[Result]) -> str:
-    """Returns the judged goals, and how many are met."""
+    """Returns the table of goals, and how many are met."""
     judged = goals(results)
     rows = [[goal.text, goal.measured, 'met' if goal.met else '**missed**'] for goal in judged]
     met = sum(goal.met for goal in judged)
@@ -178,7 +178,7 @@ def goals_table(results: list[Result]) -> str:
 
 
 def tally(results: list[Result]) -> str:
-    """Counts for every method in how many columns it changes a model by more than the noise of the seeds."""
+    """Returns for each method the number of columns in which its effect exceeds the noise of the seeds."""
     effects: dict[str, dict[str, Paired]] = {}
     for result in results:
         for corruption, methods in result.runs[0]['table'].items():
@@ -204,7 +204,7 @@ def tally(results: list[Result]) -> str:
 
 
 def severity_table(results: list[Result], severities: dict[str, dict[str, float]]) -> str:
-    """Returns how strong the corruptions are, and what they cost the models as trained."""
+    """Returns the table of severities by data set and corruption."""
     data = [name for name in severities if any(result.data == name for result in results)]
     header = ['data', *next(iter(severities.values()))]
     rows = [[name, *(f'{severity:.3g}' for severity in severities[name].values())] for name in data]
@@ -212,7 +212,7 @@ def severity_table(results: list[Result], severities: dict[str, dict[str, float]
 
 
 def scores(result: Result, corruptions: list[str]) -> list[str]:
-    """Returns a table for each metric: the model as trained, and what each method adds to it."""
+    """Returns a table for each metric: the score of the model as trained, and the gain of each method."""
     columns = ['clean', *corruptions]
     images = result.runs[0]['images']
     tables = [
@@ -233,7 +233,7 @@ def scores(result: Result, corruptions: list[str]) -> list[str]:
 
 
 def counts(result: Result) -> str:
-    """Returns the gain on noise and the cost on clean by the number of images to fit on, and of a skewed target."""
+    """Returns the gain on noise and the change on clean images by number of images, and for a skewed target."""
     methods = list(next(iter(result.runs[0]['counts'].values()))['noise'])
 
     def row(label: str, *keys: str, names: list[str]) -> list[str]:
@@ -254,7 +254,7 @@ def counts(result: Result) -> str:
 
 
 def elsewhere(result: Result) -> str:
-    """Returns what a fit to one domain does in another one."""
+    """Returns the gains of fits to one domain in other domains."""
     found = result.runs[0]['elsewhere']
     methods = list(next(iter(next(iter(found.values())).values())))
     rows = [
@@ -267,7 +267,7 @@ def elsewhere(result: Result) -> str:
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """Writes the picture: gain by corruption and method, and gain and cost by the number of images to fit on."""
+    """Writes the picture: gains by corruption and method, and by the number of images to fit on."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -295,7 +295,7 @@ def colour(method: str) -> tuple:
 
 
 def draw_bars(axes: Any, result: Result) -> None:
-    """Draws what each method adds to the first metric, by corruption."""
+    """Draws the gain of each method in the first metric by corruption."""
     found = result.runs[0]['table']
     methods = [method for method in found['clean'] if method != AS_TRAINED]
     width = 0.85 / len(methods)

@@ -1,9 +1,9 @@
-"""Trains small models on real images, with and without denoising, over several seeds, and writes what came out.
+"""Trains small models with and without denoising over several seeds, and writes the page of the results.
 
-For each experiment and seed: a baseline; the control, which trains it on; the same with denoisers (joint mode), fused
-and evaluated in the baseline's config; and the baseline with denoisers that were trained without labels, fused and
-evaluated in the same way. Every step is one of the commands that users run themselves. The processes use one thread
-each. A finished step is not run again, so an interrupted study goes on when it is started again.
+For each experiment and seed, trains a baseline and fine-tunes it three times: without denoisers (the control), with
+denoisers (joint mode), and with denoisers alone, without labels. The denoised models are fused and evaluated in the
+config of the baseline. Every step is a command of the project, with one thread. Finished steps are not repeated, so an
+interrupted study continues when it is started again.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from denoiserep_commands import launch
 from mmdenoiserep.core import InputError
-from studies.steps import last_checkpoint, last_metric, run, scalars
+from studies.commands import last_checkpoint, last_metric, run, scalars
 from studies.study_report import STAGES, Result, report, write_page
 
 ROOT = Path(__file__).absolute().parents[1]
@@ -33,17 +33,17 @@ DATA = {
     'fashion-mnist': 'studies.prepare_fashion_mnist',
     'fashion-reid': 'studies.make_reid',
 }
-"""Data set, the end of a config's name: the module that writes it to ``work_dirs/<data set>``."""
+"""The module that writes each data set to ``work_dirs/<data set>``; configs end with the name of the data set."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A model with its data set.
+    """A model and its data set.
 
     Attributes:
-        title: Its name in the report.
-        name: Name of the baseline's config in ``configs/demo``; the others have a suffix.
-        metrics: Name in the report: key in the log.
+        title: Name of the model in the report.
+        name: Name of the baseline's config in ``configs/demo``; the other configs have a suffix.
+        metrics: Key in the log by name of the metric in the report.
     """
 
     title: str
@@ -56,7 +56,7 @@ class Experiment:
         return self.name.split('_')[-1]
 
     def config(self, suffix: str = '') -> str:
-        """Path of the baseline's config, or of the control's or the denoised one."""
+        """Returns the path of the baseline's config, or with a suffix, of the control's or the denoised config."""
         return f'configs/demo/{self.name}{suffix}.py'
 
 
@@ -79,21 +79,21 @@ METRICS = {
     'coco/bbox_mAP': (100, 0.1),
     'coco/segm_mAP': (100, 0.1),
 }
-"""Key in the log: the factor that makes it percent, and the step to which it is rounded then (0 where it is not)."""
+"""By key in the log: the factor to percent, and the rounding step of the log in percent (0 without rounding)."""
 NOTE = 'study.json'
 
 
 def make_parser(description: str, out: Path) -> argparse.ArgumentParser:
-    """Returns the command line of a study that writes its page to ``out`` by default."""
+    """Returns the argument parser of a study that writes its page to ``out`` by default."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         '--experiments', nargs='+', choices=EXPERIMENTS, default=list(EXPERIMENTS), help='default: all of them'
     )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='default: 0 1 2')
-    parser.add_argument('--jobs', type=int, default=2, help='processes at a time (default: %(default)s)')
+    parser.add_argument('--jobs', type=int, default=2, help='number of processes (default: %(default)s)')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/study'), help='default: %(default)s')
     parser.add_argument('--out', type=Path, default=out, help='page to write (default: %(default)s)')
-    parser.add_argument('--report', action='store_true', help='train nothing, write the page from the work dir')
+    parser.add_argument('--report', action='store_true', help='only write the page from the results in the work dir')
     parser.add_argument(
         '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='override settings of every config'
     )
@@ -109,7 +109,7 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def step(folder: Path, name: str, *command: str) -> None:
-    """Runs one command unless it has been run to its end before; its log and its duration are kept in the folder."""
+    """Runs one command unless it is finished already; keeps its log and its duration in the folder."""
     done = folder / f'{name}.json'
     if done.exists():
         if json.loads(done.read_text())['command'] != list(command):
@@ -122,7 +122,7 @@ def step(folder: Path, name: str, *command: str) -> None:
 
 
 def train(folder: Path, name: str, config: str, seed: int, overrides: list[str]) -> None:
-    """Trains one model as a step in the folder of its seed."""
+    """Trains one model, see :func:`step`."""
     options = ['--cfg-options', f'randomness.seed={seed}', *overrides]
     step(folder, name, 'tools/train.py', config, '--work-dir', str(folder / name), *options)
 
@@ -150,13 +150,13 @@ def count_images(data: str) -> int:
 
 
 def run_all(args: argparse.Namespace, one: Callable[..., None], note: str, packages: Iterable[str] = PACKAGES) -> None:
-    """Prepares the data, runs every experiment with every seed, and notes on what and how long.
+    """Prepares the data, runs every experiment with every seed, and writes a note about the run.
 
     Args:
-        args: The command line.
-        one: Runs one experiment with one seed; called as :func:`run_seed` is.
-        note: Name of the file in the work dir for :func:`write_note`.
-        packages: Modules whose versions are noted.
+        args: The parsed arguments.
+        one: Function with the signature of :func:`run_seed` that runs one experiment with one seed.
+        note: Name of the file of :func:`write_note` in the work dir.
+        packages: Modules whose versions the note has.
     """
     started = time.perf_counter()
     os.environ['OMP_NUM_THREADS'] = '1'
@@ -179,7 +179,7 @@ def run_all(args: argparse.Namespace, one: Callable[..., None], note: str, packa
 
 
 def write_note(path: Path, jobs: int, data_sets: list[str], seconds: float, packages: Iterable[str]) -> None:
-    """Notes what the page says beside the results; times add up over all calls of the program."""
+    """Writes the command, hardware, software and times for the page; times add up over all calls of the program."""
     before = json.loads(path.read_text()) if path.exists() else dict(seconds=0, cpu_seconds=0, images={})
     distributions = [packages_distributions()[package][0] for package in packages]
     note = dict(
@@ -195,12 +195,17 @@ def write_note(path: Path, jobs: int, data_sets: list[str], seconds: float, pack
 
 
 def seed_folder(work_dir: Path, name: str, seed: int) -> Path:
-    """Folder of one experiment with one seed."""
+    """Returns the folder of one experiment with one seed."""
     return work_dir / name / f'seed_{seed}'
 
 
 def read_results(work_dir: Path, images: dict[str, int]) -> list[Result]:
-    """Reads every finished run below a work dir; ``images`` counts the training images of a data set."""
+    """Reads the finished runs in a work dir.
+
+    Args:
+        work_dir: The work dir.
+        images: Number of training images of each data set.
+    """
     results = []
     for name, experiment in EXPERIMENTS.items():
         folders = {
@@ -245,7 +250,7 @@ def loss_weight(config: str) -> float:
 
 
 def main() -> None:
-    """Trains what is missing and writes the page."""
+    """Runs the missing steps and writes the page."""
     args = parse_args(make_parser(__doc__, Path('docs/study.md')))
     os.chdir(ROOT)
     warnings.simplefilter('ignore')

@@ -1,4 +1,4 @@
-"""The page of the study: what its runs measured, as tables and in words."""
+"""The page of the study: tables of the results and conclusions."""
 
 import math
 import statistics
@@ -8,24 +8,24 @@ from pathlib import Path
 from mmdenoiserep.core import InputError
 
 STAGES = 'baseline', 'control', 'denoised', 'fused', 'label-free-fused'
-"""What is measured of an experiment, in the order of the runs."""
+"""The evaluated models of an experiment, in the order of the runs."""
 MARKERS = '<!-- results: begin -->', '<!-- results: end -->'
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one experiment measured over its seeds.
+    """Results of one experiment over its seeds.
 
     Attributes:
         title: Name of the model.
         data: Name of the data set.
-        images: Number of its training images.
-        seeds: In the order of all other lists.
-        iterations: Of the baseline, and of the control and the denoised run each.
-        metrics: Name, then stage: values in percent, one a seed.
-        steps: Name: the step to which the metric is rounded in the log, in percent.
-        losses: First and last logged ``loss_denoise / weight`` of the joint training, one pair a seed.
-        label_free_losses: The same of ``loss_denoise`` of the training without labels, which has no weight.
+        images: Number of training images.
+        seeds: Seeds, in the order of all other lists.
+        iterations: Number of iterations of the baseline, and of each fine-tuning.
+        metrics: Values in percent, one for each seed, by metric and stage.
+        steps: Rounding step of each metric in the log, in percent.
+        losses: First and last logged ``loss_denoise / weight`` of the joint training, one pair for each seed.
+        label_free_losses: First and last logged ``loss_denoise`` of the label-free training, which has no weight.
     """
 
     title: str
@@ -40,18 +40,18 @@ class Result:
 
 
 class Paired:
-    """Differences of two stages that share seed, data and iterations, one difference a seed.
+    """Paired differences of two stages with the same seeds, data and iterations.
 
     Args:
-        after: Values of the one stage.
-        before: Values of the other, in the same order of seeds.
-        step: What both are rounded to. Equal differences of rounded values are no proof of a deviation of zero: less
-            than that of the rounding, ``step / sqrt(6)``, is not believed.
+        after: Values of one stage, one for each seed.
+        before: Values of the other stage, in the same order.
+        step: Rounding step of the values. Their deviation counts as at least ``step / sqrt(6)``, the deviation of the
+            rounding, since differences of rounded values may be equal by chance.
 
     Attributes:
-        differences: One a seed.
-        mean: Their mean.
-        margin: Half of the 95 % interval of the mean by Student's t; infinite for one seed.
+        differences: One for each seed.
+        mean: Mean of the differences.
+        margin: Half of the 95 % confidence interval of the mean by Student's t; infinite for one seed.
     """
 
     def __init__(self, after: list[float], before: list[float], step: float = 0.0) -> None:
@@ -67,19 +67,19 @@ class Paired:
 
     @property
     def interval(self) -> str:
-        """The 95 % interval."""
+        """The 95 % confidence interval."""
         return f'{self.mean - self.margin:+.2f} to {self.mean + self.margin:+.2f}'
 
     @property
     def verdict(self) -> str:
-        """What the interval says about the effect."""
+        """The direction of the effect, if the interval excludes zero."""
         if abs(self.mean) <= self.margin:
             return 'no effect within noise'
         return 'higher' if self.mean > 0 else 'lower'
 
 
 def spread(values: list[float], form: str = '.2f') -> str:
-    """Formats mean and standard deviation (n - 1) of some values."""
+    """Formats mean and sample standard deviation."""
     mean = format(statistics.mean(values), form)
     return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean
 
@@ -93,8 +93,8 @@ def report(results: list[Result], note: dict) -> str:
     """Returns the generated part of the page, in Markdown.
 
     Args:
-        results: What was measured.
-        note: What studies.study noted about the machine, the software and the time.
+        results: Results of the experiments.
+        note: Content of the file of :func:`studies.study.write_note`.
     """
     accuracy, label_free, training, effects, label_free_effects = [], [], [], {}, {}
     for result in results:
@@ -148,7 +148,7 @@ def first_to_last(losses: list[tuple[float, float]]) -> str:
 
 
 def conclusion(effects: dict[str, Paired], control: str) -> str:
-    """Says in words what the paired differences of denoising and its control show."""
+    """Returns sentences about the paired differences of denoising and its control."""
     sentences = []
     for verdict, text in {
         'no effect within noise': 'the 95 % interval of the paired difference contains zero: no effect within noise',
@@ -163,7 +163,7 @@ def conclusion(effects: dict[str, Paired], control: str) -> str:
 
 
 def write_page(path: Path, text: str) -> None:
-    """Replaces what stands between the markers of a page."""
+    """Replaces the text between the markers of a page."""
     page = path.read_text(encoding='utf-8') if path.exists() else ''
     begin, end = (page.find(marker) for marker in MARKERS)
     if not 0 <= begin < end:

@@ -56,27 +56,27 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     'mmpretrain.VisionTransformer': dict(arch='deit-tiny'),
     'mmpretrain.XCiT': dict(patch_size=16, embed_dims=128, depth=12, num_heads=4),
 }
-"""Arguments of classes that need some and stand in no config of their library, or that are large without them."""
+"""Arguments of classes that no config of their library uses, or that are large by default."""
 
 
 @dataclass
 class Row:
-    """What became of one class.
+    """The result of one class.
 
     Attributes:
-        library: Where it is registered.
-        name: Its name there.
+        library: The library that registers the class.
+        name: Name of the class.
         result: ``'exact'``, ``'wrong'``, ``'no effect'`` (of the denoisers, so that nothing is proven), ``'no layer'``
             (that could have a denoiser), ``'crash'`` or ``'not built'``.
-        built: Where its arguments come from: ``'default'``, the arguments themselves, or a config of the library.
-        image: Shape of the image.
+        built: Source of its arguments: ``'default'``, the arguments themselves, or a config of the library.
+        image: Shape of the input image.
         converted: Number of layers with a denoiser.
-        skipped: Number of skipped layers by reason and by their names, with ``*`` for digits.
-        parameters: Parameters without denoisers.
-        extra_parameters: Parameters of the denoisers.
+        skipped: Number of skipped layers by reason and by name, with ``*`` for digits.
+        parameters: Number of parameters without denoisers.
+        extra_parameters: Number of parameters of the denoisers.
         difference: Largest relative difference of fused and unfused outputs.
         effect: Largest relative difference of vanilla and denoised outputs.
-        note: Why it was not built, how it crashed, or what is special.
+        note: Why it was not built or crashed, or a remark.
     """
 
     library: str
@@ -95,16 +95,16 @@ class Row:
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog='a survey of a part is printed instead of written')
+    parser = argparse.ArgumentParser(description=__doc__, epilog='With --library or --only, prints the result instead.')
     parser.add_argument('--library', nargs='+', choices=LIBRARIES, default=LIBRARIES, help='only these libraries')
-    parser.add_argument('--only', nargs='+', metavar='NAME', help='only the classes of these names')
-    parser.add_argument('--jobs', type=int, default=1, help='classes at a time, one thread each (default: 1)')
+    parser.add_argument('--only', nargs='+', metavar='NAME', help='only these classes')
+    parser.add_argument('--jobs', type=int, default=1, help='number of processes, one thread each (default: 1)')
     parser.add_argument('--timeout', type=float, default=600, help='seconds for one class (default: 600)')
     return parser.parse_args()
 
 
 def main() -> None:
-    """Surveys the chosen classes, each in a process of its own."""
+    """Surveys the chosen classes, each in a separate process."""
     args = parse_args()
     os.environ.update(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
     from tqdm import tqdm
@@ -133,7 +133,7 @@ def main() -> None:
 
 
 def backbone_classes(library: str) -> dict[str, type]:
-    """Returns the classes in the modules ``<library>.models.backbones.*`` that stand in the registry, by name."""
+    """Returns the registered classes of ``<library>.models.backbones.*`` by name."""
     importlib.import_module(f'{library}.models')
     registered = importlib.import_module(f'{library}.registry').MODELS.module_dict
     classes = {name: item for name, item in sorted(registered.items()) if inspect.isclass(item)}
@@ -141,7 +141,7 @@ def backbone_classes(library: str) -> dict[str, type]:
 
 
 def survey_apart(library: str, name: str, timeout: float) -> Row:
-    """Runs :func:`survey` in a process of its own, so that neither its memory nor its crash stays."""
+    """Runs :func:`survey` in a separate process, which isolates its memory and crashes."""
     context = multiprocessing.get_context('forkserver')
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_survey, args=(sender, library, name), daemon=True)
@@ -174,13 +174,13 @@ def _send_survey(sender: Any, library: str, name: str) -> None:
 
 
 def survey(library: str, name: str) -> Row:
-    """Builds one class, gives it random denoisers, and compares it with its vanilla twin and with the fused one.
+    """Builds one class with random denoisers, and compares its outputs with the vanilla and the fused model's.
 
-    Everything goes the way of a training run: DenoiseRepBackbone builds and converts, then the weights are initialised,
-    and the fused state dict is loaded into the backbone that the inner config alone builds.
+    As in a training, DenoiseRepBackbone builds and converts the model, the weights are initialised, and the fused state
+    dict is loaded into the backbone without denoisers.
 
     Raises:
-        Exception: Whatever happens after the class was built.
+        Exception: Any error after the class was built.
     """
     import torch
     from mmengine.registry import MODELS, DefaultScope
@@ -192,7 +192,7 @@ def survey(library: str, name: str) -> Row:
     torch.manual_seed(0)
     row = Row(library, name)
     backbone_classes(library)
-    if library == 'mmpretrain':  # where SparK's pretraining leaves its mask for the sparse classes; here all is seen
+    if library == 'mmpretrain':  # the sparse classes read the mask of SparK's pretraining: one that hides nothing
         importlib.import_module('mmpretrain.models.utils').SparseHelper._cur_active = torch.ones(1, 1, 7, 7)
     with DefaultScope.overwrite_default_scope(library):
         config, vanilla, row.built, row.note = build_smallest(library, name)
@@ -233,12 +233,12 @@ def survey(library: str, name: str) -> Row:
 
 
 def build_smallest(library: str, name: str) -> tuple[dict[str, Any], Any, str, str]:
-    """Builds a class with its defaults, else with the config of its library that makes the smallest model.
+    """Builds a class with its defaults, or if they fail, with the config of its library that gives the smallest model.
 
-    Configs that replace the convolutions (``conv_cfg``) come last.
+    Configs with other convolutions (``conv_cfg``) are used only if there are no others.
 
     Returns:
-        The config, the backbone (None where all attempts failed), where the arguments come from, why it failed.
+        The config; the backbone, or None if all attempts failed; the source of the arguments; the last failure.
     """
     from mmengine.registry import MODELS
 
@@ -259,7 +259,7 @@ def build_smallest(library: str, name: str) -> tuple[dict[str, Any], Any, str, s
 
 
 def candidates(library: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields configs of one class and where they come from: its defaults, then the configs of its library."""
+    """Yields configs of a class and their sources: its defaults, then the configs of its library."""
     from mmengine.config import Config
 
     kind = f'{library}.{name}'
@@ -279,7 +279,7 @@ def candidates(library: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def find_type(value: Any, name: str) -> Iterator[dict]:
-    """Yields every dict of that type in a nested config."""
+    """Yields every dict of the type ``name`` in a nested config."""
     if isinstance(value, dict):
         if value.get('type') == name:
             yield value
@@ -290,14 +290,14 @@ def find_type(value: Any, name: str) -> Iterator[dict]:
 
 
 def without_weights(value: Any) -> Any:
-    """Returns a config without the keys that name files of weights."""
+    """Returns a config without pretrained weights."""
     if isinstance(value, dict):
         return {k: without_weights(v) for k, v in value.items() if k not in ('init_cfg', 'pretrained')}
     return type(value)(map(without_weights, value)) if isinstance(value, list | tuple) else value
 
 
 def widen(backbone: Any) -> Any:
-    """Turns a backbone to float64, and whatever reaches its layers: some make position encodings in float32."""
+    """Converts a backbone to float64, and the inputs of its layers: some create position embeddings in float32."""
     from torch import nn
 
     for module in backbone.double().modules():
@@ -307,9 +307,9 @@ def widen(backbone: Any) -> Any:
 
 
 def randomise(backbone: Any) -> Any:
-    """Makes every layer and every denoiser of a float64 backbone matter, whatever its initialisation left at zero.
+    """Sets the parameters of a float64 backbone to random values, so that no layer and no denoiser is zero.
 
-    Matrices and kernels are drawn anew, scales and biases get noise, as do the statistics of BatchNorm.
+    Matrices and kernels are replaced; scales, biases and BatchNorm statistics get noise.
     """
     import torch
     from torch.nn.modules.batchnorm import _NormBase
@@ -335,7 +335,9 @@ def randomise(backbone: Any) -> Any:
 
 
 def load(backbone: Any, state: Mapping[str, Any]) -> None:
-    """Loads a state dict that has exactly the names of the backbone, some of which SwinV2 drops while loading.
+    """Loads a state dict with exactly the names of the backbone.
+
+    ``strict=True`` would fail for SwinV2, which drops buffers while loading.
 
     Raises:
         ValueError: A name is missing or unknown.
@@ -346,14 +348,15 @@ def load(backbone: Any, state: Mapping[str, Any]) -> None:
 
 
 def small_image(backbone: Any, shape: Sequence[int]) -> Any:
-    """Returns a random image of 64 x 64 pixels if the backbone runs on it, else one of the given shape."""
+    """Returns a random image of 64 x 64 pixels if the backbone runs on it, otherwise one of the given shape."""
     import torch
 
     from mmdenoiserep.core import evaluating
+    from mmdenoiserep.core.utils.randomness import random_images
 
-    image = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    with evaluating(backbone), contextlib.suppress(Exception):  # it may refuse other sizes in any way
-        copy.deepcopy(backbone)(image[..., :64, :64])  # a copy, since some keep position encodings of that size
+    image = random_images(shape, torch.float64)
+    with evaluating(backbone), contextlib.suppress(Exception):  # other sizes may fail in any way
+        copy.deepcopy(backbone)(image[..., :64, :64])  # a copy, since some cache position embeddings of that size
         return image[..., :64, :64]
     return image
 
@@ -369,7 +372,7 @@ def sentence(error: BaseException) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Returns the counts of all results in one sentence."""
+    """Returns one sentence with the number of classes for each result."""
     results = Counter(row.result for row in rows)
     built = len(rows) - results['not built']
     converted = sum(row.converted > 0 for row in rows)
@@ -416,13 +419,13 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def versions() -> str:
-    """Returns the versions of what the results depend on, without the build (``+cpu``), which they do not."""
+    """Returns the versions of the libraries, without the build (such as ``+cpu``)."""
     packages = (importlib.import_module(name) for name in (*LIBRARIES, 'mmcv', 'torch'))
     return ', '.join(f'{package.__name__} {package.__version__.partition("+")[0]}' for package in packages)
 
 
 def page(rows: Sequence[Row]) -> str:
-    """Returns the page for the docs."""
+    """Returns the page of the docs."""
     return f"""# Every backbone class of mmdet, mmseg and mmpretrain
 
 **{summary(rows)}**

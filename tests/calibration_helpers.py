@@ -39,11 +39,6 @@ def with_maps(model, report, *inputs):
         return model(*inputs)
 
 
-def equal(state, other):
-    """Whether two state dicts hold the same bits."""
-    return state.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in state.items())
-
-
 def changed(model, before):
     """Returns the names of what differs between a model and an earlier one."""
     state = before.state_dict()
@@ -51,7 +46,6 @@ def changed(model, before):
 
 
 def notes(report):
-    """Returns the notes of a report by layer name."""
     return {row.name: row.note for row in report.layers if row.note}
 
 
@@ -119,8 +113,6 @@ def output_of(output):
 
 
 class Branch(nn.Module):
-    """A layer for large images only."""
-
     def __init__(self):
         super().__init__()
         self.a, self.b, self.o = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
@@ -143,8 +135,6 @@ class Loop(nn.Module):
 
 
 class Experts(nn.Module):
-    """Each image goes to the expert that its content names."""
-
     def __init__(self):
         super().__init__()
         self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))

@@ -27,6 +27,16 @@ def log_level():
         logger.setLevel('INFO')
 
 
+@pytest.fixture
+def clean_allow_list():
+    """Gives a test torch's own list of what ``weights_only`` lets through, and leaves what it found."""
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(allowed)
+
+
 @pytest.fixture(scope='session')
 def sdist(tmp_path_factory):
     """The sdist of a copy of the checkout, which is left beside it as ``source``; built without a network."""

@@ -19,25 +19,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import mmdenoiserep  # noqa: F401
-from helpers import randomise
+from helpers import copied, randomise
 
-TINY_SWIN = dict(
-    embed_dims=12,
-    depths=(1, 1),
-    num_heads=(1, 2),
-    strides=(4, 2),
-    out_indices=(0, 1),
-    window_size=4,
-)
-"""What mmdet's and mmseg's SwinTransformer take; the type is left to the test."""
+# what mmdet's and mmseg's SwinTransformer take
+TINY_SWIN = dict(embed_dims=12, depths=(1, 1), num_heads=(1, 2), strides=(4, 2), out_indices=(0, 1), window_size=4)
 
 
 @MODELS.register_module()
 class TinyBackbone(BaseModule):
-    """Convolutions on (B, C, H, W) and Linear layers on (B, H, W, C); ``shared`` stands in two places.
-
-    With ``sometimes`` there is one more layer, called in eval mode only: the dry run sees it, training does not.
-    """
+    """Convolutions and a Linear layer in two places; with ``sometimes`` one more layer that runs in eval mode only."""
 
     def __init__(self, norm=True, sometimes=False, init_cfg=None):
         super().__init__(init_cfg)
@@ -61,11 +51,7 @@ class TinyBackbone(BaseModule):
 
 @MODELS.register_module()
 class TinyModel(BaseModel):
-    """A classifier whose losses are means over the batch.
-
-    Args:
-        views: How often the backbone is called in one iteration, on images of different sizes.
-    """
+    """A classifier whose losses are means over the batch; it calls its backbone on views of different sizes."""
 
     def __init__(self, backbone, norm=True, views=1, data_preprocessor=None):
         super().__init__(data_preprocessor)
@@ -103,8 +89,6 @@ class FeatureModel(BaseModel):
 
 @DATASETS.register_module()
 class TinyDataset(Dataset):
-    """Sixteen seeded images with labels."""
-
     metainfo = dict()
 
     def __init__(self, size=9):
@@ -169,7 +153,6 @@ class Randomise(Hook):
 
 
 def denoised(backbone: dict | None = None, **options) -> dict:
-    """Config of a denoised backbone."""
     options = {'image_size': 9, **options}
     return dict(type='DenoiseRepBackbone', backbone=backbone or dict(type='TinyBackbone'), **options)
 
@@ -180,18 +163,31 @@ def tiny_model(backbone: dict | None = None, **options) -> dict:
 
 
 def make_runner(
-    case: RunnerTestCase, model: dict, hooks: list = (), by_epoch: bool = False, size: int = 9, **changes
+    case: RunnerTestCase,
+    model: dict,
+    hooks: list = (),
+    by_epoch: bool = False,
+    size: int = 9,
+    iterations: int = 1,
+    optim: dict | None = None,
+    **changes,
 ) -> Runner:
-    """Builds a runner: RunnerTestCase's config with the tiny data, seeded, in order, one iteration of four images."""
+    """Builds a runner of RunnerTestCase's config with the tiny data, seeded, in order, four images an iteration.
+
+    Args:
+        optim: Changes of the OptimWrapper, which records gradients.
+        changes: Other settings of the config.
+    """
     config = copy.deepcopy(case.epoch_based_cfg if by_epoch else case.iter_based_cfg)
     config.model = model
     for part in ('train', 'val', 'test'):
         config[f'{part}_dataloader'].dataset = dict(type='TinyDataset', size=size)
         config[f'{part}_dataloader'].batch_size = 4
     config.train_dataloader.sampler.shuffle = False
-    config.optim_wrapper = dict(type='RecordingWrapper', optimizer=dict(type='SGD', lr=0.1, momentum=0.9))
+    optim = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9)) | (optim or {})
+    config.optim_wrapper = dict(type='RecordingWrapper') | optim
     if not by_epoch:
-        config.train_cfg = dict(by_epoch=False, max_iters=1)
+        config.train_cfg = dict(by_epoch=False, max_iters=iterations)
         config.default_hooks.checkpoint = dict(type='CheckpointHook', interval=-1, save_last=False)
         for part in ('val', 'test'):
             config[f'{part}_dataloader'] = config[f'{part}_evaluator'] = config[f'{part}_cfg'] = None
@@ -209,8 +205,15 @@ def train(case: RunnerTestCase, model: dict, hooks: list = (), **changes) -> Run
     return runner
 
 
+def refuse(runner: Runner, words: str, error: type[Exception] = ValueError) -> None:
+    """Asserts that a run ends before its first iteration, with one line that holds these words."""
+    with pytest.raises(error) as caught:
+        runner.train()
+    assert words in message(caught)
+    assert runner.iter == 0
+
+
 def inner(runner: Runner) -> nn.Module:
-    """Returns the model without a wrapper."""
     return getattr(runner.model, 'module', runner.model)
 
 
@@ -222,7 +225,16 @@ def gradients(runner: Runner, step: int = 0) -> dict[str, Tensor]:
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Returns a copy of the state dict."""
-    return {key: value.clone() for key, value in model.state_dict().items()}
+    return copied(model.state_dict())
+
+
+def log_of(runner: Runner) -> str:
+    return Path(runner._log_dir, f'{runner.timestamp}.log').read_text()
+
+
+def average_of(runner: Runner) -> nn.Module:
+    """Returns the averaged model of an EMAHook."""
+    return next(hook for hook in runner.hooks if hasattr(hook, 'ema_model')).ema_model.module
 
 
 def is_denoiser(name: str) -> bool:

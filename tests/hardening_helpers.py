@@ -70,7 +70,6 @@ def is_slip(error):
 
 
 def contents(folder):
-    """Returns size and time of every file below a folder."""
     return {p: (p.lstat().st_size, p.lstat().st_mtime_ns) for p in folder.rglob('*') if not p.is_dir()}
 
 
@@ -84,14 +83,7 @@ class Command(NamedTuple):
 
 
 def commands(small, out, config=None, checkpoint=None):
-    """Returns a command for each tool that takes a config or a checkpoint.
-
-    Args:
-        small: The folder of :func:`make_small`, whose config and checkpoint are taken where no other is given.
-        out: Folder to write into.
-        config: Path of another config.
-        checkpoint: Path of another checkpoint.
-    """
+    """Returns a command for each tool on the files of :func:`make_small`, or on another config or checkpoint."""
     both = [config or small / 'config.py', checkpoint or small / 'config.pth']
     reid = [config or small / 'reid.py', checkpoint or small / 'reid.pth']
     name, log = out / 'out.pth', ['--work-dir', small.parent / 'log']
@@ -112,10 +104,7 @@ def commands(small, out, config=None, checkpoint=None):
             os.listdir,
         ),
         export=Command(
-            'export_onnx',
-            [both[0], checkpoint or small / 'fused.pth', out / 'out.onnx'],
-            out / 'out.onnx',
-            onnx.load,
+            'export_onnx', [both[0], checkpoint or small / 'fused.pth', out / 'out.onnx'], out / 'out.onnx', onnx.load
         ),
         train=Command('train', [both[0], *log, *(['--resume', checkpoint] if checkpoint else [])]),
     )
@@ -127,12 +116,10 @@ def read_checkpoint(path):
 
 
 def read_image(path):
-    """Reads a whole image."""
     assert cv2.imread(str(path)) is not None
 
 
 def read_pickle(path):
-    """Reads a pickle."""
     return pickle.loads(path.read_bytes())
 
 
@@ -156,7 +143,6 @@ def survive(folder, command):
 
 
 def as_config(settings):
-    """Returns the text of a config."""
     return ''.join(f'{key} = {value!r}\n' for key, value in settings.items())
 
 

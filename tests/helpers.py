@@ -1,6 +1,7 @@
 """What several test files use."""
 
 import json
+import random
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def randomise(model, size=0.3, seed=0):
-    """Give every denoiser and every BatchNorm of a model random values that matter, and return the model."""
+    """Gives every denoiser and every BatchNorm of a model random values that matter; returns the model."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal_(tensor, scale, offset=0.0):
@@ -34,20 +35,42 @@ def randomise(model, size=0.3, seed=0):
 
 
 def denoised(layer, rank=None, bias=None, timestep=7, schedule=None, size=0.3):
-    """Give one Linear or Conv2d a random denoiser, in place, and return it."""
+    """Gives one Linear or Conv2d a random denoiser, in place, and returns it."""
     convert_layer(layer, timestep, schedule, rank, bias)
     return randomise(layer, size)
 
 
 def dense(layer):
-    """Return B of a denoised layer as one (C, C) matrix."""
+    """Returns B of a denoised layer as one (C, C) matrix."""
     return torch.block_diag(*layer.denoiser.matrix().detach())
 
 
 def relative(actual, expected):
-    """Return the largest difference over the largest magnitude."""
+    """Returns the largest difference over the largest magnitude."""
     assert actual.shape == expected.shape
     return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def equal(state, other):
+    """Whether two dicts of tensors hold the same bits under the same names, in the same order."""
+    return list(state) == list(other) and all(torch.equal(value, other[name]) for name, value in state.items())
+
+
+def signature(state):
+    """Returns the keys in order with shapes and dtypes."""
+    return [(key, value.shape, value.dtype) for key, value in state.items()]
+
+
+def copied(state):
+    """Returns a state dict of copies."""
+    return {key: value.detach().clone() for key, value in state.items()}
+
+
+def random_states():
+    """Returns the states of the generators of torch, Python and numpy."""
+    import numpy as np  # the core's tests run without it
+
+    return str(torch.get_rng_state().tolist()), random.getstate(), str(np.random.get_state())
 
 
 def write_safetensors(path, state, metadata=None, padding=0):

@@ -3,7 +3,10 @@
 import doctest
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +14,7 @@ from torch import nn
 import mmdenoiserep
 from helpers import ROOT
 from mmdenoiserep import apis, core
-from mmdenoiserep.apis import backbones, config, export, fusion, model
+from tiny_datasets import write_fashion_mnist, write_image, write_market1501
 
 
 def examples(package):
@@ -27,19 +30,33 @@ EXAMPLES = [*examples(core), *examples(apis)]
 
 def known():
     """Returns the names that the examples take for known: torch, and what the library offers."""
-    names = dict(torch=torch, nn=nn)
+    names = dict(torch=torch, nn=nn, Path=Path)
+    for info in pkgutil.iter_modules(apis.__path__, f'{apis.__name__}.'):
+        module = importlib.import_module(info.name)
+        names |= {name: value for name, value in vars(module).items() if getattr(value, '__module__', '') == info.name}
     for module in (core, mmdenoiserep):
         names |= {name: getattr(module, name) for name in module.__all__}
-    for module in (backbones, config, export, fusion, model):
-        names |= {name: value for name, value in vars(module).items() if name[0] != '_' and callable(value)}
     return names
 
 
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A folder with the configs, tiny data sets of the demo, and four images."""
+    folder = tmp_path_factory.mktemp('examples')
+    (folder / 'configs').symlink_to(ROOT / 'configs')
+    write_fashion_mnist(folder / 'work_dirs/fashion-mnist')
+    write_market1501(folder / 'work_dirs/fashion-reid')
+    for i in range(4):
+        write_image(folder / f'images/{i}.png', np.random.default_rng(i))
+    return folder
+
+
 @pytest.mark.parametrize('example', EXAMPLES, ids=lambda example: example.name.removeprefix('mmdenoiserep.'))
-def test_an_example_runs(example, tmp_path, monkeypatch):
-    """In a folder with the configs, after torch was seeded."""
+def test_an_example_runs(example, folder, tmp_path, monkeypatch):
+    """In a folder of its own with the configs and data, after torch was seeded."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    for path in folder.iterdir():
+        Path(path.name).symlink_to(path)
     torch.manual_seed(0)
     example.globs = known()
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
@@ -49,6 +66,8 @@ def test_an_example_runs(example, tmp_path, monkeypatch):
 
 
 def test_the_functions_that_users_call_have_examples():
-    """Those that take a model or a config."""
-    names = {example.name.rpartition('.')[2] for example in EXAMPLES}
-    assert {'load_config', 'open_model', 'fuse_file', 'export_file', 'solve_denoisers', 'fit_domain'} <= names
+    """Those of the core that take a model, and all functions of the APIs on the page."""
+    names = {example.name for example in EXAMPLES}
+    assert {f'mmdenoiserep.core.calibration.{name}' for name in ('solve.solve_denoisers', 'domain.fit_domain')} <= names
+    documented = re.findall(r'^::: (mmdenoiserep\.apis\..*)$', (ROOT / 'docs/api.md').read_text(), re.MULTILINE)
+    assert documented and set(documented) <= names

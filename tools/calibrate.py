@@ -1,10 +1,10 @@
-"""Denoises a trained model without training it, from unlabelled images.
+"""Calibrates a trained model on unlabelled images, without training.
 
-schedule  sets the denoisers of a config with DenoiseRepBackbone to the exact optimum of their loss; OUT is an ordinary
-          denoised checkpoint, for test.py and fuse_checkpoint.py.
-moments   gathers the moments of all layers in the training domain; OUT is what domain takes as --source.
-domain    fits the model to images of the place where it will run; OUT is a vanilla checkpoint, which the config
-          without denoising loads as it is.
+schedule  sets the denoisers of a config with DenoiseRepBackbone to the exact optimum of their loss; OUT is a denoised
+          checkpoint, for test.py and fuse_checkpoint.py.
+moments   gathers the moments of all layers in the training domain; OUT is a file for --source of domain.
+domain    fits the model to images of the deployment domain; OUT is a vanilla checkpoint, which loads into the config
+          without denoising.
 """
 
 import argparse
@@ -19,42 +19,50 @@ from denoiserep_commands import launch
 SPLITS = dict(schedule='train', moments='train', domain='test')
 
 
-def add_common(parser: argparse.ArgumentParser, split: str) -> None:
-    """Adds what all three commands take."""
-    parser.add_argument('config', help='config of the model, with denoising or without')
-    parser.add_argument('checkpoint', help='its trained checkpoint')
+def add_shared_arguments(parser: argparse.ArgumentParser, split: str) -> None:
+    """Adds the arguments of all three commands."""
+    parser.add_argument('config', help='config of the model, with or without denoising')
+    parser.add_argument('checkpoint', help='trained checkpoint of the config')
     parser.add_argument('output', metavar='OUT', type=Path, help='file to write, OUT.pth')
     images = parser.add_argument_group('images')
-    images.add_argument('--images', type=Path, metavar='DIR', help='folder of images; folders in it are searched too')
+    images.add_argument('--images', type=Path, metavar='DIR', help='folder of images; its subfolders are searched too')
     images.add_argument(
         '--split',
         choices=['train', 'val', 'test'],
         default=split,
-        help='data set of the config instead, without augmentation and labels (default: %(default)s)',
+        help='without --images: data set of the config, without augmentation and labels (default: %(default)s)',
     )
-    images.add_argument('--num-images', type=int, default=4000, metavar='N', help='at most (default: %(default)s)')
-    images.add_argument('--batch-size', type=int, default=32, metavar='N', help='at a time (default: %(default)s)')
     images.add_argument(
-        '--every', type=int, metavar='N', help='take one in N tokens or pixels (default: 16, less if they are few)'
+        '--num-images', type=int, default=4000, metavar='N', help='largest number of images (default: %(default)s)'
     )
-    parser.add_argument('--dry-run', action='store_true', help='print what would be done to the model, write nothing')
+    images.add_argument('--batch-size', type=int, default=32, metavar='N', help='batch size (default: %(default)s)')
+    images.add_argument(
+        '--every', type=int, metavar='N', help='take one in N tokens or pixels (default: 16, less if there are few)'
+    )
+    parser.add_argument('--dry-run', action='store_true', help='print the report, but write nothing')
     parser.add_argument('--overwrite', action='store_true', help='replace the output if it exists')
-    parser.add_argument('--allow-pickle', action='store_true', help='read any pickle, which runs code that it brings')
-    parser.add_argument('--device', help='such as cpu or cuda:1 (default: cuda where there is one)')
+    parser.add_argument(
+        '--allow-pickle',
+        action='store_true',
+        help='read any pickle, which can run arbitrary code; only for files you trust',
+    )
+    parser.add_argument('--device', help='device to compute on, such as cpu or cuda:1 (default: GPU if there is one)')
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
-        help='how several processes were started (default: %(default)s)',
+        help='launcher of the processes (default: %(default)s)',
     )
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
 
 
-def add_result(parser: argparse.ArgumentParser, prior: str) -> None:
-    """Adds what the commands take that write a checkpoint and a picture."""
-    parser.add_argument('--prior', type=float, metavar='N', help=f'images that a prior is worth: {prior}')
-    parser.add_argument('--verify', action='store_true', help='compare before and after; write nothing if they differ')
-    parser.add_argument('--plot', type=Path, metavar='FILE.png', help='picture of the spectra (default: OUT.png)')
+def add_output_arguments(parser: argparse.ArgumentParser, prior: str) -> None:
+    """Adds the arguments of the commands that write a checkpoint and a picture."""
+    parser.add_argument('--prior', type=float, metavar='N', help=f'weight of the prior in images; the prior is {prior}')
+    parser.add_argument(
+        '--verify', action='store_true', help='check that folding is exact; write nothing if the outputs differ'
+    )
+    parser.add_argument('--plot', type=Path, metavar='FILE.png', help='plot of the spectra to write (default: OUT.png)')
 
 
 def parse_args() -> argparse.Namespace:
@@ -64,36 +72,38 @@ def parse_args() -> argparse.Namespace:
     commands = parser.add_subparsers(dest='mode', required=True, metavar='{schedule,moments,domain}')
     schedule = commands.add_parser('schedule', description='Sets the denoisers to the exact optimum of their loss.')
     moments = commands.add_parser('moments', description='Gathers the moments of all layers in the training domain.')
-    domain = commands.add_parser('domain', description='Fits the model to images of the place where it will run.')
+    domain = commands.add_parser('domain', description='Fits the model to images of the deployment domain.')
     for name, command in dict(schedule=schedule, moments=moments, domain=domain).items():
-        add_common(command, SPLITS[name])
-    add_result(schedule, 'equal variances in unrelated channels')
-    add_result(domain, 'the training domain')
+        add_shared_arguments(command, SPLITS[name])
+    add_output_arguments(schedule, 'equal variances in unrelated channels')
+    add_output_arguments(domain, 'the training domain')
     domain.add_argument(
-        '--source', type=Path, metavar='FILE', required=True, help='moments in the training domain, of this tool'
+        '--source', type=Path, metavar='FILE', required=True, help='output of calibrate.py moments for this checkpoint'
     )
     domain.add_argument(
         '--representative',
         action='store_true',
-        help='the images show the classes about as often as the training images: more layers can be fitted then, '
-        'the more the more images there are (default: the covariance of the first layer, but not its mean, whatever '
-        'the mix). For small models: with 512 images it destroyed a DINOv2 ViT-S (in percent, clean 100 to 76, blur 90 '
-        'to 48, noise 46 to 42; the default gave noise 65, shot 75 instead of 65, blur 93), and fitted to noise it was '
+        help='the images show the classes about as often as the training images, so more layers can be fitted, '
+        'depending on the number of images (default: fit the covariance of the first layer, but not its mean). '
+        'For small models: with 512 images it destroyed a DINOv2 ViT-S (accuracy in percent: clean 100 to 76, blur 90 '
+        'to 48, noise 46 to 42; the default gave noise 65, shot 75 instead of 65, blur 93), and a fit to noise was '
         'useless on clean images (3; MobileNetV2 0.0). One seed, measured once, no command repeats it yet; differences '
         'below 6 points mean nothing; see docs/which-when.md',
     )
-    domain.add_argument('--layers', choices=['first', 'early', 'all'], help='choose yourself: first, early half, all')
+    domain.add_argument('--layers', choices=['first', 'early', 'all'], help='layers to fit (default: chosen for you)')
     domain.add_argument(
-        '--fit', choices=['mean', 'diagonal', 'covariance', 'full'], help='choose yourself: which moments are carried'
+        '--fit',
+        choices=['mean', 'diagonal', 'covariance', 'full'],
+        help='moments to match (default: chosen for you)',
     )
-    domain.add_argument('--rank', type=int, help='choose yourself: rank of a full fit, less the identity; 0 for full')
+    domain.add_argument('--rank', type=int, help='rank of a full fit minus the identity; 0 for full (default: chosen)')
     domain.add_argument(
         '--memory',
         type=float,
         default=4.0,
         metavar='GIB',
-        help='what the features of all images may take; where it is enough, all layers are fitted in one pass, '
-        'otherwise each in one of its own (default: %(default)g)',
+        help='memory for the features of all images; if they fit, all layers are fitted in one pass over the images, '
+        'otherwise each layer has its own pass (default: %(default)g)',
     )
     args = parser.parse_args()
     for name, least in dict(num_images=1, batch_size=1, every=1, rank=0, prior=0, memory=0).items():
@@ -104,7 +114,7 @@ def parse_args() -> argparse.Namespace:
     if args.mode != 'moments':
         args.plot = args.plot or args.output.with_suffix('.png')
         if args.plot.resolve() == args.output.resolve():
-            parser.error(f'{args.output} would be the checkpoint and the picture of the spectra; name it OUT.pth')
+            parser.error(f'{args.output} would be both the checkpoint and the plot; name it OUT.pth')
     if args.mode == 'domain' and args.rank and args.fit in ('mean', 'diagonal'):
         parser.error(f'--fit {args.fit} has no rank')
     if args.mode == 'domain' and args.source.resolve() == args.output.resolve():
@@ -121,6 +131,7 @@ def main() -> None:
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone and VMamba)
     from mmdenoiserep.apis.calibration import open_subject
     from mmdenoiserep.apis.config import load_config
+    from mmdenoiserep.apis.folders import check_outside
     from mmdenoiserep.apis.run import start_gloo
     from mmdenoiserep.core import CalibrationError
     from mmdenoiserep.core.files.atomic import check_output
@@ -129,10 +140,12 @@ def main() -> None:
         check_output(args.output, args.overwrite, source=Path(args.checkpoint))
         if args.mode != 'moments':
             check_output(args.plot, args.overwrite, suffix='.png')
+            if args.images:
+                check_outside(args.plot, args.images)
     cfg = load_config(args.config, args.cfg_options)
     if not start_gloo(args.launcher) and args.launcher != 'none':
         init_dist(args.launcher)
-    MMLogger.get_current_instance().setLevel('ERROR')  # the table of the conversion is not news here
+    MMLogger.get_current_instance().setLevel('ERROR')  # hides the report of the conversion
     how = dict(folder=args.images, split=args.split, num_images=args.num_images, batch_size=args.batch_size)
     how |= dict(denoised=args.mode == 'schedule', device=args.device, allow_pickle=args.allow_pickle)
     with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere if get_rank() else sys.stdout):
@@ -166,7 +179,7 @@ def moments(args: argparse.Namespace, subject) -> None:
     print(f'moments of {reached} layers from {about["images"]:,} images, one in {about["every"]} of their vectors')
     if not args.dry_run and not get_rank():
         save_moments(gathered, args.output, about)
-        print(f'{args.output} is what calibrate.py domain takes as --source')
+        print(f'{args.output} is the --source for calibrate.py domain')
 
 
 def domain(args: argparse.Namespace, subject) -> None:
@@ -182,13 +195,13 @@ def domain(args: argparse.Namespace, subject) -> None:
         calibration.check_moved(report)
     if before is not None:
         result = calibration.verify_fit(before, subject, report)
-        print(f'an image and noise, maps as layers of their own against maps in the weights:\n{result}')
-        print('the config without denoising takes exactly these weights')
+        print(f'one image and noise, maps as separate layers against maps folded into the weights:\n{result}')
+        print('the weights fit the config without denoising exactly')
     finish(args, subject, report, every, source)
 
 
 def finish(args: argparse.Namespace, subject, report, every: int, source=None) -> None:
-    """Prints the report, and writes checkpoint and picture; one process does."""
+    """Prints the report and writes checkpoint and plot, in the process of rank 0."""
     from mmengine.dist import get_rank
 
     from mmdenoiserep.apis.calibration import warnings_of
@@ -199,7 +212,7 @@ def finish(args: argparse.Namespace, subject, report, every: int, source=None) -
     if get_rank():
         return
     print(report)
-    print(f'one in {every} of their vectors was taken')
+    print(f'sampled one in {every} of the vectors')
     for sentence in warnings_of(report, list(subject.layers)):
         print(f'warning: {sentence}')
     if args.dry_run:
@@ -207,7 +220,7 @@ def finish(args: argparse.Namespace, subject, report, every: int, source=None) -
         return
     with write_file(args.plot) as file:
         draw_calibration(report, source).savefig(file, format='png', dpi=100)
-        file.flush()  # a full disk shows before the checkpoint is there
+        file.flush()  # fails on a full disk before the checkpoint is written
         write_atomically(dict(meta=subject.meta, state_dict=subject.model.cpu().state_dict()), args.output)
     loads = 'the config without denoising' if report.mode == 'domain' else args.config
     print(f'{args.output} loads into {loads}; spectra: {args.plot}')

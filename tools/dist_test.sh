@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Evaluates a checkpoint with one process per GPU, on one machine or on several; without GPUs, on the CPU.
-# The variables are those of dist_train.sh.
+# Evaluates a checkpoint with one process per GPU, on one or several machines; without GPUs, on the CPU.
+# The environment variables are the same as in dist_train.sh.
 set -euo pipefail
 if [[ $# -lt 3 || ! $3 =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: $0 CONFIG CHECKPOINT GPUS [arguments of test.py]" >&2

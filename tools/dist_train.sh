@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains a config with one process per GPU, on one machine or on several; without GPUs, with processes on the CPU.
+# Trains a config with one process per GPU, on one or several machines; without GPUs, on the CPU.
 #
-#   NNODES       number of machines, on each of which this script is started (default: 1)
+#   NNODES       number of machines; start this script on each of them (default: 1)
 #   NODE_RANK    number of this machine, from 0 (default: 0)
 #   MASTER_ADDR  address of machine 0 (default: 127.0.0.1)
 #   PORT         free port of machine 0 (default: 29500)

@@ -1,8 +1,8 @@
-"""Writes the part of a fused model that is deployed as an ONNX file, and checks it in onnxruntime.
+"""Exports the deployed part of a fused model as an ONNX file and checks it with onnxruntime.
 
-That part is a classifier or segmentor up to its logits, and the backbone and neck of a detector. It takes images as the
-data preprocessor of the config makes them, (N, C, H, W), float32. Nothing is written if onnxruntime does not give what
-torch gives.
+Classifiers and segmentors are exported up to their logits, detectors up to the neck. The input is a batch of images as
+the data preprocessor of the config gives them, (N, C, H, W), float32. If onnxruntime and torch differ, nothing is
+written.
 """
 
 import argparse
@@ -14,23 +14,21 @@ from denoiserep_commands import launch
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config of the model, with denoising or without')
-    parser.add_argument('checkpoint', help='its fused or vanilla checkpoint')
+    parser.add_argument('config', help='config of the model, with or without denoising')
+    parser.add_argument('checkpoint', help='fused or vanilla checkpoint of the config')
     parser.add_argument('output', metavar='OUT', type=Path, help='file to write, OUT.onnx')
     parser.add_argument(
         '--size',
         type=int,
         nargs=2,
         metavar=('H', 'W'),
-        help='of the images in pixels; it is fixed in the file (default: img_size of the backbone, or 224)',
+        help='size of the images in pixels, fixed in the file (default: img_size of the backbone, or 224)',
     )
-    parser.add_argument(
-        '--dynamic-batch', action='store_true', help='take any number of images at a time (default: one)'
-    )
+    parser.add_argument('--dynamic-batch', action='store_true', help='accept any batch size (default: one image)')
     parser.add_argument(
         '--dynamo',
         action='store_true',
-        help='take the newer exporter of torch, which knows more operators and takes longer (UPerNet, PSPNet need it)',
+        help='use the exporter of torch based on torch.export: more operators (UPerNet, PSPNet need it), but slower',
     )
     parser.add_argument('--overwrite', action='store_true', help='replace the output if it exists')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')

@@ -1,4 +1,4 @@
-"""Folds the denoisers of a checkpoint into its weights: the output loads into the config without denoising."""
+"""Folds the denoisers of a checkpoint into its weights, for the config without denoising."""
 
 import argparse
 
@@ -8,19 +8,19 @@ from denoiserep_commands import launch
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('input', help='checkpoint of a training run with DenoiseRep')
+    parser.add_argument('input', help='checkpoint of a training with DenoiseRep')
     parser.add_argument('output', help='file to write')
     parser.add_argument(
         '--verify',
         metavar='CONFIG',
-        help='the config of that run: build the denoised and the vanilla model, compare their outputs on the same '
-        'random images and write nothing if they differ',
+        help='config of the training: compare the outputs of the denoised and the fused backbone on random images, and '
+        'write nothing if they differ',
     )
     parser.add_argument('--overwrite', action='store_true', help='replace the output if it exists')
     parser.add_argument(
         '--allow-pickle',
         action='store_true',
-        help='read any pickle, which runs code that the input brings; only for files you trust',
+        help='read any pickle, which can run arbitrary code; only for files you trust',
     )
     return parser.parse_args()
 
@@ -42,7 +42,7 @@ def main() -> None:
     for name, difference in differences.items():
         print(f'{name} on two random images, unfused against fused:\n{difference}')
     print(result)
-    print(f'{args.output} loads into the config without denoising, on machines without this package too')
+    print(f'{args.output} loads into the config without denoising, also without this package')
 
 
 if __name__ == '__main__':

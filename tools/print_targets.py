@@ -1,4 +1,4 @@
-"""Prints which layers of a config's backbones get a denoiser, and which can't, without training or loading anything."""
+"""Prints which layers of a config's backbones get a denoiser and why others are skipped; loads no weights."""
 
 import argparse
 
@@ -8,21 +8,21 @@ from denoiserep_commands import launch
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='a config with DenoiseRepBackbone, or one of your own without it')
+    parser.add_argument('config', help='config with DenoiseRepBackbone; without it, all its backbones are converted')
     parser.add_argument(
         '--targets',
         nargs='+',
         metavar='TARGET',
-        help='try these instead: mlp, linear, conv2d, all, or regular expressions that match a whole name',
+        help='override the targets: mlp, linear, conv2d, all, or regular expressions that match whole layer names',
     )
-    parser.add_argument('--exclude', nargs='+', metavar='REGEX', help='names to leave out')
-    parser.add_argument('--rank', type=int, help='rank of the denoisers, 0 for full (default: that of the config)')
+    parser.add_argument('--exclude', nargs='+', metavar='REGEX', help='layer names to exclude')
+    parser.add_argument('--rank', type=int, help='override the rank of the denoisers, 0 for full')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
     return parser.parse_args()
 
 
 def main() -> None:
-    """Builds the backbones and prints the table of each conversion."""
+    """Converts the backbones and prints the report of each conversion."""
     args = parse_args()
     from mmdenoiserep.apis.backbones import convert_backbones
     from mmdenoiserep.apis.config import load_config

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluates a checkpoint on Slurm with one process per GPU. The variables are those of slurm_train.sh.
+# Evaluates a checkpoint on Slurm with one process per GPU. The environment variables are the same as in slurm_train.sh.
 set -euo pipefail
 if [ $# -lt 4 ]; then
     echo "usage: $0 PARTITION JOB_NAME CONFIG CHECKPOINT [arguments of test.py]" >&2

@@ -2,7 +2,7 @@
 # Trains a config on Slurm with one process per GPU.
 #
 #   GPUS           number of GPUs and processes (default: 8)
-#   GPUS_PER_NODE  GPUs of a machine (default: 8, or GPUS where that is less)
+#   GPUS_PER_NODE  GPUs of a machine (default: 8, or GPUS if that is less)
 #   CPUS_PER_TASK  cores of a process (default: 5)
 #   SRUN_ARGS      more options of srun, in one string
 #   PORT           port on the first machine (default: MASTER_PORT, or 29500)

@@ -7,7 +7,7 @@ from denoiserep_commands import launch
 
 
 def parse_args() -> argparse.Namespace:
-    """Reads the command line; the flags are those of mmdet's own ``tools/train.py``."""
+    """Reads the command line; the options are the same as in mmdet's ``tools/train.py``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/<name of the config>)')
@@ -18,7 +18,7 @@ def parse_args() -> argparse.Namespace:
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='continue a run: from this checkpoint, or without a value from the last one in the work dir',
+        help='resume from this checkpoint; without a value, from the last one in the work dir',
     )
     parser.add_argument(
         '--cfg-options',
@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
         help='override settings of the config, such as train_dataloader.batch_size=4 or key="[a,b]"',
     )
     parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='how processes were started'
+        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='launcher of the processes'
     )
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by the launcher')
     return parser.parse_args()
@@ -43,7 +43,7 @@ def main() -> None:
     if args.amp:
         config.use_amp(cfg)
     if args.auto_scale_lr:
-        config.scale_learning_rate(cfg)
+        config.enable_auto_scale_lr(cfg)
     if args.resume:
         run.resume(cfg, args.resume)
     run.train(cfg)

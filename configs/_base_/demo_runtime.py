@@ -1,4 +1,4 @@
-"""mmpretrain's runtime for short trainings that count iterations: one checkpoint, after the last."""
+"""mmpretrain's runtime for short iteration-based trainings, with one checkpoint at the end."""
 
 _base_ = 'mmpretrain::_base_/default_runtime.py'
 

@@ -1,4 +1,4 @@
-"""mmpretrain's runtime for data sets of few images: a line of the log every 20 batches, three checkpoints kept."""
+"""mmpretrain's runtime for small data sets: logs every 20 batches and keeps three checkpoints."""
 
 _base_ = 'mmpretrain::_base_/default_runtime.py'
 

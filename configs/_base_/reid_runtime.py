@@ -1,4 +1,4 @@
-"""mmpretrain's runtime with the names of re-identification, and a checkpoint every 20 epochs."""
+"""mmpretrain's runtime, with the import of re-identification and a checkpoint every 20 epochs."""
 
 _base_ = 'mmpretrain::_base_/default_runtime.py'
 

@@ -1,4 +1,4 @@
-"""FCN ResNet-50 on ADE20K with DenoiseRep: the released segmentor, trained on with denoisers on its convolutions.
+"""FCN ResNet-50 on ADE20K with DenoiseRep: the released segmentor, fine-tuned with denoisers on its convolutions.
 
 The method and the backbone are the paper's (arXiv 2406.08773); schedule and learning rates are ours, because the
 official repository has no code for segmentation.

@@ -10,10 +10,10 @@ load_from = (
     'https://download.openmmlab.com/mmsegmentation/v0.5/segformer/segformer_mit-b0_512x512_160k_ade20k/'
     'segformer_mit-b0_512x512_160k_ade20k_20210726_101530-8ffa8fda.pth'
 )
-model = dict(backbone=dict(init_cfg=None))  # load_from brings these weights
+model = dict(backbone=dict(init_cfg=None))  # load_from loads these weights
 train_cfg = dict(max_iters=_base_.max_iters, val_interval=4000)
 default_hooks = dict(checkpoint=dict(interval=4000))
-optim_wrapper = dict(optimizer=dict(lr=6e-6))  # a tenth of the rate that the checkpoint was trained with
+optim_wrapper = dict(optimizer=dict(lr=6e-6))  # a tenth of the learning rate of the checkpoint
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
     dict(type='PolyLR', eta_min=0.0, power=1.0, begin=1500, end=_base_.max_iters, by_epoch=False),

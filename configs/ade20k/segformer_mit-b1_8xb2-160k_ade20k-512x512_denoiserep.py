@@ -1,4 +1,4 @@
-"""SegFormer MiT-B1 on ADE20K with DenoiseRep: the released segmentor, trained on with denoisers on its MLPs.
+"""SegFormer MiT-B1 on ADE20K with DenoiseRep: the released segmentor, fine-tuned with denoisers on its MLPs.
 
 segformer_mit-b0_8xb2-160k_ade20k-512x512_denoiserep.py says what is the paper's, what is ours, and what the pattern is.
 The control is *_baseline-ft.py: all but the denoisers.

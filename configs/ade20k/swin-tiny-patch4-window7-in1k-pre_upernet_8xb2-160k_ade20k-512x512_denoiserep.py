@@ -1,4 +1,4 @@
-"""UPerNet Swin-T on ADE20K with DenoiseRep: the released segmentor, trained on with denoisers on its MLPs.
+"""UPerNet Swin-T on ADE20K with DenoiseRep: the released segmentor, fine-tuned with denoisers on its MLPs.
 
 The method and the MLP targets are the paper's (arXiv 2406.08773); the segmentor, schedule and learning rates are ours.
 The control is *_baseline-ft.py: all but the denoisers.

@@ -1,4 +1,4 @@
-"""UPerNet VMamba-T on ADE20K: mmseg's Swin-T config with another backbone; what the two configs beside it continue.
+"""UPerNet VMamba-T on ADE20K: mmseg's Swin-T config with another backbone; the start of its two variants.
 
 The release does the same, with drop path 0.2; its authors give mIoU 47.9, single scale.
 Untested at full size: no result is claimed.

@@ -7,7 +7,7 @@ config measures. Run vmamba-tiny_upernet_8xb2-160k_ade20k-512x512.py first.
 _base_ = './vmamba-tiny_upernet_8xb2-160k_ade20k-512x512.py'
 
 load_from = 'work_dirs/vmamba-tiny_upernet_8xb2-160k_ade20k-512x512/iter_160000.pth'
-model = dict(backbone=dict(init_cfg=None))  # load_from brings these weights
+model = dict(backbone=dict(init_cfg=None))  # load_from loads these weights
 max_iters = 40000
 train_cfg = dict(max_iters=max_iters, val_interval=4000)
 default_hooks = dict(checkpoint=dict(interval=4000))

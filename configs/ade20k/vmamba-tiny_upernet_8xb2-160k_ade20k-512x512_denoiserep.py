@@ -1,4 +1,4 @@
-"""UPerNet VMamba-T on ADE20K with DenoiseRep: trained on with denoisers on its Linear layers.
+"""UPerNet VMamba-T on ADE20K with DenoiseRep: fine-tuned with denoisers on its Linear layers.
 
 The method is the paper's (arXiv 2406.08773); the segmentor, targets, schedule and learning rates are ours.
 The control is *_baseline-ft.py: all but the denoisers.

@@ -1,4 +1,4 @@
-"""The official ViT on CIFAR-10 with DenoiseRep: trained on with denoisers on every Linear layer of the backbone.
+"""The official ViT on CIFAR-10 with DenoiseRep: fine-tuned with denoisers on every Linear layer of the backbone.
 
 The method, lambda 0.01 and the schedule are the paper's (arXiv 2406.08773 and its official script, which alternates
 between backbone and denoisers; here both are trained at once). The official script denoises every Linear layer of its

@@ -10,5 +10,5 @@ load_from = (
     'https://download.openmmlab.com/mmdetection/v2.0/mask_rcnn/mask_rcnn_r50_fpn_1x_coco/'
     'mask_rcnn_r50_fpn_1x_coco_20200205-d4b0c5d6.pth'
 )
-model = dict(backbone=dict(init_cfg=None))  # load_from brings these weights
-optim_wrapper = dict(optimizer=dict(lr=0.002))  # a tenth of the rate that the checkpoint was trained with
+model = dict(backbone=dict(init_cfg=None))  # load_from loads these weights
+optim_wrapper = dict(optimizer=dict(lr=0.002))  # a tenth of the learning rate of the checkpoint

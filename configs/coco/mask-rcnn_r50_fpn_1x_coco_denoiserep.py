@@ -1,4 +1,4 @@
-"""Mask R-CNN ResNet-50 on COCO with DenoiseRep: the released detector, trained on with denoisers on its convolutions.
+"""Mask R-CNN ResNet-50 on COCO with DenoiseRep: the released detector, fine-tuned with denoisers on its convolutions.
 
 The method is the paper's (arXiv 2406.08773); the detector, schedule and learning rates are ours, because the official
 repository has no code for detection. The base freezes the stem and the first stage, so they get no denoisers, and holds

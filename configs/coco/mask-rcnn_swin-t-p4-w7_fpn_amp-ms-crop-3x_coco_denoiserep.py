@@ -1,4 +1,4 @@
-"""Mask R-CNN Swin-T (3x) on COCO with DenoiseRep: the released detector, trained on with denoisers on its MLPs.
+"""Mask R-CNN Swin-T (3x) on COCO with DenoiseRep: the released detector, fine-tuned with denoisers on its MLPs.
 
 The method and the MLP targets are the paper's (arXiv 2406.08773); schedule and learning rates are ours, because the
 official repository has no code for detection. The control is *_baseline-ft.py: all but the denoisers.

@@ -1,4 +1,4 @@
-"""Mask R-CNN VMamba-T on COCO: mmdet's Swin-T config with another backbone; what the two configs beside it continue.
+"""Mask R-CNN VMamba-T on COCO: mmdet's Swin-T config with another backbone; the start of its two variants.
 
 The release does the same, with drop path 0.2; its authors give box AP 47.3 and mask AP 42.7.
 Untested at full size: no result is claimed.

@@ -7,5 +7,5 @@ this config measures. Run mask-rcnn_vmamba-tiny_fpn_1x_coco.py first.
 _base_ = './mask-rcnn_vmamba-tiny_fpn_1x_coco.py'
 
 load_from = 'work_dirs/mask-rcnn_vmamba-tiny_fpn_1x_coco/epoch_12.pth'
-model = dict(backbone=dict(init_cfg=None))  # load_from brings these weights
+model = dict(backbone=dict(init_cfg=None))  # load_from loads these weights
 optim_wrapper = dict(optimizer=dict(lr=1e-5))

@@ -1,4 +1,4 @@
-"""Mask R-CNN VMamba-T on COCO with DenoiseRep: trained on with denoisers on its Linear layers.
+"""Mask R-CNN VMamba-T on COCO with DenoiseRep: fine-tuned with denoisers on its Linear layers.
 
 The method is the paper's (arXiv 2406.08773); the detector, targets, schedule and learning rates are ours.
 The control is *_baseline-ft.py: all but the denoisers.

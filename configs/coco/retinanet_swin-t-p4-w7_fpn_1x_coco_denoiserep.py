@@ -1,4 +1,4 @@
-"""RetinaNet Swin-T on COCO with DenoiseRep: the trained detector, trained on with denoisers on its MLPs.
+"""RetinaNet Swin-T on COCO with DenoiseRep: the trained detector, fine-tuned with denoisers on its MLPs.
 
 The method and the MLP targets are the paper's (arXiv 2406.08773); the detector, schedule and learning rates are ours.
 The control is *_baseline-ft.py: all but the denoisers.

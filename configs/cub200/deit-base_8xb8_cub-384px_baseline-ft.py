@@ -8,7 +8,7 @@ Run deit-base_8xb8_cub-384px.py first.
 _base_ = './deit-base_8xb8_cub-384px.py'
 
 load_from = 'work_dirs/deit-base_8xb8_cub-384px/epoch_100.pth'
-model = dict(backbone=dict(init_cfg=None))  # load_from brings these weights
+model = dict(backbone=dict(init_cfg=None))  # load_from loads these weights
 train_cfg = dict(max_epochs=40)
 optim_wrapper = dict(optimizer=dict(lr=5e-6))
 param_scheduler = [dict(type='CosineAnnealingLR', by_epoch=True)]

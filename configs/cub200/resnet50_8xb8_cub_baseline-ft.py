@@ -9,7 +9,7 @@ config measures.
 _base_ = 'mmpretrain::resnet/resnet50_8xb8_cub.py'
 
 load_from = 'https://download.openmmlab.com/mmclassification/v0/resnet/resnet50_8xb8_cub_20220307-57840e60.pth'
-model = dict(backbone=dict(init_cfg=None))  # load_from brings these weights
+model = dict(backbone=dict(init_cfg=None))  # load_from loads these weights
 train_cfg = dict(max_epochs=40)
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 param_scheduler = [dict(type='CosineAnnealingLR', by_epoch=True)]

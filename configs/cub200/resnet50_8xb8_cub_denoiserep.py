@@ -1,4 +1,4 @@
-"""ResNet-50 on CUB-200-2011 with DenoiseRep: the released model, trained on with denoisers on its 53 convolutions.
+"""ResNet-50 on CUB-200-2011 with DenoiseRep: the released model, fine-tuned with denoisers on its 53 convolutions.
 
 The method, lambda 0.01 and the ratio of the denoisers' rate to the others' (4, from re-identification) are the paper's
 (arXiv 2406.08773 and its official scripts); the schedule is ours. imagenet/resnet50_8xb32_in1k_denoiserep.py says why

@@ -1,4 +1,4 @@
-"""VMamba-T on CUB-200-2011 with DenoiseRep: the baseline, trained on with denoisers on its Linear layers.
+"""VMamba-T on CUB-200-2011 with DenoiseRep: the baseline, fine-tuned with denoisers on its Linear layers.
 
 The method, lambda 0.01 and the ratio of the denoisers' rate to the others' (4, from re-identification) are the paper's
 (arXiv 2406.08773 and its official scripts); targets and schedule are ours. The official repository has no script for

@@ -1,4 +1,4 @@
-"""Control of the demo: the small baseline, trained on for 120 iterations without denoising."""
+"""Control of the demo: the small baseline, fine-tuned for 120 iterations without denoising."""
 
 _base_ = './mask-rcnn_swin_scenes.py'
 

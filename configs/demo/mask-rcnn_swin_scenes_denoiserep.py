@@ -1,4 +1,4 @@
-"""The demo: the small baseline, trained on for 120 iterations with denoisers on every embedding layer (joint mode).
+"""The demo: the small baseline, fine-tuned for 120 iterations with denoisers on every embedding layer (joint mode).
 
 The denoisers learn at 5e-5: with Adam a much larger rate overshoots, since most entries of the optimal B are near 1e-4.
 120 iterations are a beginning: loss_denoise falls by some percent.

@@ -1,4 +1,4 @@
-"""Control of resnet_fashion-mnist_denoiserep.py: the baseline, trained on for 300 iterations without denoising."""
+"""Control of resnet_fashion-mnist_denoiserep.py: the baseline, fine-tuned for 300 iterations without denoising."""
 
 _base_ = './resnet_fashion-mnist.py'
 

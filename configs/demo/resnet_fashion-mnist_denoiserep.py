@@ -1,4 +1,4 @@
-"""The small ResNet, trained on for 300 iterations with a denoiser on every convolution (joint mode).
+"""The small ResNet, fine-tuned for 300 iterations with a denoiser on every convolution (joint mode).
 
 Ours: the paper has no Fashion-MNIST. The denoisers learn at 5e-5.
 """

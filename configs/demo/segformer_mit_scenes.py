@@ -13,7 +13,7 @@ _base_ = [
 model = dict(
     data_preprocessor=dict(size=(128, 128)),
     backbone=dict(num_layers=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], drop_path_rate=0.0),
-    # Five in six pixels are background. With equal weights the classes are not told apart in this short a training.
+    # Five in six pixels are background. With equal class weights, the short training does not separate the classes.
     decode_head=dict(
         in_channels=[32, 64, 128, 256],
         channels=64,

@@ -1,4 +1,4 @@
-"""Control of segformer_mit_scenes_denoiserep.py: the baseline, trained on for 300 iterations without denoising."""
+"""Control of segformer_mit_scenes_denoiserep.py: the baseline, fine-tuned for 300 iterations without denoising."""
 
 _base_ = './segformer_mit_scenes.py'
 

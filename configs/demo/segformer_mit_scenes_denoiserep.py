@@ -1,4 +1,4 @@
-"""The small SegFormer, trained on for 300 iterations with a denoiser on every embedding layer (joint mode).
+"""The small SegFormer, fine-tuned for 300 iterations with a denoiser on every embedding layer (joint mode).
 
 Ours: the paper has no such scenes. The denoisers learn at 5e-5. The projections inside nn.MultiheadAttention are
 skipped, since their own forward is never called.

@@ -1,4 +1,4 @@
-"""Control of swin_fashion-mnist_denoiserep.py: the small baseline, trained on for 300 iterations without denoising."""
+"""Control of swin_fashion-mnist_denoiserep.py: the small baseline, fine-tuned for 300 iterations without denoising."""
 
 _base_ = './swin_fashion-mnist.py'
 

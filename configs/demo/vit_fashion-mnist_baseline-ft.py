@@ -1,4 +1,4 @@
-"""Control of vit_fashion-mnist_denoiserep.py: the small baseline, trained on for 300 iterations without denoising."""
+"""Control of vit_fashion-mnist_denoiserep.py: the small baseline, fine-tuned for 300 iterations without denoising."""
 
 _base_ = './vit_fashion-mnist.py'
 

@@ -1,4 +1,4 @@
-"""The small ViT, trained on for 300 iterations with a denoiser on every embedding layer (joint mode).
+"""The small ViT, fine-tuned for 300 iterations with a denoiser on every embedding layer (joint mode).
 
 Ours: the paper has no Fashion-MNIST. The denoisers learn at 5e-5.
 """

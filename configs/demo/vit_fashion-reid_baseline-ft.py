@@ -1,4 +1,4 @@
-"""Control of vit_fashion-reid_denoiserep.py: the small baseline, trained on for 200 iterations without denoising."""
+"""Control of vit_fashion-reid_denoiserep.py: the small baseline, fine-tuned for 200 iterations without denoising."""
 
 _base_ = './vit_fashion-reid.py'
 

@@ -1,4 +1,4 @@
-"""The small ViT for re-identification, trained on for 200 iterations with denoisers on its MLPs (joint mode).
+"""The small ViT for re-identification, fine-tuned for 200 iterations with denoisers on its MLPs (joint mode).
 
 The MLP targets are the paper's, the rest is ours: the paper has no Fashion-MNIST. The denoisers learn at 5e-5.
 """

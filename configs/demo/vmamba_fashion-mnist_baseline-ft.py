@@ -1,4 +1,4 @@
-"""Control of vmamba_fashion-mnist_denoiserep.py: the small baseline, trained on for 300 iterations, not denoised."""
+"""Control of vmamba_fashion-mnist_denoiserep.py: the small baseline, fine-tuned for 300 iterations, not denoised."""
 
 _base_ = './vmamba_fashion-mnist.py'
 

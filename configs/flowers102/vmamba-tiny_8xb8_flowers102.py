@@ -1,4 +1,4 @@
-"""VMamba-T on Flowers-102, from its ImageNet-1k weights: what *_baseline-ft.py and *_denoiserep.py continue.
+"""VMamba-T on Flowers-102, from its ImageNet-1k weights: the start of *_baseline-ft.py and *_denoiserep.py.
 
 Ours, after mmpretrain's recipe for CUB-200-2011: 100 epochs of AdamW at 5e-5, batches of 64.
 Untested at full size: no result is claimed.

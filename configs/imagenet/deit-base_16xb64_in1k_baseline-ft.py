@@ -9,6 +9,6 @@ config measures.
 _base_ = 'mmpretrain::deit/deit-base_16xb64_in1k.py'
 
 load_from = 'https://download.openmmlab.com/mmclassification/v0/deit/deit-base_pt-16xb64_in1k_20220216-db63c16c.pth'
-model = dict(backbone=dict(init_cfg=None))  # load_from brings these weights
+model = dict(backbone=dict(init_cfg=None))  # load_from loads these weights
 train_cfg = dict(max_epochs=120)
 optim_wrapper = dict(optimizer=dict(lr=5e-5 * 1024 / 512))

@@ -9,6 +9,6 @@ config measures.
 _base_ = 'mmpretrain::deit/deit-small_4xb256_in1k.py'
 
 load_from = 'https://download.openmmlab.com/mmclassification/v0/deit/deit-small_pt-4xb256_in1k_20220218-9425b9bb.pth'
-model = dict(backbone=dict(init_cfg=None))  # load_from brings these weights
+model = dict(backbone=dict(init_cfg=None))  # load_from loads these weights
 train_cfg = dict(max_epochs=120)
 optim_wrapper = dict(optimizer=dict(lr=5e-5 * 1024 / 512))

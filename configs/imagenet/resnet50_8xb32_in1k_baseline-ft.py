@@ -9,7 +9,7 @@ config measures.
 _base_ = 'mmpretrain::resnet/resnet50_8xb32_in1k.py'
 
 load_from = 'https://download.openmmlab.com/mmclassification/v0/resnet/resnet50_8xb32_in1k_20210831-ea4938fc.pth'
-model = dict(backbone=dict(init_cfg=None))  # load_from brings these weights
+model = dict(backbone=dict(init_cfg=None))  # load_from loads these weights
 train_cfg = dict(max_epochs=40)
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 param_scheduler = dict(_delete_=True, type='CosineAnnealingLR', by_epoch=True)

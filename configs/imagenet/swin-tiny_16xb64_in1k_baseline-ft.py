@@ -12,6 +12,6 @@ load_from = (
     'https://download.openmmlab.com/mmclassification/v0/swin-transformer/'
     'swin_tiny_224_b16x64_300e_imagenet_20210616_090925-66df6be6.pth'
 )
-model = dict(backbone=dict(init_cfg=None))  # load_from brings these weights
+model = dict(backbone=dict(init_cfg=None))  # load_from loads these weights
 train_cfg = dict(max_epochs=120)
 optim_wrapper = dict(optimizer=dict(lr=5e-5 * 1024 / 512))

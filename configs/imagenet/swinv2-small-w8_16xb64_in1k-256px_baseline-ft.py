@@ -12,6 +12,6 @@ load_from = (
     'https://download.openmmlab.com/mmclassification/v0/swin-v2/'
     'swinv2-small-w8_3rdparty_in1k-256px_20220803-b01a4332.pth'
 )
-model = dict(backbone=dict(init_cfg=None))  # load_from brings these weights
+model = dict(backbone=dict(init_cfg=None))  # load_from loads these weights
 train_cfg = dict(max_epochs=120)
 optim_wrapper = dict(optimizer=dict(lr=5e-5 * 1024 / 512), clip_grad=dict(max_norm=5.0))

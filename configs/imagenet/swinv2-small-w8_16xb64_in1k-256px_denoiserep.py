@@ -1,4 +1,4 @@
-"""SwinV2-S on ImageNet-1k with DenoiseRep: the released model, trained on with denoisers on its MLPs.
+"""SwinV2-S on ImageNet-1k with DenoiseRep: the released model, fine-tuned with denoisers on its MLPs.
 
 The method, the MLP targets and lambda 0.01 are the paper's (arXiv 2406.08773); the schedule and the rate of the
 denoisers are ours.

@@ -1,4 +1,4 @@
-"""SwinV2-T on ImageNet-1k with DenoiseRep: the released model, trained on with denoisers on its MLPs.
+"""SwinV2-T on ImageNet-1k with DenoiseRep: the released model, fine-tuned with denoisers on its MLPs.
 
 The method, the MLP targets, lambda 0.01 and the schedule are the paper's (arXiv 2406.08773 and its official script,
 which alternates between backbone and denoisers; here both are trained at once). Ours: the rate of the denoisers, and

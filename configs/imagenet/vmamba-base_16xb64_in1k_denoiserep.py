@@ -1,4 +1,4 @@
-"""VMamba-B on ImageNet-1k with DenoiseRep: the model, trained on with denoisers on its Linear layers.
+"""VMamba-B on ImageNet-1k with DenoiseRep: the model, fine-tuned with denoisers on its Linear layers.
 
 vmamba-tiny_16xb64_in1k_denoiserep.py says what is the paper's and what is ours.
 The control is *_baseline-ft.py: all but the denoisers.

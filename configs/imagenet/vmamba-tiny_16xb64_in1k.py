@@ -1,4 +1,4 @@
-"""VMamba-T on ImageNet-1k, from scratch: what *_baseline-ft.py and *_denoiserep.py continue.
+"""VMamba-T on ImageNet-1k, from scratch: the start of *_baseline-ft.py and *_denoiserep.py.
 
 The recipe is that of the release, Swin's with averaged weights: 300 epochs of AdamW. Its authors give top-1 82.6.
 Their checkpoint saves the training: ``python tools/model_converters/convert_checkpoint.py vmamba

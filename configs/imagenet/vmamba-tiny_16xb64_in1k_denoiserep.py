@@ -1,4 +1,4 @@
-"""VMamba-T on ImageNet-1k with DenoiseRep: the model, trained on with denoisers on its Linear layers.
+"""VMamba-T on ImageNet-1k with DenoiseRep: the model, fine-tuned with denoisers on its Linear layers.
 
 The method and lambda 0.01 are the paper's (arXiv 2406.08773), which has VMamba without saying which of its versions;
 targets, schedule and the rate of the denoisers are ours.

@@ -1,4 +1,4 @@
-"""Mask R-CNN ResNet-50 on COCO with DenoiseRep: the released detector, trained on with denoisers on its convolutions.
+"""Mask R-CNN ResNet-50 on COCO with DenoiseRep: the released detector, fine-tuned with denoisers on its convolutions.
 
 The same settings as coco/mask-rcnn_r50_fpn_1x_coco_denoiserep.py, as a lazy config: the three names are imported, so
 custom_imports is not needed. model.backbone is assigned; model.update(backbone=...) would merge the new dict into the

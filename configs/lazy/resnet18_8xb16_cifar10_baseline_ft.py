@@ -12,7 +12,7 @@ with read_base():
     from ._base_.resnet18_8xb16_cifar10 import *
 
 load_from = 'https://download.openmmlab.com/mmclassification/v0/resnet/resnet18_b16x8_cifar10_20210528-bd6371c8.pth'
-model.update(backbone=dict(init_cfg=None))  # load_from brings these weights
+model.update(backbone=dict(init_cfg=None))  # load_from loads these weights
 train_cfg.update(max_epochs=80)
 optim_wrapper.update(optimizer=dict(lr=1e-3))
 param_scheduler = dict(type=CosineAnnealingLR, by_epoch=True)

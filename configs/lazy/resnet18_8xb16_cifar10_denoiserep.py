@@ -1,4 +1,4 @@
-"""ResNet-18 on CIFAR-10 with DenoiseRep: the released model, trained on with denoisers on its convolutions.
+"""ResNet-18 on CIFAR-10 with DenoiseRep: the released model, fine-tuned with denoisers on its convolutions.
 
 A lazy config: the three names are imported, so custom_imports is not needed. model.backbone is assigned;
 model.update(backbone=...) would merge the new dict into the one that it shall hold.

@@ -1,4 +1,4 @@
-"""ViT-B/16 on Oxford-IIIT Pet with DenoiseRep: the baseline, trained on with denoisers on its MLPs.
+"""ViT-B/16 on Oxford-IIIT Pet with DenoiseRep: the baseline, fine-tuned with denoisers on its MLPs.
 
 The method, the MLP targets, lambda 0.01 and the ratio of the denoisers' rate to the others' (4, from re-identification)
 are the paper's (arXiv 2406.08773 and its official scripts); the schedule is ours. The official repository has no script

@@ -1,4 +1,4 @@
-"""SwinV2-T on Oxford-IIIT Pet, from its ImageNet-1k weights: what *_baseline-ft.py and *_denoiserep.py continue.
+"""SwinV2-T on Oxford-IIIT Pet, from its ImageNet-1k weights: the start of *_baseline-ft.py and *_denoiserep.py.
 
 Ours, after mmpretrain's recipe for CUB-200-2011: 100 epochs of AdamW at 5e-5, batches of 64.
 Untested at full size: no result is claimed.

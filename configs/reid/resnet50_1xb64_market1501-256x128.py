@@ -1,4 +1,4 @@
-"""ResNet-50 on Market-1501, 256 x 128 pixels: what *_baseline-ft.py and *_denoiserep.py continue.
+"""ResNet-50 on Market-1501, 256 x 128 pixels: the start of *_baseline-ft.py and *_denoiserep.py.
 
 The recipe is the bag of tricks (Luo et al., CVPRW 2019, arXiv 1903.07071) without its center loss: stride 1 in the last
 stage, label smoothing, triplet loss with margin 0.3, warm-up, random erasing, the feature behind the neck at test time.

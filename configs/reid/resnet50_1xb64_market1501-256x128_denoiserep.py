@@ -1,4 +1,4 @@
-"""ResNet-50 on Market-1501 with DenoiseRep: the baseline, trained on with denoisers on its 53 convolutions.
+"""ResNet-50 on Market-1501 with DenoiseRep: the baseline, fine-tuned with denoisers on its 53 convolutions.
 
 The method and lambda 0.1 are the paper's (arXiv 2406.08773 and its official scripts, which have no ResNet); schedule
 and learning rates are ours.

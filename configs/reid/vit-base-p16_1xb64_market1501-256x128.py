@@ -1,4 +1,4 @@
-"""ViT-B/16 on Market-1501, 256 x 128 pixels, from ImageNet weights: what *_baseline-ft.py and *_denoiserep.py continue.
+"""ViT-B/16 on Market-1501, 256 x 128 pixels, from ImageNet weights: the start of *_baseline-ft.py and *_denoiserep.py.
 
 Ours, after TransReID's baseline, for which its authors give mAP 87.1 and rank-1 94.6.
 Untested at full size: no result is claimed.

@@ -1,4 +1,4 @@
-"""ViT-B/16 on VehicleID, 256 x 256 pixels, from ImageNet weights: what *_baseline-ft.py and *_denoiserep.py continue.
+"""ViT-B/16 on VehicleID, 256 x 256 pixels, from ImageNet weights: the start of *_baseline-ft.py and *_denoiserep.py.
 
 After TransReID's baseline: SGD at 0.045 for batches of 224 on 4 GPUs, linear warm-up; its authors give rank-1 83.5 and
 rank-5 96.7 for the 800 test vehicles. The length of the schedule is ours.

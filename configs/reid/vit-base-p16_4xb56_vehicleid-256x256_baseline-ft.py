@@ -7,7 +7,7 @@ Run vit-base-p16_4xb56_vehicleid-256x256.py first.
 _base_ = './vit-base-p16_4xb56_vehicleid-256x256.py'
 
 load_from = 'work_dirs/vit-base-p16_4xb56_vehicleid-256x256/epoch_120.pth'
-model = dict(backbone=dict(init_cfg=None))  # load_from brings these weights
+model = dict(backbone=dict(init_cfg=None))  # load_from loads these weights
 train_cfg = dict(max_epochs=40)
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 param_scheduler = [dict(type='CosineAnnealingLR', by_epoch=True)]

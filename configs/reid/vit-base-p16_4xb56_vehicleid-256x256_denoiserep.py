@@ -1,4 +1,4 @@
-"""ViT-B/16 on VehicleID with DenoiseRep: the baseline, trained on with denoisers on its MLPs.
+"""ViT-B/16 on VehicleID with DenoiseRep: the baseline, fine-tuned with denoisers on its MLPs.
 
 The method, the MLP targets and lambda 0.1 are the paper's (arXiv 2406.08773 and its official scripts); schedule and
 learning rates are ours, since there is no official script for vehicles.

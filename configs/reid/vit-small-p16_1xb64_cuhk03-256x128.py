@@ -1,4 +1,4 @@
-"""ViT-S/16 on CUHK-03, 256 x 128 pixels: what *_baseline-ft.py and *_denoiserep.py continue.
+"""ViT-S/16 on CUHK-03, 256 x 128 pixels: the start of *_baseline-ft.py and *_denoiserep.py.
 
 The recipe is TransReID-SSL's: identity loss, triplet loss with soft margin, the feature before the neck at test time.
 Untested at full size: no result is claimed.

@@ -1,4 +1,4 @@
-"""ViT-S/16 on CUHK-03 with DenoiseRep: the baseline, trained on with denoisers on its MLPs.
+"""ViT-S/16 on CUHK-03 with DenoiseRep: the baseline, fine-tuned with denoisers on its MLPs.
 
 The method, the MLP targets, lambda 0.1, the schedule and the denoisers' rate (4 times the others') are the paper's
 (arXiv 2406.08773 and its official scripts, which alternate between backbone and denoisers; here both are trained at

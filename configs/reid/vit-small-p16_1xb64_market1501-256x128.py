@@ -1,4 +1,4 @@
-"""ViT-S/16 on Market-1501, 256 x 128 pixels: what *_baseline-ft.py and *_denoiserep.py continue.
+"""ViT-S/16 on Market-1501, 256 x 128 pixels: the start of *_baseline-ft.py and *_denoiserep.py.
 
 The recipe is TransReID-SSL's: identity loss, triplet loss with soft margin, the feature before the neck at test time.
 TransReID-SSL gives mAP 91.2 and rank-1 95.8 for it (a reproduction of its authors).

@@ -8,7 +8,7 @@ Run vit-small-p16_1xb64_market1501-256x128.py first.
 _base_ = './vit-small-p16_1xb64_market1501-256x128.py'
 
 load_from = 'work_dirs/vit-small-p16_1xb64_market1501-256x128/epoch_120.pth'
-model = dict(backbone=dict(init_cfg=None))  # load_from brings these weights
+model = dict(backbone=dict(init_cfg=None))  # load_from loads these weights
 train_dataloader = dict(batch_size=128, sampler=dict(num_ids=32))
 train_cfg = dict(max_epochs=240)
 optim_wrapper = dict(optimizer=dict(lr=1e-4))

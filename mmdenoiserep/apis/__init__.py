@@ -1,1 +1,1 @@
-"""What the tools do, importable: ordinary arguments, ordinary exceptions."""
+"""The functions behind the tools. They take ordinary arguments and raise ``InputError`` for bad input."""

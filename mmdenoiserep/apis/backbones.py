@@ -1,9 +1,9 @@
-"""The backbones of a config and of a model, wherever they stand.
+"""Finds the backbones of a config or a model at any depth.
 
-``backbone_configs(cfg.model)`` returns every backbone config, ``find_backbones(model)`` every backbone of a model that
-was built, ``predicting_backbone(model)`` the name of the one that predictions come from. The paths differ where a model
-builds one config twice: soft teacher has ``detector.backbone`` in its config, and in its model ``student.backbone`` and
-``teacher.backbone``.
+``backbone_configs(cfg.model)`` returns the backbone configs, ``find_backbones(model)`` the backbones of a built model,
+and ``predicting_backbone(model)`` the name of the backbone that produces the predictions. Paths in config and model
+differ where a model builds one config twice: SoftTeacher has ``detector.backbone`` in its config, and
+``student.backbone`` and ``teacher.backbone`` in the model.
 """
 
 import inspect
@@ -30,18 +30,18 @@ from .errors import config_at_fault, is_from_user
 def backbone_configs(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Returns the config of every backbone in a model config.
 
-    A backbone is what stands under a key ``backbone`` or ``..._backbone``, and every ``DenoiseRepBackbone``. What
-    stands inside a backbone belongs to it.
+    A backbone config is the value of a key ``backbone`` or ``..._backbone``, or any ``DenoiseRepBackbone``. Configs
+    inside a backbone config are part of it.
 
     Args:
-        model: The model of a config (``cfg.model``); lazy objects in it are not built.
+        model: Model config (``cfg.model``); its lazy objects are not built.
 
     Returns:
-        The configs by dotted path below the model, such as ``backbone`` or ``detector.backbone``: the objects of the
-        config themselves, in its order.
+        The configs by dotted path, such as ``backbone`` or ``detector.backbone``, in the order of the config; no
+        copies.
 
     Raises:
-        InputError: There is none.
+        InputError: The model config has no backbone.
     """
     found = dict(_configs(model, ''))
     if not found:
@@ -54,9 +54,9 @@ def backbone_configs(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def find_backbones(model: nn.Module) -> dict[str, nn.Module]:
     """Returns every backbone of a model.
 
-    A backbone is a module called ``backbone`` or ``..._backbone``, or one that ``DenoiseRepBackbone`` built. In a model
-    without any (mmpretrain's retriever has its own in a list) it is a module of a class that a library defines among
-    its backbones. What stands inside a backbone belongs to it.
+    A backbone is a module named ``backbone`` or ``..._backbone``, or built by ``DenoiseRepBackbone``. In a model
+    without such a module (mmpretrain's retriever has its backbone in a list) it is a module whose class comes from
+    the ``backbones`` package of a library. Modules inside a backbone are part of it.
 
     Args:
         model: The model.
@@ -65,7 +65,7 @@ def find_backbones(model: nn.Module) -> dict[str, nn.Module]:
         The modules by name, such as ``backbone``, or ``student.backbone`` and ``teacher.backbone``.
 
     Raises:
-        InputError: There is none.
+        InputError: The model has no backbone.
     """
     denoised = {name for name, _, _ in denoised_backbones(model)}
     found = _outermost(model, lambda name, _: name in denoised or _is_backbone(name.rpartition('.')[2]))
@@ -86,16 +86,19 @@ def _outermost(model: nn.Module, is_backbone: Callable[[str, nn.Module], bool]) 
 
 
 def predicting_backbone(model: nn.Module) -> str:
-    """Returns the name of the backbone that the predictions of a model come from.
+    """Returns the name of the backbone that produces the predictions of a model.
 
-    It is the only one that is no average of another (MoCo and BYOL keep such copies), or of a semi-supervised detector
-    the one of ``semi_test_cfg.predict_on`` (the teacher, if that is not set).
+    Momentum copies (MoCo, BYOL) do not count. A semi-supervised detector predicts with
+    ``semi_test_cfg.predict_on``, by default the teacher.
 
     Args:
-        model: The model; ``model.get_submodule`` takes the name.
+        model: The model.
+
+    Returns:
+        A name for ``model.get_submodule``.
 
     Raises:
-        InputError: There is none, or there are several and nothing tells which is used.
+        InputError: The model has no backbone, or several candidates.
     """
     names = list(find_backbones(model))
     if len(names) > 1 and hasattr(model, 'semi_test_cfg'):
@@ -110,22 +113,22 @@ def predicting_backbone(model: nn.Module) -> str:
 
 
 def check_input(model: nn.Module, name: str, images: Tensor) -> None:
-    """Raises if a model hands its backbone something else than its images: parts of them, or others made from them.
+    """Checks that a model passes its images to the backbone unchanged.
 
     Args:
-        model: The model. It is not checked if its ``extract_feat`` does not take images alone.
-        name: Of the backbone.
-        images: As the data preprocessor gives them, (B, C, H, W).
+        model: The model; it is not checked if its ``extract_feat`` needs more than images.
+        name: Name of the backbone in the model.
+        images: Preprocessed images, (B, C, H, W).
 
     Raises:
-        InputError: See above.
+        InputError: The backbone gets parts of the images, or other images made from them.
     """
     extract = getattr(model, 'extract_feat', None)
     try:
         inspect.signature(extract).bind(images)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return
-    seen: dict[tuple[int, ...], bool] = {}  # by shape, whether it is the images
+    seen: dict[tuple[int, ...], bool] = {}  # by shape, whether a tensor equals the images
 
     def note(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for x in tensors_in((args, kwargs)):
@@ -135,7 +138,7 @@ def check_input(model: nn.Module, name: str, images: Tensor) -> None:
     try:
         with evaluating(model), equal_draws(model):
             extract(images.clone())  # type: ignore[misc]
-    except Exception as error:  # it may want other images (views of one, say)
+    except Exception as error:  # the model may need other images, such as two views of each
         if is_from_user(error):
             raise
         return
@@ -143,8 +146,8 @@ def check_input(model: nn.Module, name: str, images: Tensor) -> None:
         handle.remove()
     if seen and not any(seen.values()):
         raise InputError(
-            f'the model ({type(model).__name__}) hands its {name} something else than its images, {next(iter(seen))} '
-            f'for {tuple(images.shape)}, which would be measured; let the data_preprocessor make what the {name} takes'
+            f'the model ({type(model).__name__}) hands its {name} something else than its images: {next(iter(seen))} '
+            f'instead of {tuple(images.shape)}; let the data_preprocessor make the input of the {name}'
         )
 
 
@@ -152,14 +155,14 @@ def convert_backbones(cfg: Config, options: Mapping[str, Any]) -> dict[str, Conv
     """Builds the backbones of a config with random weights and converts them.
 
     Args:
-        cfg: A config with DenoiseRepBackbone, or one without, of which every backbone is converted.
-        options: Arguments of DenoiseRepBackbone that replace those of the config.
+        cfg: A config with DenoiseRepBackbone; without it, every backbone is converted.
+        options: Arguments of DenoiseRepBackbone, which override the config.
 
     Returns:
-        What was converted, by the place and the class of the backbone.
+        The reports of the conversions, by place and class of the backbone.
 
     Raises:
-        InputError: The config has no backbone, or names what can't be built.
+        InputError: The config has no backbone, or a backbone can't be built or converted.
 
     Example:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
@@ -167,7 +170,7 @@ def convert_backbones(cfg: Config, options: Mapping[str, Any]) -> dict[str, Conv
         ...     print(name, len(report.layers))
         mmpretrain.models.backbones.vision_transformer.VisionTransformer 8
     """
-    MMLogger.get_current_instance().setLevel('ERROR')  # the conversion logs its table, which is returned here
+    MMLogger.get_current_instance().setLevel('ERROR')  # the conversion logs the report that is returned here
     with config_at_fault(cfg.filename):
         set_default_scope(cfg)
         configs = deepcopy(backbone_configs(cfg.get('model') or {}))
@@ -186,7 +189,7 @@ def convert_backbones(cfg: Config, options: Mapping[str, Any]) -> dict[str, Conv
 
 
 def denoised_configs(config: Any) -> list[Any]:
-    """Returns every ``DenoiseRepBackbone`` in a config, itself included: the objects of the config."""
+    """Returns every ``DenoiseRepBackbone`` config in a config, the config itself included; no copies."""
     inner = [found for _, item in _items(config) for found in denoised_configs(item)]
     return [config, *inner] if isinstance(config, Mapping) and _is_denoised(_type(config)) else inner
 
@@ -202,7 +205,7 @@ def _configs(value: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _items(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Returns what a dict, a list or a tuple holds; lazy objects stay lazy."""
+    """Returns the items of a dict, list or tuple; lazy objects are not built."""
     if isinstance(value, Mapping):
         return dict.items(value) if isinstance(value, dict) else value.items()
     return enumerate(value) if isinstance(value, list | tuple) else ()
@@ -217,5 +220,5 @@ def _is_backbone(name: str) -> bool:
 
 
 def _is_denoised(kind: Any) -> bool:
-    """Whether a type is DenoiseRepBackbone: the function, its name with or without a scope, or a lazy object of it."""
+    """Whether a type is DenoiseRepBackbone: the function, its name with or without scope, or its lazy object."""
     return kind is DenoiseRepBackbone or str(kind).rpartition('.')[2] == DenoiseRepBackbone.__name__

@@ -1,4 +1,4 @@
-"""Calibrates the model of a config on images: solves its denoisers, gathers its moments, fits it to a domain."""
+"""Calibrates the model of a config on unlabelled images: solves denoisers, gathers moments, fits a domain."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,32 +39,32 @@ from ..core.method.probe import run_model
 from .backbones import check_input, denoised_configs, predicting_backbone
 from .errors import ConfigError, config_at_fault
 from .fusion import verify_weights
-from .images import Batches, open_images, spread
+from .images import Batches, open_images, take_evenly
 from .model import build_model, load_strictly, open_model, to_device
 
-LARGE = 0.5
-"""How far a layer's features may move without a warning, as a share of their variance.
+LARGE_SHIFT = 0.5
+"""A fit that moves a layer's features by more than this share of their variance gives a warning.
 
-On Fashion-MNIST the first layer moves by 0.02 to 0.3 for noise, blur and the like, and by 0.7 to 8 for inverted images,
-mere noise and a contrast lowered to 0.3.
+On Fashion-MNIST the first layer moves by 0.02 to 0.3 for corruptions such as noise and blur, and by 0.7 to 8 for
+inverted images, pure noise and a contrast of 0.3.
 """
 
 
 @dataclass
 class Subject:
-    """A model with its weights, and the images to calibrate it on; :func:`open_subject` makes it.
+    """A model and the images to calibrate it on, from :func:`open_subject`.
 
     Attributes:
         cfg: The config.
-        checkpoint: Path of the weights.
-        model: The model, with denoisers or without, in eval mode.
-        name: Name of the backbone in it.
+        checkpoint: Path of the checkpoint.
+        model: The model, with or without denoisers, in eval mode.
+        name: Name of the backbone in the model.
         meta: ``meta`` of the checkpoint.
-        weights: Checksum of the backbone's weights before anything was done to it.
-        images: Batches as the data preprocessor gives them, (B, C, H, W).
-        most: Images of all processes, at most.
-        example: One image, (1, C, H, W).
-        layers: The layers of the backbone by name, first executed first.
+        weights: Checksum of the backbone's weights before the calibration.
+        images: Batches of preprocessed images, (B, C, H, W).
+        most: Largest number of images in all processes.
+        example: One preprocessed image, (1, C, H, W).
+        layers: Layers of the backbone by name, in the order of execution.
     """
 
     cfg: Config
@@ -80,17 +80,17 @@ class Subject:
 
     @property
     def backbone(self) -> nn.Module:
-        """The part that is calibrated."""
+        """The backbone, which is the part that is calibrated."""
         return self.model.get_submodule(self.name)
 
     @property
     def total(self) -> int:
-        """Number of images of all processes, less those that were left out so far."""
+        """Number of images in all processes, without those left out so far."""
         return min(self.most, len(self.images.dataset.dataset)) - sum_processes(len(self.images.left_out))
 
     def choose_every(self, layers: Iterable[str]) -> int:
-        """Returns which share of the vectors of some layers is enough, see :func:`choose_every`."""
-        return choose_every(measure_flows(self.backbone, layers, self.example), self.total)
+        """Returns the stride of the sampling for some layers, see :func:`choose_every`."""
+        return choose_every(measure_activations(self.backbone, layers, self.example), self.total)
 
 
 def open_subject(
@@ -108,18 +108,26 @@ def open_subject(
     """Opens a model and the images to calibrate it on.
 
     Args:
-        cfg: The config.
-        checkpoint: Path of its weights.
-        denoised: Keeps the denoisers, to solve for them; otherwise they are folded into the weights.
+        cfg: Config of the model.
+        checkpoint: Path of its checkpoint.
+        denoised: Whether to keep the denoisers, for :func:`solve`; otherwise they are folded into the weights.
         folder: Folder of images; None takes a data set of the config, without augmentation and labels.
-        split: The data set: ``'train'``, ``'val'`` or ``'test'``.
-        num_images: Images at most, in all processes.
-        batch_size: Images at a time.
-        device: Where to compute; None takes a GPU where there is one.
+        split: Data set of the config: ``'train'``, ``'val'`` or ``'test'``.
+        num_images: Largest number of images in all processes.
+        batch_size: Largest number of images in a batch.
+        device: Device to compute on; None takes the GPU, or the CPU without one.
         allow_pickle: See :func:`mmdenoiserep.core.read_checkpoint`.
 
     Raises:
-        InputError: A file or the images can't be read, or do not fit the config, or a fit could not be saved.
+        InputError: The checkpoint or the images can't be read or do not fit the config, or the state dict of the
+            model leaves out parameters.
+
+    Example:
+        >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
+        >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
+        >>> subject = open_subject(cfg, 'vit.pth', num_images=2, device='cpu')
+        >>> subject.example.shape
+        torch.Size([1, 1, 28, 28])
     """
     if denoised and not denoised_configs(cfg.get('model')):
         raise ConfigError(
@@ -136,8 +144,8 @@ def open_subject(
     saved = model.state_dict()
     if lost := [key for key, _ in model.named_parameters() if key not in saved]:
         raise InputError(
-            f'a state dict of the model of {cfg.filename} leaves out {lost[0]} and {len(lost) - 1} others (LoRA?), '
-            'so what is fitted to them would be lost; merge the adapters into the weights first'
+            f'the state dict of the model of {cfg.filename} leaves out {lost[0]} and {len(lost) - 1} others (LoRA?), '
+            'so their calibration would be lost; merge the adapters into the weights first'
         )
     weights = fingerprint(model.get_submodule(name).state_dict())
     to_device(model, device)
@@ -157,7 +165,7 @@ def _open_batches(
         raise ConfigError(f'{cfg.filename} has no {split}_dataloader; name a folder with --images')
     loader = None if folder else cfg[f'{split}_dataloader']
     workers = loader.get('num_workers', 0) if isinstance(loader, Mapping) else 0
-    share = spread(open_images(cfg, split, folder, model), num_images, get_rank(), get_world_size())
+    share = take_evenly(open_images(cfg, split, folder, model), num_images, get_rank(), get_world_size())
     if not len(share):
         raise InputError('there are fewer images than processes')
     return Batches(model, share, batch_size, workers)
@@ -167,45 +175,62 @@ def solve(subject: Subject, prior: float = 0.0, every: int | None = None) -> tup
     """Sets the denoisers of a model to the optimum of their loss, see :func:`mmdenoiserep.solve_denoisers`.
 
     Args:
-        subject: A model with denoisers.
-        prior: Images that a prior of equal variances is worth.
-        every: One in so many tokens or pixels is taken; None chooses.
+        subject: A model with denoisers, and images of the training domain.
+        prior: Weight of a prior of equal variances, as a number of images.
+        every: Stride of the sampling: takes one in ``every`` tokens or pixels; None chooses it.
 
     Returns:
-        What was done; ``every``.
+        The report; the stride.
 
     Raises:
         CalibrationError: The images or the features can't be used.
+
+    Example:
+        >>> cfg = load_config('configs/demo/vit_fashion-mnist_denoiserep.py')
+        >>> torch.save(build_model(cfg, denoised=False).state_dict(), 'vit.pth')
+        >>> report, every = solve(open_subject(cfg, 'vit.pth', denoised=True, device='cpu'))
+        >>> report.mode
+        'schedule'
     """
     every = every or subject.choose_every(subject.layers)
-    with counted(subject.images, 1) as batches:
+    with with_progress_bar(subject.images, 1) as batches:
         return solve_denoisers(subject.backbone, batches, prior=prior, every=every), every
 
 
 def gather_source(subject: Subject, every: int | None = None) -> tuple[dict[str, Moments], dict[str, Any]]:
-    """Gathers the moments of all layers, which a later fit takes as those of the training domain.
+    """Gathers the moments of all layers in the training domain, which :func:`fit` needs.
 
     Args:
         subject: A model without denoisers, and images of the training domain.
-        every: One in so many tokens or pixels is taken; None chooses.
+        every: Stride of the sampling: takes one in ``every`` tokens or pixels; None chooses it.
 
     Returns:
-        The moments by layer name; what a file of them says about them.
+        The moments by layer name; the metadata for :func:`mmdenoiserep.core.save_moments`.
 
     Raises:
         CalibrationError: The images or the features can't be used.
+
+    Example:
+        >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
+        >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
+        >>> moments, about = gather_source(open_subject(cfg, 'vit.pth', device='cpu'))
+        >>> save_moments(moments, 'moments.pth', about)
     """
     every = every or subject.choose_every(subject.layers)
-    with counted(subject.images, 1) as batches:
+    with with_progress_bar(subject.images, 1) as batches:
         moments = collect_moments(subject.backbone, subject.layers, batches, every=every)
     return moments, dict(weights=subject.weights, images=subject.total, every=every)
 
 
 def load_source(subject: Subject, path: str | Path) -> dict[str, Moments]:
-    """Reads the moments of a training domain for a model.
+    """Reads the moments of a model in the training domain, by layer name.
+
+    Args:
+        subject: The model.
+        path: A file of :func:`mmdenoiserep.core.save_moments`.
 
     Raises:
-        CheckpointError: The file can't be read, or was gathered with other weights.
+        CheckpointError: The file can't be read, or its moments were gathered with other weights.
     """
     source, about = load_moments(path)
     if about.get('weights') != subject.weights:
@@ -222,15 +247,15 @@ def choose_fit(
     rank: int | None = None,
     prior: float | None = None,
 ) -> dict[str, Any]:
-    """Returns the options of a fit: what :func:`mmdenoiserep.core.safe_fit` finds, but for what is asked for.
+    """Returns the options of :func:`fit`: those of :func:`mmdenoiserep.core.safe_fit`, unless given.
 
     Args:
         subject: The model and the images.
-        representative: Whether the images show the classes about as often as the training images did.
-        part: Layers: ``'first'``, ``'early'`` (half) or ``'all'``.
-        fit: See :func:`mmdenoiserep.core.transport`.
-        rank: Rank of the maps less the identity, 0 for full.
-        prior: Images that the source is worth.
+        representative: Whether the images show the classes about as often as the training images.
+        part: Layers to fit: ``'first'``, ``'early'`` (half) or ``'all'``.
+        fit: Moments to match, see :func:`mmdenoiserep.core.transport`.
+        rank: Rank of the maps minus the identity; 0 for full.
+        prior: Weight of the training domain as a prior, as a number of images.
     """
     names = list(subject.layers)
     options = safe_fit(names, subject.total, representative)
@@ -251,27 +276,36 @@ def fit(
     every: int | None = None,
     memory: float = 4.0,
 ) -> tuple[CalibrationReport, int]:
-    """Fits a model to its images, in place, see :func:`mmdenoiserep.fit_domain`; its ``meta`` says so afterwards.
+    """Fits a model to its images, in place, and notes it in ``subject.meta``; see :func:`mmdenoiserep.fit_domain`.
 
     Args:
-        subject: A model without denoisers, and images of the place where it will run.
-        source: Moments in the training domain, of :func:`load_source`.
-        options: What :func:`choose_fit` returned.
-        every: One in so many tokens or pixels is taken; None chooses.
-        memory: GiB that the features of all images may take; where it is enough, all layers are fitted in one pass.
+        subject: A model without denoisers, and images of the deployment domain.
+        source: Moments in the training domain, from :func:`gather_source` or :func:`load_source`.
+        options: Options from :func:`choose_fit`.
+        every: Stride of the sampling: takes one in ``every`` tokens or pixels; None chooses it.
+        memory: GiB for the features of all images. If they fit, all layers are fitted in one pass over the images;
+            otherwise each layer has a pass of its own.
 
     Returns:
-        What was done; ``every``.
+        The report; the stride.
 
     Raises:
         CalibrationError: The images, the features or the source can't be used.
+
+    Example:
+        >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
+        >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
+        >>> source, _ = gather_source(open_subject(cfg, 'vit.pth', split='train', device='cpu'))
+        >>> subject = open_subject(cfg, 'vit.pth', split='test', device='cpu')
+        >>> report, every = fit(subject, source, choose_fit(subject))
+        >>> torch.save(dict(meta=subject.meta, state_dict=subject.model.state_dict()), 'fitted.pth')
     """
     chosen = {name: subject.layers[name] for name in options['layers']}
-    flows = measure_flows(subject.backbone, chosen, subject.example)
-    every = every or choose_every(flows, subject.total)
+    sizes = measure_activations(subject.backbone, chosen, subject.example)
+    every = every or choose_every(sizes, subject.total)
     how = {key: value for key, value in options.items() if key != 'layers'}
-    at_once = fits_memory(flows, len(subject.images.dataset), memory)
-    with counted(subject.images, 1 if at_once else len(chosen)) as batches:
+    at_once = fits_memory(sizes, len(subject.images.dataset), memory)
+    with with_progress_bar(subject.images, 1 if at_once else len(chosen)) as batches:
         if at_once:
             batches = list(batches)
             if len({batch.shape[1:] for batch in batches}) == 1:
@@ -284,21 +318,21 @@ def fit(
 
 
 def verify_schedule(subject: Subject) -> dict[str, Verification]:
-    """Folds the denoisers of a model and compares, see :func:`~.fusion.verify_weights`."""
+    """Compares the denoised and the fused model of a subject, see :func:`~.fusion.verify_weights`."""
     state = subject.model.cpu().state_dict()
     return verify_weights(subject.cfg, state, fuse_state_dict(state), subject.checkpoint)
 
 
 def verify_fit(before: nn.Module, subject: Subject, report: CalibrationReport) -> Verification:
-    """Compares a fitted backbone with the one before, in which the maps run as layers of their own.
+    """Compares a fitted backbone with the original one, in which the maps run as separate layers.
 
     Args:
-        before: A copy of the backbone as it was.
+        before: A copy of the backbone before the fit.
         subject: The fitted model.
-        report: What :func:`fit` returned.
+        report: Report of :func:`fit`.
 
     Raises:
-        CheckpointError: They differ, or the config without denoising does not take the weights.
+        CheckpointError: The outputs differ, or the weights do not fit the config without denoising.
     """
     images = torch.cat([subject.example, torch.randn_like(subject.example)])
     with explicit_maps(before, {layer.name: (layer.linear, layer.constant) for layer in report.layers}):
@@ -312,11 +346,11 @@ def verify_fit(before: nn.Module, subject: Subject, report: CalibrationReport) -
 
 
 def warnings_of(report: CalibrationReport, layers: Sequence[str]) -> list[str]:
-    """Returns what the user of a fit should know, one sentence each.
+    """Returns warnings about a fit, one sentence each; none for other calibrations.
 
     Args:
-        report: What was done.
-        layers: Names of all layers of the model, first executed first.
+        report: Report of the calibration.
+        layers: Names of all layers of the model, in the order of execution.
     """
     if report.mode != 'domain':
         return []
@@ -325,11 +359,11 @@ def warnings_of(report: CalibrationReport, layers: Sequence[str]) -> list[str]:
     least = MANY if count > len(early_half(layers)) else FEW
     if count > 1 and report.images < least:
         sentences.append(
-            f'{report.images} images are few for {count} layers (from {least} on); gather more, or leave the choice '
+            f'{report.images} images are few for {count} layers (from {least} on); take more, or leave the choice '
             'of the layers to this tool'
         )
-    first, large = report.layers[0], [layer for layer in report.layers if layer.moved > LARGE]
-    if first.moved > LARGE and first.name == layers[0]:
+    first, large = report.layers[0], [layer for layer in report.layers if layer.moved > LARGE_SHIFT]
+    if first.moved > LARGE_SHIFT and first.name == layers[0]:
         sentences.append(
             f'{first.name} moves by {first.moved:.2f} times its variance: the images look like another data set '
             'altogether, or like very different light; look at them before you deploy this'
@@ -337,35 +371,35 @@ def warnings_of(report: CalibrationReport, layers: Sequence[str]) -> list[str]:
     elif large:
         worst = max(large, key=lambda layer: layer.moved)
         sentences.append(
-            f'{len(large)} of {count} layers move by more than {LARGE} times their variance (most: {worst.name}, '
+            f'{len(large)} of {count} layers move by more than {LARGE_SHIFT} times their variance (most: {worst.name}, '
             f'{worst.moved:.2f}); evaluate on a few labelled images before you deploy this'
         )
     return sentences
 
 
 def check_moved(report: CalibrationReport) -> None:
-    """Refuses a fit that nobody chose, and whose first layer moves far.
+    """Refuses a fit by default options whose first layer moves far.
 
     Raises:
-        CheckpointError: The images look like another data set.
+        CheckpointError: The first layer moves by more than :data:`LARGE_SHIFT`: the images look like another data set.
     """
     first = report.layers[0]
-    if first.moved > LARGE:
+    if first.moved > LARGE_SHIFT:
         raise CheckpointError(
             f'{first.name} would move by {first.moved:.2f} times its variance, which looks like another data set '
-            'or very different light; look at the images, and if they are right, say what may change with '
-            '--representative, or with --layers and --fit'
+            'or very different light; look at the images, and if they are right, choose the fit with --representative, '
+            'or with --layers and --fit'
         )
 
 
 @dataclass(frozen=True)
-class Flow:
-    """What one image sends through a layer, in or out.
+class ActivationSize:
+    """Size of the input or the output of a layer for one image.
 
     Attributes:
-        channels: C.
-        vectors: Number of its vectors (tokens, pixels).
-        bytes: Their size.
+        channels: Number of channels.
+        vectors: Number of vectors (tokens, pixels).
+        bytes: Size of the tensor in bytes.
     """
 
     channels: int
@@ -373,14 +407,14 @@ class Flow:
     bytes: int
 
 
-def measure_flows(backbone: nn.Module, layers: Iterable[str], image: Tensor) -> list[Flow]:
-    """Returns what an image, (1, C, H, W), sends into and out of some layers."""
-    flows = []
+def measure_activations(backbone: nn.Module, layers: Iterable[str], image: Tensor) -> list[ActivationSize]:
+    """Returns the sizes of the inputs and outputs of some layers for one image, (1, C, H, W)."""
+    sizes = []
 
     def note(layer: nn.Module, args: tuple, output: Tensor) -> None:
         for x in (args[0], output):
             channels = x.shape[-3] if isinstance(layer, nn.Conv2d) else x.shape[-1]
-            flows.append(Flow(channels, x.numel() // channels, x.numel() * x.element_size()))
+            sizes.append(ActivationSize(channels, x.numel() // channels, x.numel() * x.element_size()))
 
     handles = [backbone.get_submodule(name).register_forward_hook(note) for name in layers]
     try:
@@ -389,28 +423,28 @@ def measure_flows(backbone: nn.Module, layers: Iterable[str], image: Tensor) -> 
     finally:
         for handle in handles:
             handle.remove()
-    return flows
+    return sizes
 
 
-def choose_every(flows: Sequence[Flow], images: int) -> int:
-    """Returns which share of the vectors is enough: one in so many, at most 16, but ten for each channel."""
-    return max(1, min([16, *(images * flow.vectors // (10 * flow.channels) for flow in flows)]))
+def choose_every(sizes: Sequence[ActivationSize], images: int) -> int:
+    """Returns the stride of the sampling: at most 16, and small enough for ten vectors for each channel."""
+    return max(1, min([16, *(images * size.vectors // (10 * size.channels) for size in sizes)]))
 
 
-def fits_memory(flows: Sequence[Flow], images: int, gibibytes: float) -> bool:
-    """Whether a forward of all images at once takes about so much: at its peak, four times the largest flow."""
-    return 4 * images * max((flow.bytes for flow in flows), default=0) <= gibibytes * 2**30
+def fits_memory(sizes: Sequence[ActivationSize], images: int, gibibytes: float) -> bool:
+    """Whether one forward of all images fits into memory; its peak is about four times the largest tensor."""
+    return 4 * images * max((size.bytes for size in sizes), default=0) <= gibibytes * 2**30
 
 
 @contextmanager
-def counted(images: Batches, passes: int) -> Iterator[Iterable[Tensor]]:
-    """Gives the batches with a progress bar over the images of all passes."""
+def with_progress_bar(images: Batches, passes: int) -> Iterator[Iterable[Tensor]]:
+    """Yields the batches with a progress bar over the images of all passes."""
     with tqdm(total=passes * len(images.dataset), unit='image', disable=get_rank() != 0) as bar:
-        yield CountedBatches(images, bar)
+        yield ProgressBatches(images, bar)
 
 
-class CountedBatches:
-    """Batches that move a bar whenever they are read."""
+class ProgressBatches:
+    """Batches that advance a progress bar when they are read."""
 
     def __init__(self, images: Batches, bar: tqdm) -> None:
         self.images = images

@@ -1,4 +1,4 @@
-"""Reads the config of a user and changes it as the options of the tools ask for."""
+"""Reads a config and applies the options of the tools to it."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import init_default_scope
 
 from ..engine.resume import allow_plain_classes
-from .errors import ConfigError, find_missing, is_from_user
+from .errors import ConfigError, config_name, find_missing, is_from_user
 
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 
@@ -21,16 +21,14 @@ LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 def load_config(
     path: str | Path, options: Sequence[str] | None = None, work_dir: str | None = None, launcher: str | None = None
 ) -> Config:
-    """Reads a config and imports what it needs.
+    """Reads a config and imports its ``custom_imports`` and the library of its default scope.
 
     Args:
         path: Path of the config.
-        options: Settings to override, ``KEY=VALUE`` each, as after ``--cfg-options``.
-        work_dir: Folder of a run; None takes that of the config, or ``work_dirs/<name of the config>``.
-        launcher: How the processes of a run were started; None where there is no run.
-
-    Returns:
-        The config.
+        options: Settings to override, each ``KEY=VALUE``, as after ``--cfg-options``.
+        work_dir: Folder of a run; None takes ``work_dir`` of the config, or ``work_dirs/<name of the config>``.
+        launcher: Launcher of a run: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``; None for a config that is not
+            run.
 
     Raises:
         ConfigError: The config can't be read, or the options do not fit it.
@@ -42,14 +40,14 @@ def load_config(
         5
     """
     if find_spec('mmseg') and not any(distributions(name='mmsegmentation')):
-        # the maintained fork of the stack ships mmseg under another name, and mmengine looks for the old one
+        # the distribution of mmseg may have another name, but mmengine looks for mmsegmentation
         MODULE2PACKAGE['mmseg'] = 'mmseg'
     MODULE2PACKAGE['mmdenoiserep'] = 'mmdenoiserep'  # for _base_ = 'mmdenoiserep::...'
     try:
         cfg = Config.fromfile(path)
         if (scope := cfg.get('default_scope')) in LIBRARIES:
             import_module(scope)
-    except Exception as error:  # a config is a program: reading it may fail in any way
+    except Exception as error:  # a config is a program and may fail in any way
         if name := find_missing(error):
             raise ModuleNotFoundError(f'the config {path} needs {name}', name=name) from error
         if is_from_user(error):  # a module of custom_imports
@@ -62,7 +60,7 @@ def load_config(
         parsed = _parse_options(options)
         try:
             cfg.merge_from_dict(parsed)
-        except Exception as error:  # a key may lead through anything
+        except Exception as error:  # the path of a key may lead through any object
             raise ConfigError(f'--cfg-options do not fit {path} ({type(error).__name__}: {error})') from error
     if launcher is not None:
         cfg.launcher = launcher
@@ -71,36 +69,36 @@ def load_config(
 
 
 def _drop_scope(config: Any, scope: str) -> None:
-    """Removes a package that has no registries of its own from the scopes that mmengine notes at what is inherited."""
+    """Removes a scope without registries, which mmengine adds to inherited dicts."""
     if isinstance(config, dict):
         if config.get('_scope_') == scope:
             del config['_scope_']
-        config = list(dict.values(config))  # lazy stays lazy
+        config = list(dict.values(config))  # does not build lazy objects
     if isinstance(config, list | tuple):
         for value in config:
             _drop_scope(value, scope)
 
 
 def _parse_options(options: Sequence[str]) -> dict:
-    """Turns ``KEY=VALUE`` words into a dict as mmengine's own tools do."""
+    """Parses ``KEY=VALUE`` words with mmengine's ``DictAction``."""
     if wrong := [option for option in options if '=' not in option]:
         raise ConfigError(f'--cfg-options takes KEY=VALUE, got {wrong[0]!r}')
     parser = argparse.ArgumentParser()
     parser.add_argument('--options', nargs='+', action=DictAction)
     try:
         return parser.parse_args(['--options', *options]).options
-    except Exception as error:  # unbalanced brackets and the like
+    except Exception as error:  # unbalanced brackets, for example
         raise ConfigError(f'--cfg-options cannot be read ({type(error).__name__}: {error})') from error
 
 
 def set_default_scope(cfg: Config) -> None:
-    """Does what a runner does with ``default_scope``: lazy configs set it to None, and then there is none."""
+    """Sets the default scope as a runner does; lazy configs have ``default_scope = None``, which sets none."""
     if scope := cfg.get('default_scope', 'mmengine'):
         init_default_scope(scope)
 
 
 def type_name(config: Mapping[str, Any]) -> str:
-    """Returns the bare name of what a config builds; ``type`` is a name, or in lazy configs the object itself."""
+    """Returns the name of the class that a config builds, without scope; lazy configs hold the class itself."""
     kind = config.get('type', '')
     return getattr(kind, '__name__', str(kind)).split('.')[-1]
 
@@ -111,7 +109,8 @@ def without_denoising(model: Any) -> Any:
         if type_name(model) == 'DenoiseRepBackbone':
             inner = without_denoising(model['backbone'])
             return inner if model.get('pretrained') is None else ConfigDict(inner, pretrained=model['pretrained'])
-        return ConfigDict({key: without_denoising(value) for key, value in dict.items(model)})  # lazy stays lazy
+        # dict.items does not build lazy objects
+        return ConfigDict({key: without_denoising(value) for key, value in dict.items(model)})
     return type(model)(map(without_denoising, model)) if isinstance(model, list | tuple) else model
 
 
@@ -124,33 +123,33 @@ def use_amp(cfg: Config) -> None:
     wrapper = cfg.get('optim_wrapper')
     if not wrapper or type_name(wrapper) not in ('', 'OptimWrapper', 'AmpOptimWrapper'):
         kind = type_name(wrapper) if wrapper else 'no optim_wrapper'
-        raise ConfigError(f'--amp works with OptimWrapper, the config has {kind}')
+        raise ConfigError(f'--amp needs an OptimWrapper, but {config_name(cfg)} has {kind}')
     wrapper.type = 'AmpOptimWrapper'
     wrapper.setdefault('loss_scale', 'dynamic')
 
 
-def scale_learning_rate(cfg: Config) -> None:
-    """Makes a run scale its learning rate with the batch size.
+def enable_auto_scale_lr(cfg: Config) -> None:
+    """Enables the automatic scaling of the learning rate with the batch size in a config.
 
     Raises:
-        ConfigError: The config does not say which batch size its rate is for.
+        ConfigError: The config has no ``auto_scale_lr.base_batch_size``.
     """
     if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
         raise ConfigError(f'{cfg.filename} has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs')
     cfg.auto_scale_lr.enable = True
 
 
-def show_predictions(cfg: Config, folder: str | None = None, window: bool = False, seconds: float = 2) -> None:
-    """Makes the visualization hook of a config draw every prediction; each library names its options its own way.
+def enable_visualization_hook(cfg: Config, folder: str | None = None, window: bool = False, seconds: float = 2) -> None:
+    """Enables the visualization hook of a config, whatever the library names its options.
 
     Args:
         cfg: The config.
-        folder: Folder of the work dir for the pictures; None writes none.
-        window: Whether to show them in a window.
-        seconds: Time from one window to the next.
+        folder: Subfolder of the work dir for the pictures; None writes none.
+        window: Whether to show the pictures in a window.
+        seconds: Time between two windows, in seconds.
 
     Raises:
-        ConfigError: The config has no such hook.
+        ConfigError: The config has no ``default_hooks.visualization``.
     """
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     if hook is None:
@@ -165,13 +164,13 @@ def show_predictions(cfg: Config, folder: str | None = None, window: bool = Fals
 
 
 def use_tta(cfg: Config) -> None:
-    """Wraps the model and the test pipeline of a config with the test-time augmentation that it defines.
+    """Enables the test-time augmentation of a config: ``tta_model`` and ``tta_pipeline``.
 
     Raises:
-        ConfigError: It defines none, or its test data set is built already.
+        ConfigError: The config has no ``tta_model`` or ``tta_pipeline``, or its test data set is built already.
     """
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
-        raise ConfigError('--tta needs tta_model and tta_pipeline in the config')
+        raise ConfigError(f'--tta needs tta_model and tta_pipeline in {config_name(cfg)}')
     from .images import datasets_of, leaves
 
     for dataset in datasets_of(cfg, 'test'):

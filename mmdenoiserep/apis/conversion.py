@@ -1,4 +1,4 @@
-"""Converts checkpoints that others released, for the configs of this project and for all of its tools."""
+"""Converts released checkpoints to the parameter names of the libraries."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,21 +20,27 @@ def convert_file(
     overwrite: bool = False,
     allow_pickle: bool = False,
 ) -> tuple[int, tuple[str, ...]]:
-    """Converts a checkpoint.
+    """Converts a released checkpoint.
 
     Args:
-        kind: Whose names the source has: ``'transreid'``, ``'vmamba'``, or ``'plain'`` for names that stay.
+        kind: Format of the source: ``'transreid'``, ``'vmamba'``, or ``'plain'``, which keeps the names.
         source: The released file.
         target: File to write.
-        key: Where the weights of a plain file lie, such as ``'teacher'``; a dot leads into a dict.
+        key: Key of the weights in a plain file, such as ``'teacher'``; dots separate the keys of nested dicts.
         overwrite: Whether the target may exist.
         allow_pickle: See :func:`mmdenoiserep.core.read_checkpoint`.
 
     Returns:
-        The number of tensors; sentences about what was stripped or left out.
+        The number of tensors; a sentence for each change to names or content.
 
     Raises:
         InputError: The source can't be read or converted, or the target can't be written.
+
+    Example:
+        >>> weights = torch.nn.Linear(4, 2).state_dict()
+        >>> torch.save(dict(teacher=weights, student=weights), 'released.pth')
+        >>> convert_file('plain', 'released.pth', 'converted.pth', key='teacher')[0]
+        2
     """
     source, target = Path(source), Path(target)
     check_output(target, overwrite, source=source)

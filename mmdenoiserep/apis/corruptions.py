@@ -1,4 +1,4 @@
-"""Corrupts images: noise, blur and the like, drawn from a seed and the number of the image."""
+"""Corrupts images with noise, blur, JPEG artefacts and more, by albumentations."""
 
 import os
 from pathlib import Path
@@ -10,38 +10,36 @@ from tqdm import tqdm
 
 from ..core import InputError
 from ..core.files.atomic import check_folder, write_folder
-from .folders import find_images
+from .folders import check_outside, find_images
 from .pixels import read_stored
 
 COLOURS = (1, 3)
-"""Numbers of channels that JPEG has."""
+"""Numbers of channels that JPEG supports."""
 SEVERITIES = dict(noise=40 / 255, blur=2.0, jpeg=10, contrast=0.5, occlusion=0.4, shot=0.05)
-"""Corruption: the severity that is taken unless something else is asked for."""
+"""Default severity of each corruption."""
 RANGES = dict(noise=(0, 1), blur=(1e-3, 1e3), jpeg=(1, 100), contrast=(0, 1e6), occlusion=(0, 1), shot=(1e-6, 1))
-"""Corruption: least and greatest severity. A blur by 0 would be black, one by more than 1000 pixels would not end."""
+"""Smallest and largest severity of each corruption. A blur of 0 gives black, one above 1000 takes forever."""
 
 
 def corrupt(image: NDArray[Any], corruption: str, severity: float, seed: int, number: int) -> NDArray[Any]:
-    """Returns a corrupted image; what is drawn depends on the seed and on the number of the image, and on no other.
-
-    Values of 16 bits count as shares of 65,535, those of 8 bits as shares of 255. Floats and longer integers are taken
-    if they are whole and from 0 to 255, as loaders with ``to_float32`` give them.
+    """Returns a corrupted image; its random numbers depend on ``seed`` and ``number`` alone.
 
     Args:
-        image: (H, W) or (H, W, C); three channels are BGR, as the libraries load them. The last one of two or of four
-            is alpha, which stays as it is.
-        corruption: ``clean``; Gaussian ``noise`` or ``blur``, the severity its standard deviation (noise: of 1, blur:
-            in pixels); ``jpeg``, its quality; ``contrast``, the factor of all values; ``occlusion`` by one black
-            rectangle, its side as a share of the image's; ``shot`` noise, its scale.
-        severity: As above.
-        seed: Of all images, 0 or more.
-        number: Of this image, 0 or more.
+        image: (H, W) or (H, W, C), uint8 or uint16, which are divided by 255 and 65,535; other dtypes hold whole
+            numbers from 0 to 255, as after ``to_float32``. Three channels are BGR. The last of two or four channels is
+            alpha, which is not changed.
+        corruption: ``'clean'``, ``'noise'`` (Gaussian), ``'blur'`` (Gaussian), ``'jpeg'``, ``'contrast'``,
+            ``'occlusion'`` (one black rectangle) or ``'shot'`` (Poisson noise).
+        severity: Noise: standard deviation, for values from 0 to 1. Blur: standard deviation in pixels. JPEG: quality.
+            Contrast: factor. Occlusion: side of the rectangle as a share of the image's. Shot: scale.
+        seed: Seed of all images, 0 or more.
+        number: Number of this image, 0 or more.
 
     Returns:
-        The corrupted image, of the same shape and dtype.
+        The corrupted image, with the same shape and dtype.
 
     Raises:
-        InputError: The range of the values is not known, or the corruption does not take the image or the severity.
+        InputError: The range of the values is unknown, or the corruption does not support the image or the severity.
     """
     if corruption == 'clean':
         return image
@@ -59,7 +57,7 @@ def corrupt(image: NDArray[Any], corruption: str, severity: float, seed: int, nu
             'which the range is not known'
         )
     corrupted = np.atleast_3d(image).copy()
-    # more words than the sum of both: the draws of (0, 1) are not those of (1, 0)
+    # the sum of both would give (0, 1) and (1, 0) the same random numbers
     drawn = int.from_bytes(np.random.SeedSequence([seed, number]).generate_state(4).tobytes(), 'little')
     rgb = np.ascontiguousarray(corrupted[..., :colours][..., ::-1] / most, np.float32)  # (H, W, colours), 0 to 1
     rgb = make_transform(corruption, severity, drawn)(image=rgb)['image'].reshape(rgb.shape)
@@ -68,24 +66,24 @@ def corrupt(image: NDArray[Any], corruption: str, severity: float, seed: int, nu
 
 
 def holds_bytes(image: NDArray[Any]) -> bool:
-    """Returns whether all values are whole and from 0 to 255, though their type has more of them."""
+    """Returns whether all values are whole numbers from 0 to 255, in a dtype of a larger range."""
     if image.dtype == np.bool_ or not np.isfinite(image).all():
         return False
     return np.array_equal(image, image.clip(0, 255).astype(np.uint8))
 
 
 def make_transform(corruption: str, severity: float, seed: int) -> Any:
-    """Returns the transform of albumentations, which takes RGB images (H, W, C) and draws in their order.
+    """Returns a transform of albumentations for RGB images, (H, W, C); its draws depend on the order of the images.
 
     Args:
-        corruption: As for :func:`corrupt`, but not ``clean``.
-        severity: As for :func:`corrupt`.
-        seed: Of all that the transform draws.
+        corruption: A corruption of :func:`corrupt` except ``'clean'``.
+        severity: See :func:`corrupt`.
+        seed: Seed of the transform.
 
     Raises:
-        InputError: The corruption does not take the severity.
+        InputError: The severity is outside :data:`RANGES`.
     """
-    os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # it asks the network for news otherwise
+    os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # otherwise it looks for updates in the network
     import albumentations as A
 
     least, most = RANGES[corruption]
@@ -116,32 +114,33 @@ def corrupt_folder(
     seed: int = 0,
     overwrite: bool = False,
 ) -> int:
-    """Copies a folder of images with one corruption, all or nothing.
+    """Writes a corrupted copy of a folder of images; an error writes nothing.
 
-    Image i of the sorted paths depends on the seed and on i alone. Names, formats, channels, bits, alpha and the EXIF
-    of a JPEG file stay; a JPEG file is written at its best quality.
+    Image i of the sorted paths depends on the seed and on i alone. The copies keep name, format, channels, bit depth,
+    alpha and the EXIF of JPEG files, which are written at the best quality.
 
     Args:
-        images: Folder of images; folders in it are searched too.
-        target: Folder to write, with the same folders in it.
+        images: Folder of images; its subfolders are searched too.
+        target: Folder to write, with the same subfolders.
         corruption: See :func:`corrupt`.
-        severity: See :func:`corrupt`; None takes that of :data:`SEVERITIES`.
-        seed: Of all images, 0 or more.
+        severity: See :func:`corrupt`; None takes the default of :data:`SEVERITIES`.
+        seed: Seed of all images, 0 or more.
         overwrite: Whether to replace an older copy.
 
     Returns:
-        Number of images.
+        The number of images.
 
     Raises:
-        InputError: A folder or an image can't be used, or the corruption does not take it.
+        InputError: A folder or an image can't be used, or the corruption does not support it.
+
+    Example:
+        >>> corrupt_folder('images', 'noisy', 'noise', severity=0.1)
+        4
     """
     images, target = Path(images), Path(target)
     if target.resolve() in (images.resolve(), *images.resolve().parents):
         raise InputError(f'{target} holds the images themselves; name another folder')
-    if images.resolve() in target.resolve().parents:
-        raise InputError(
-            f'{target} lies among the images, so the next run would take it for some; name a folder beside them'
-        )
+    check_outside(target, images)
     paths = find_images(images)
     copies = {target / path.relative_to(images) for path in paths}
     check_folder(target, lambda path: copies.issuperset(_files_in(path)), overwrite)

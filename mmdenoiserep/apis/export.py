@@ -1,4 +1,4 @@
-"""Exports the part of a model that is deployed as an ONNX file, and checks it in onnxruntime."""
+"""Exports the deployed part of a model as an ONNX file and checks it with onnxruntime."""
 
 import os
 import re
@@ -15,12 +15,13 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from ..core.files.atomic import check_output, write_file
+from ..core.utils.randomness import random_images
 from .errors import ConfigError, is_from_user
 from .images import backbone_arguments, image_channels
 from .model import open_model
 
 TOLERANCE = 1e-4
-"""Largest difference of onnxruntime and torch in float32, over the largest output."""
+"""Largest relative difference of onnxruntime and torch in float32: maximum difference over maximum output."""
 
 
 def export_file(
@@ -33,19 +34,19 @@ def export_file(
     dynamo: bool = False,
     overwrite: bool = False,
 ) -> dict[int, float]:
-    """Writes the deployed part of a model as an ONNX file; nothing is written if onnxruntime computes something else.
+    """Writes the deployed part of a model as an ONNX file; writes nothing if onnxruntime and torch differ.
 
     Args:
-        cfg: Config of the model, with denoising or without.
-        checkpoint: Path of its fused or vanilla checkpoint.
-        target: File to write, which ends with ``.onnx``.
-        size: Height and width of the images in pixels; None takes what the backbone is made for, or 224.
-        dynamic_batch: Whether the file takes any number of images; otherwise it takes one.
-        dynamo: Takes the newer exporter of torch, which stands on ``torch.export``.
+        cfg: Config of the model, with or without denoising.
+        checkpoint: Path of a fused or vanilla checkpoint.
+        target: File to write; its name ends with ``.onnx``.
+        size: Height and width of the images in pixels; None takes ``img_size`` of the backbone, or 224.
+        dynamic_batch: Whether the file takes any batch size; otherwise it takes one image.
+        dynamo: Whether to use the exporter based on ``torch.export``.
         overwrite: Whether the target may exist.
 
     Returns:
-        Largest difference of onnxruntime and torch, over the largest output, by number of images.
+        Largest relative difference of onnxruntime and torch by batch size.
 
     Raises:
         InputError: The file can't be written, the checkpoint does not fit or has denoisers, or the model can't be
@@ -61,16 +62,16 @@ def export_file(
     model = Deployed(open_model(cfg, checkpoint, denoisers='refuse')[0])
     shape = image_shape(cfg, model, size)
     differences = {}
-    with tempfile.TemporaryDirectory() as folder:  # exporters want a path
+    with tempfile.TemporaryDirectory() as folder:  # exporters need a path
         temporary = Path(folder, 'model.onnx')
         runs = False
         try:
             with torch.no_grad():
-                model(random_images(1, shape))
+                model(random_images((1, *shape), seed=1))
             runs = True
             export_onnx(model, shape, temporary, dynamic_batch, dynamo)
             for batch in (1, 2, 3) if dynamic_batch else (1,):
-                images = random_images(batch, shape)
+                images = random_images((batch, *shape), seed=batch)
                 with torch.no_grad():
                     differences[batch] = largest_difference(run_onnx(temporary, images), model(images))
                 if differences[batch] > TOLERANCE:
@@ -79,7 +80,7 @@ def export_file(
                     )
         except Exception as error:  # exporters and runtimes fail in many ways
             if not runs and is_from_user(error):
-                raise  # the author of a model wants the traceback
+                raise  # a bug in the user's own model: they want the traceback
             how = 'with --dynamic-batch; leave that out, for one image' if dynamic_batch else 'for one image'
             reason = re.split(r'\n|\. ', str(error).strip())[0]
             raise ConfigError(
@@ -91,11 +92,11 @@ def export_file(
 
 
 class Deployed(nn.Module):
-    """What of a model is deployed, in eval mode.
+    """The deployed part of a model, in eval mode.
 
     Args:
-        model: A classifier or segmentor, which gives logits in ``mode='tensor'``, or a detector, of which backbone and
-            neck are taken: the rest cuts out boxes, with operators of its own library.
+        model: A classifier or segmentor, which is deployed up to its logits (``mode='tensor'``), or a detector, whose
+            backbone and neck are deployed; its heads need operators of mmcv.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -105,7 +106,11 @@ class Deployed(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Returns the logits, (N, ...), or the feature maps, (N, C', H', W'), of images, (N, C, H, W)."""
+        """Returns logits, (N, ...), or feature maps, (N, C', H', W').
+
+        Args:
+            images: Preprocessed images, (N, C, H, W), float32.
+        """
         output = self.model.extract_feat(images) if self.is_detector else self.model(images, mode='tensor')
         return tuple(_tensors(output))
 
@@ -119,15 +124,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def image_shape(cfg: Config, model: nn.Module, size: Sequence[int] | None) -> tuple[int, int, int]:
-    """Returns (C, H, W) of an image of a height and width, or of those that the backbone is made for."""
+    """Returns the shape (C, H, W) of the images; without a size, ``img_size`` of the backbone, or 224."""
     size = size or backbone_arguments(cfg).get('img_size') or 224
     height, width = (size, size) if isinstance(size, int) else size
     return image_channels(cfg, model), height, width
-
-
-def random_images(batch: int, shape: Sequence[int]) -> Tensor:
-    """Returns the same random images (batch, C, H, W) every time."""
-    return torch.randn((batch, *shape), generator=torch.Generator().manual_seed(batch))
 
 
 def export_onnx(
@@ -136,15 +136,16 @@ def export_onnx(
     """Writes an ONNX file with the input ``images`` and the outputs ``output_0``, ``output_1``, ...
 
     Args:
-        model: What to export.
-        shape: (C, H, W) of the images.
+        model: The module to export.
+        shape: Shape (C, H, W) of the images.
         path: File to write.
-        dynamic_batch: Whether it takes any number of images; otherwise it takes one.
-        dynamo: Takes the newer exporter of torch, which stands on ``torch.export``.
+        dynamic_batch: Whether the file takes any batch size; otherwise it takes one image.
+        dynamo: Whether to use the exporter based on ``torch.export``.
     """
-    images = random_images(2 if dynamic_batch else 1, shape)
+    batch = 2 if dynamic_batch else 1
+    images = random_images((batch, *shape), seed=batch)
     with torch.no_grad(), warnings.catch_warnings(), _without_stderr():
-        warnings.simplefilter('ignore')  # on each Python number that the trace takes for a constant
+        warnings.simplefilter('ignore')  # the tracer warns about every constant
         outputs = [f'output_{i}' for i in range(len(model(images)))]
         if dynamo:
             axes = dict(dynamic_shapes=({0: torch.export.Dim('batch')},) if dynamic_batch else None)
@@ -156,8 +157,8 @@ def export_onnx(
 
 @contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Drops what C++ prints: at an operator that it lacks, the default exporter prints its whole graph."""
-    torch._C._jit_set_onnx_log_output_stream('stderr')  # not buffered, unlike the standard output
+    """Discards stderr, to which the default exporter prints its whole graph at an unsupported operator."""
+    torch._C._jit_set_onnx_log_output_stream('stderr')  # unbuffered, unlike stdout
     saved = os.dup(2)
     try:
         with open(os.devnull, 'wb') as nothing:
@@ -169,13 +170,13 @@ def _without_stderr() -> Iterator[None]:
 
 
 def run_onnx(path: Path, images: Tensor) -> list[Tensor]:
-    """Returns what onnxruntime computes on the CPU."""
+    """Returns the outputs of an ONNX file in onnxruntime on the CPU."""
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     return [torch.from_numpy(output) for output in session.run(None, dict(images=images.numpy()))]
 
 
 def largest_difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Returns the largest difference of two lists of outputs, each over the largest magnitude that is expected."""
+    """Returns the largest relative difference of outputs: maximum difference over maximum expected value."""
     return max(
         ((a - e).abs().max() / e.abs().max()).nan_to_num(torch.inf).item()
         for a, e in zip(actual, expected, strict=True)

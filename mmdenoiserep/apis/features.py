@@ -1,4 +1,4 @@
-"""Extracts the features of images: what a re-identification model compares, before normalisation."""
+"""Extracts the features of images with a re-identification model."""
 
 import os
 from collections.abc import Iterator
@@ -19,27 +19,33 @@ from ..engine.resume import allow_training_checkpoints
 from .errors import config_at_fault, is_from_user
 from .images import NoImage, open_images
 from .model import build_model, to_device
-from .weights import Loading
+from .weights import LoadingCheck
 
 
 def extract_features(
     cfg: Config, checkpoint: str, images: str | Path, *, batch_size: int = 64, device: str | None = None
 ) -> tuple[NDArray[np.float32], list[str]]:
-    """Returns the features of all images in a folder.
+    """Returns the features of all images in a folder, before normalisation.
 
     Args:
         cfg: Config with a re-identification head and a test pipeline.
-        checkpoint: Path or address of its checkpoint, denoised or fused as the config is.
-        images: Folder of images; folders in it are searched too.
-        batch_size: Images at a time.
-        device: Where to compute; None takes a GPU where there is one.
+        checkpoint: Path or URL of a checkpoint for the config.
+        images: Folder of images; its subfolders are searched too.
+        batch_size: Batch size.
+        device: Device to compute on; None takes the GPU, or the CPU without one.
 
     Returns:
-        The features, (N, C), and the paths of the images, relative to the folder with ``/``, in sorted order.
+        The features, (N, C), float32; the sorted paths of the images, relative to the folder, with ``/``.
 
     Raises:
-        InputError: The checkpoint or an image can't be used, or the model predicts no features, or none that are
-            finite.
+        InputError: The checkpoint or an image can't be used, or the model predicts no features, or not finite ones.
+
+    Example:
+        >>> cfg = load_config('configs/demo/vit_fashion-reid.py')
+        >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
+        >>> features, paths = extract_features(cfg, 'vit.pth', 'images', device='cpu')
+        >>> features.shape
+        (4, 96)
     """
     images = Path(images)
     if not os.path.isdir(images):  # False, too, for a name that is too long
@@ -61,12 +67,12 @@ def extract_features(
             reason = f': {checkpoint} has no {missing[0]}, {len(missing)} are missing' if missing else ''
             raise InputError(f'the features of {images / paths[-len(batch)]} and others are not finite{reason}')
     if not features:
-        raise InputError(f'no image of {images} is left')
+        raise InputError(f'the config leaves out all images of {images}')
     return np.concatenate(features), paths
 
 
 def _batches(dataset: Any, size: int) -> Iterator[dict[Path, Any]]:
-    """Yields packed images by path; a sentence is printed for each that the config leaves out."""
+    """Yields packed images by path; prints a sentence for each image that the config leaves out."""
     for start in range(0, len(dataset), size):
         batch = {}
         for i in range(start, min(start + size, len(dataset))):
@@ -81,21 +87,21 @@ def _batches(dataset: Any, size: int) -> Iterator[dict[Path, Any]]:
 
 
 def _open_model(cfg: Config, checkpoint: str, device: str | None) -> tuple[Any, list[str]]:
-    """Returns the model with the weights, in eval mode, and the parameters that the checkpoint lacks.
+    """Returns the model with the weights, in eval mode, and the names of the parameters that the checkpoint lacks.
 
-    These are NaN, so that the features are, too, if they depend on one. A classifier that is not used may be missing,
-    statistics of BatchNorm layers may not.
+    Missing parameters are NaN, so features that depend on them are NaN too. An unused classifier may be missing,
+    BatchNorm statistics may not.
     """
     model = build_model(cfg)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
     allow_training_checkpoints()
-    loading = Loading(model, checkpoint, 'features')
+    loading = LoadingCheck(model, checkpoint, 'features')
     try:
         content = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
         loading.unwrap(content)
-        loading.see(content)
+        loading.check_content(content)
         _load_checkpoint_to_model(model, content, logger='silent')
     except InputError:
         raise
@@ -103,13 +109,13 @@ def _open_model(cfg: Config, checkpoint: str, device: str | None) -> tuple[Any, 
         if is_from_user(error):
             raise
         raise InputError(f'{checkpoint} cannot be loaded ({type(error).__name__}: {error})') from error
-    loading.judge()
+    loading.check_model()
     to_device(model, device)
     return model, [name for name, parameter in model.named_parameters() if parameter.isnan().all()]
 
 
 def _predict(model: Any, batch: dict[str, Any], config: str) -> Any:
-    """Returns the features (B, C) of a batch, a float32 array."""
+    """Returns the features of a batch, (B, C), float32."""
     with torch.no_grad():
         samples = model.test_step(batch)
     features = [getattr(sample, 'pred_feature', None) for sample in samples]

@@ -1,4 +1,4 @@
-"""The tables and figures of what was measured: signal to noise, spectra, embeddings, features, attention."""
+"""Draws tables and figures: signal-to-noise ratios, spectra, embeddings, feature maps, attention, predictions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,43 +12,47 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from ..core import CalibrationReport, Moments, format_table
-from .visualization import MOST_STAGES, VARIANTS, ImageView, LayerFigures, pick
+from .visualization import MOST_STAGES, VARIANTS, ImageView, LayerStatistics, pick_evenly
 
-Views = Sequence[Mapping[tuple[str, str], ImageView]]
+ImageViews = Sequence[Mapping[tuple[str, str], ImageView]]
+"""Some images, each seen by both models, clean and corrupted, see ``VARIANTS``."""
 LABELS = dict(before='before', after='after', restored='restored: after, against clean before')
 COLOURS = dict(before='#d1242f', after='#0969da', restored='#2a9d3a')
 SETS = {('before', 'clean'): '0.35', ('before', 'corrupted'): '#d1242f', ('after', 'corrupted'): '#2a9d3a'}
-"""What the spectra and the embedding compare, with its colour."""
+"""The variants that the spectra and the embedding compare, and their colours."""
 WIDTH = 1.9
-"""Inches of a picture."""
+"""Width of a picture in inches."""
 HEAT = LinearSegmentedColormap.from_list('heat', [(1, 0.85, 0.2, 0), (1, 0.3, 0, 0.6), (0.85, 0, 0, 0.85)])
-"""From transparent to red, to lie over an image."""
+"""Color map from transparent to red, drawn over an image."""
 
 
-def table(curves: LayerFigures) -> str:
-    """Returns the signal-to-noise ratio of every layer in decibels, first executed first."""
+def table(statistics: LayerStatistics) -> str:
+    """Returns a table of the signal-to-noise ratio of every layer in decibels, in the order of execution."""
     rows = []
-    for name, kind in curves.types.items():
-        before, after, restored = (curves.ratios[key][name].decibels for key in LABELS)
+    for name, kind in statistics.types.items():
+        before, after, restored = (statistics.ratios[key][name].decibels for key in LABELS)
         gains = (f'{value - before:+.2f}' for value in (after, restored))
         rows.append((name, kind, *(f'{value:.2f}' for value in (before, after, restored)), *gains))
     header = ('layer', 'type', 'SNR before (dB)', 'after', 'restored', 'after - before', 'restored - before')
-    return f'{format_table(header, rows)}\none in {curves.every} of the vectors was taken'
+    return f'{format_table(header, rows)}\nsampled one in {statistics.every} of the vectors'
 
 
-def write_figures(folder: Path, curves: LayerFigures, views: Views, severity: str) -> list[str]:
-    """Writes all figures as PNG and returns their names.
+def write_figures(folder: Path, statistics: LayerStatistics, views: ImageViews, severity: str) -> list[str]:
+    """Writes all figures as PNG files.
 
     Args:
-        folder: Where to.
-        curves: What was measured.
-        views: Of a few images.
-        severity: What was done to them, for the titles.
+        folder: Existing folder to write into.
+        statistics: Statistics of the layers, from ``Visualization.measure``.
+        views: ImageViews of a few images, from ``Visualization.look``.
+        severity: Corruption and its severity, for the titles.
+
+    Returns:
+        The names of the files.
     """
     figures = {
-        'signal_to_noise': draw_ratios(curves, severity),
-        'spectra': draw_spectra(curves, severity),
-        'embedding': draw_embedding(curves, severity),
+        'signal_to_noise': draw_ratios(statistics, severity),
+        'spectra': draw_spectra(statistics, severity),
+        'embedding': draw_embedding(statistics, severity),
         **{f'features_{i}': draw_features(views, i - 1, severity) for i in range(1, len(views) + 1)},
     }
     first = views[0]['before', 'clean']
@@ -61,13 +65,13 @@ def write_figures(folder: Path, curves: LayerFigures, views: Views, severity: st
     return [f'{name}.png' for name in figures]
 
 
-def draw_ratios(curves: LayerFigures, severity: str) -> Figure:
-    """Draws the signal-to-noise ratio over the layers."""
-    names = list(curves.types)
+def draw_ratios(statistics: LayerStatistics, severity: str) -> Figure:
+    """Plots the signal-to-noise ratio of every layer."""
+    names = list(statistics.types)
     figure = Figure(figsize=(max(6, 0.22 * len(names)), 4.5), layout='constrained')
     axes = figure.subplots()
     for key, style in zip(LABELS, ('o-', 's-', '^--'), strict=True):
-        values = [curves.ratios[key][name].decibels for name in names]
+        values = [statistics.ratios[key][name].decibels for name in names]
         axes.plot(values, style, color=COLOURS[key], label=LABELS[key], markersize=4, linewidth=1)
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
     axes.set(title=f'signal-to-noise ratio of the layers, {severity}', ylabel='SNR (dB)')
@@ -76,14 +80,14 @@ def draw_ratios(curves: LayerFigures, severity: str) -> Figure:
     return figure
 
 
-def draw_spectra(figures: LayerFigures, severity: str) -> Figure:
-    """Draws the variances along the principal axes of some layers' outputs."""
+def draw_spectra(statistics: LayerStatistics, severity: str) -> Figure:
+    """Plots the eigenvalues of the covariance of some layers' outputs."""
     layers = {
         name: {
-            ', '.join(variant): (torch.linalg.eigvalsh(figures.moments[variant][name].covariance).flatten(), colour)
+            ', '.join(variant): (torch.linalg.eigvalsh(statistics.moments[variant][name].covariance).flatten(), colour)
             for variant, colour in SETS.items()
         }
-        for name in figures.moments['before', 'clean']
+        for name in statistics.moments['before', 'clean']
     }
     figure = _spectra_grid(layers, 'variance (squared units of the feature)')
     figure.suptitle(f'spectra of the layers, {severity}')
@@ -91,18 +95,18 @@ def draw_spectra(figures: LayerFigures, severity: str) -> Figure:
 
 
 def _spectra_grid(layers: Mapping[str, Mapping[str, tuple[Tensor, Any]]], ylabel: str) -> Figure:
-    """Draws variances in descending order, a panel for each layer.
+    """Plots eigenvalues in descending order, one panel for each layer.
 
     Args:
-        layers: Layer, label: variances, and a colour.
-        ylabel: What the variances are.
+        layers: By layer and label: the eigenvalues, (C,), and a colour.
+        ylabel: Label of the axis of the eigenvalues.
     """
     columns = min(3, len(layers))
     rows = -(-len(layers) // columns)
     figure = Figure(figsize=(max(4.5, 3 * columns), 2.4 * rows + 0.7), layout='constrained')
     grid = figure.subplots(rows, columns, squeeze=False)
-    for axes, (name, curves) in zip(grid.flat, layers.items(), strict=False):
-        for (label, (values, colour)), style in zip(curves.items(), ('-', '--', ':'), strict=False):
+    for axes, (name, spectra) in zip(grid.flat, layers.items(), strict=False):
+        for (label, (values, colour)), style in zip(spectra.items(), ('-', '--', ':'), strict=False):
             values = values.sort(descending=True).values.cpu()
             axes.semilogy(values.clamp_min(values[0] * 1e-8), style, color=colour, label=label)
         axes.set_title(name, fontsize=8)
@@ -115,29 +119,29 @@ def _spectra_grid(layers: Mapping[str, Mapping[str, tuple[Tensor, Any]]], ylabel
 
 
 def draw_calibration(report: CalibrationReport, source: Mapping[str, Moments] | None = None) -> Figure:
-    """Draws the variances along the principal axes of up to nine layers, before and after a calibration.
+    """Plots the spectra of up to nine layers before and after a calibration.
 
     Args:
-        report: What was done.
-        source: Moments in the training domain, drawn beside them.
+        report: Report of the calibration.
+        source: Moments in the training domain by layer name; their spectra are added.
     """
     chosen = {layer.name: layer for layer in report.layers}
     layers: dict[str, dict[str, tuple[Tensor, Any]]] = {}
-    for name in pick(list(chosen), 9):
+    for name in pick_evenly(list(chosen), 9):
         layers[name] = {'these images': (chosen[name].before, None), 'corrected': (chosen[name].after, None)}
         if source:
             layers[name]['training domain'] = (torch.linalg.eigvalsh(source[name].covariance).flatten(), None)
     return _spectra_grid(layers, 'variance')
 
 
-def draw_embedding(curves: LayerFigures, severity: str) -> Figure:
-    """Draws the embeddings of the same images clean, corrupted, and corrupted for the model after, by t-SNE.
+def draw_embedding(statistics: LayerStatistics, severity: str) -> Figure:
+    """Plots a t-SNE of the embeddings: clean and corrupted images before, corrupted images after.
 
-    The titles say for how many corrupted images the nearest clean one, in all dimensions, is the same image.
+    The titles give the share of corrupted images whose nearest clean neighbour, in all dimensions, is the same image.
     """
     from sklearn.manifold import TSNE
 
-    sets = [curves.embeddings[variant].double() for variant in SETS]
+    sets = [statistics.embeddings[variant].double() for variant in SETS]
     count = len(sets[0])
     tsne = TSNE(init='pca', perplexity=min(30, count - 1), random_state=0)
     places = tsne.fit_transform(torch.cat(sets).numpy()).reshape(len(sets), count, 2)
@@ -145,27 +149,29 @@ def draw_embedding(curves: LayerFigures, severity: str) -> Figure:
     panels = figure.subplots(1, len(sets), sharex=True, sharey=True)
     for axes, points, values, variant in zip(panels, places, sets, SETS, strict=True):
         axes.scatter(*places[0].T, s=8, color='0.8')
-        colours = dict(color='tab:blue') if curves.labels is None else dict(c=np.ravel(curves.labels), cmap='tab10')
+        colours = (
+            dict(color='tab:blue') if statistics.labels is None else dict(c=np.ravel(statistics.labels), cmap='tab10')
+        )
         axes.scatter(*points.T, s=10, **colours)
         found = (torch.cdist(values, sets[0]).argmin(1) == torch.arange(count)).double().mean()
         note = f'{100 * found:.0f} % nearest to themselves, clean'
         axes.set_title(f'{", ".join(variant)}\n{note if variant[1] == "corrupted" else "the reference"}', fontsize=9)
         axes.set(xticks=[], yticks=[])
-    known = 'colours: classes' if curves.labels is not None else 'coloured: the images of this panel'
+    known = 'colours: classes' if statistics.labels is not None else 'coloured: the images of this panel'
     dots = [Line2D([], [], color=shade, marker='o', linestyle='') for shade in ('0.8', 'tab:blue')]
     figure.legend(dots, ['before, clean', known], loc='outside lower center', ncols=2, fontsize=8)
     figure.suptitle(f'{count} images, {severity}: last features of the backbone, t-SNE (no units)')
     return figure
 
 
-def draw_features(views: Views, number: int, severity: str) -> Figure:
-    """Draws the features of one image in up to four parts of the backbone.
+def draw_features(views: ImageViews, number: int, severity: str) -> Figure:
+    """Draws feature maps of one image in up to four stages of the backbone.
 
-    A map is the projection on the first principal component of the features of all shown images, clean, before; so the
-    four maps of a row have the same axis and the same scale.
+    A map is the projection of the features onto their first principal component. The component is computed from all
+    shown clean images in the model before, so the four maps of a row share axis and scale.
     """
     view = views[number]
-    stages = pick(list(view['before', 'clean'].stages), MOST_STAGES) if view['before', 'clean'].stages else []
+    stages = pick_evenly(list(view['before', 'clean'].stages), MOST_STAGES) if view['before', 'clean'].stages else []
     figure, grid = picture_grid([view['before', 'clean']] * (1 + len(stages)), len(VARIANTS))
     for axes, variant in zip(grid[0], VARIANTS, strict=True):
         show(axes, view[variant].image, ', '.join(variant))
@@ -186,13 +192,13 @@ def draw_features(views: Views, number: int, severity: str) -> Figure:
 
 
 def principal_axis(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns the mean, (C,), and the first principal axis, (C,), of features, (C, h, w) each."""
+    """Returns the mean, (C,), and the first principal axis, (C,), of feature maps of shape (C, h, w)."""
     vectors = torch.cat([x.flatten(1) for x in maps], 1)
     return vectors.mean(1), torch.linalg.eigh(torch.cov(vectors))[1][:, -1]
 
 
-def draw_attention(views: Views, severity: str) -> Figure:
-    """Draws the last attention over the images, in one scale for all."""
+def draw_attention(views: ImageViews, severity: str) -> Figure:
+    """Draws the attention of the last attention layer over the images, in one color scale."""
     highest = max(float(view[variant].attention.max()) for view in views for variant in VARIANTS)
     figure, grid = picture_grid([view['before', 'clean'] for view in views], len(VARIANTS))
     for i, view in enumerate(views):
@@ -208,8 +214,8 @@ def draw_attention(views: Views, severity: str) -> Figure:
     return figure
 
 
-def draw_predictions(views: Views, severity: str) -> Figure:
-    """Draws what the whole model predicts, side by side."""
+def draw_predictions(views: ImageViews, severity: str) -> Figure:
+    """Draws the predictions of both models on clean and corrupted images side by side."""
     figure, grid = picture_grid([view['before', 'clean'] for view in views], len(VARIANTS))
     for i, view in enumerate(views):
         for axes, variant in zip(grid[i], VARIANTS, strict=True):
@@ -219,14 +225,14 @@ def draw_predictions(views: Views, severity: str) -> Figure:
 
 
 def picture_grid(rows: Sequence[ImageView], columns: int) -> tuple[Figure, Any]:
-    """Returns a figure with as many rows as images, as high as they are, and its axes."""
+    """Returns a figure and its axes, one row for each image; the height of a row follows the aspect ratio."""
     heights = [view.image.shape[0] / view.image.shape[1] for view in rows]
     figure = Figure(figsize=(WIDTH * columns + 1, WIDTH * sum(heights) + 0.9), layout='constrained')
     return figure, figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
 
 
 def show(axes: Any, picture: np.ndarray, title: str = '', **options: Any) -> Any:
-    """Draws one picture without ticks."""
+    """Draws one picture without ticks and returns it."""
     if title:
         axes.set_title(title, fontsize=8)
     axes.set(xticks=[], yticks=[])

@@ -1,4 +1,4 @@
-"""Files of images in a folder."""
+"""Finds the image files of a folder."""
 
 import os
 import sys
@@ -12,20 +12,20 @@ from ..core import InputError
 from ..core.utils.errors import printable
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
-"""Names of images in a folder, in small or capital letters; a config may name others (``img_suffix``)."""
+"""Suffixes of image files, in lower or upper case; a config may add others (``img_suffix``)."""
 
 
 def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
-    """Returns the paths of all images in a folder and the folders in it, also behind links, sorted.
+    """Returns the sorted paths of all images in a folder and its subfolders; links are followed.
 
-    Hidden files and folders, and files of other suffixes, are left out; one line on stderr counts them.
+    Hidden files and folders, and files with other suffixes, are left out; one line on stderr counts them.
 
     Args:
         folder: The folder.
-        suffixes: Ends of the names of images, in lower case.
+        suffixes: Suffixes of image files, in lower case.
 
     Raises:
-        InputError: It is no folder, can't be listed, has no images, or one of them is no file.
+        InputError: The folder does not exist, can't be listed or has no images, or an image is not a file.
     """
     if not os.path.isdir(folder):
         raise InputError(f'{folder} is not a folder')
@@ -36,7 +36,7 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path
             left_out['hidden'] += 1
         elif not entry.name.lower().endswith(suffixes):
             left_out[Path(entry.name).suffix.lower() or 'without a suffix'] += 1
-        elif not entry.is_file():  # a pipe would be waited for
+        elif not entry.is_file():  # reading a pipe would block
             link = f' but a link to {os.readlink(entry.path)}' if entry.is_symlink() else ''
             raise InputError(f'{entry.path} is not a file{link}; remove it, or rename it')
         else:
@@ -51,8 +51,20 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path
     return sorted(paths)
 
 
+def check_outside(target: Path, folder: Path) -> None:
+    """Refuses to write into a folder of images, where the next run would read the file as an image.
+
+    Raises:
+        InputError: The target lies in the folder, or in one of its subfolders.
+    """
+    if folder.resolve() in target.resolve().parents:
+        raise InputError(
+            f'{target} lies among the images, so the next run would read it too; name a path outside of {folder}'
+        )
+
+
 def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[os.DirEntry]:
-    """Yields all but folders that are not hidden; a link to a folder above itself is not followed."""
+    """Yields the entries of a folder and its visible subfolders; a link to a folder above itself is not followed."""
     try:
         about = os.stat(folder)
         here = about.st_dev, about.st_ino
@@ -66,4 +78,4 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[os.DirEnt
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith('.') or name == '@eaDir'  # thumbnails of network drives
+    return name.startswith('.') or name == '@eaDir'  # thumbnails of Synology drives

@@ -1,4 +1,4 @@
-"""Fuses a checkpoint file, and verifies that the fused backbone computes what the denoised one does."""
+"""Fuses a checkpoint file and verifies that the fused and the denoised backbone have the same outputs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +12,7 @@ from ..core.files.atomic import check_output
 from ..core.files.checkpoint import write_atomically
 from ..core.files.content import open_checkpoint
 from ..core.files.fused import fuse_content
+from ..core.utils.randomness import random_images
 from ..engine.backbone import denoised_backbones
 from .errors import ConfigError
 from .model import build_model, load_strictly
@@ -25,21 +26,22 @@ def fuse_file(
     overwrite: bool = False,
     allow_pickle: bool = False,
 ) -> tuple[FusedCheckpoint, dict[str, Verification]]:
-    """Folds the denoisers of a checkpoint file into its weights, and compares both in the models of a config.
+    """Folds the denoisers of a checkpoint file into its weights, and verifies the result.
 
     Args:
-        source: Checkpoint of a training run with DenoiseRep.
+        source: Checkpoint of a training with DenoiseRep.
         target: File to write; it loads into the config without denoising.
-        cfg: Config of that run, to verify with; None compares nothing.
+        cfg: Config of the training, to verify with; None skips the verification.
         overwrite: Whether the target may exist.
         allow_pickle: See :func:`mmdenoiserep.core.read_checkpoint`.
 
     Returns:
-        What was fused; how far fused and unfused backbones are apart on two random images, by name of the backbone.
+        The report of the fusion; the differences of :func:`verify_weights`, empty without a config.
 
     Raises:
         CheckpointError: The file can't be read, fused or written, does not fit the config, or the outputs differ.
         ConfigError: The config has no DenoiseRepBackbone.
+        FusionError: The backbone returns no tensor that could be compared.
 
     Example:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist_denoiserep.py')
@@ -59,24 +61,31 @@ def fuse_file(
 def verify_weights(
     cfg: Config, denoised: Mapping[str, Tensor], fused: Mapping[str, Tensor], source: str
 ) -> dict[str, Verification]:
-    """Loads two state dicts into the models of a config and compares their backbones on two random images.
+    """Loads a denoised and a fused state dict into the models of a config and compares the outputs of their backbones.
 
-    What the state dicts do not hold (all but the LoRA weights, in those of a LoRA model) is the same in both models.
+    The inputs are two random images. Parameters that the state dicts lack (those of LoRA models hold only the LoRA
+    weights) are equal in both models.
 
     Args:
         cfg: Config with DenoiseRepBackbone.
         denoised: State dict with denoisers.
-        fused: State dict without them.
+        fused: State dict without denoisers.
         source: Path of the checkpoint, for messages.
 
     Returns:
-        How far the outputs are apart, by name of the backbone.
+        The differences of the outputs by name of the backbone.
 
     Raises:
-        CheckpointError: The names or shapes do not fit the config, a backbone did not run when it was converted, or a
-            difference is beyond the tolerance.
+        CheckpointError: Names or shapes do not fit the config, a backbone does not run on images of its
+            ``image_size``, or a difference exceeds the tolerance.
         ConfigError: The config has no DenoiseRepBackbone.
-        FusionError: There is nothing to compare in what a backbone returns.
+        FusionError: A backbone returns no tensor that could be compared.
+
+    Example:
+        >>> cfg = load_config('configs/demo/vit_fashion-mnist_denoiserep.py')
+        >>> denoised = build_model(cfg).state_dict()
+        >>> verify_weights(cfg, denoised, fuse_state_dict(denoised), 'denoised.pth')['backbone'].ok
+        True
     """
     model = build_model(cfg)
     if not any(denoised_backbones(model)):
@@ -87,8 +96,7 @@ def verify_weights(
     load_strictly(vanilla, fused, source, 'vanilla')
     differences = {}
     for name, backbone, record in denoised_backbones(model):
-        dtype = next(backbone.parameters()).dtype
-        images = torch.randn((2, *record.image_shape[1:]), generator=torch.Generator().manual_seed(0)).to(dtype)
+        images = random_images((2, *record.image_shape[1:])).to(next(backbone.parameters()).dtype)
         if reason := record.report.probe_failure:
             raise CheckpointError(
                 f'{name} does not run on images of {tuple(images.shape[1:])} ({reason}); '
@@ -104,7 +112,7 @@ def verify_weights(
 
 @torch.no_grad()
 def _copy_values(source: nn.Module, target: nn.Module) -> None:
-    """Copies the parameters and buffers that two models have under the same names, whatever their state dicts hold."""
+    """Copies all parameters and buffers with the same name and shape, also those that a state dict leaves out."""
     values = dict((*source.named_parameters(), *source.named_buffers()))
     for name, value in (*target.named_parameters(), *target.named_buffers()):
         if name in values and values[name].shape == value.shape:

@@ -1,8 +1,8 @@
-"""Images of a config without their annotations: of one of its data sets, or of a folder.
+"""Reads the images of a data set of a config, or of a folder, without annotations.
 
-Every image takes the config's own way to the model: its data sets with what wraps them, its loading step, its test
-pipeline. Left out are the steps that load annotations, and for training images the augmentation: they go through the
-test pipeline. ``RepeatDataset`` counts each image once; every other wrapper keeps its images as they are.
+Images go through the config's own data set, wrappers and test pipeline. Transforms that load annotations are skipped.
+Training images go through the test pipeline too, so they are not augmented. ``RepeatDataset`` yields each image once;
+all other wrappers are kept.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from ..core.method import probe
 from ..core.utils.errors import printable
 from ..engine.backbone import CHANNELS
 from .backbones import backbone_configs
-from .errors import is_from_user
+from .errors import config_name, is_from_user
 from .folders import SUFFIXES, find_images
 
 ANNOTATIONS = {
@@ -44,26 +44,26 @@ ANNOTATIONS = {
     'LoadEmptyAnnotations',
     'LoadProposals',
 }
-"""The steps of the libraries that load nothing but annotations; what inherits from one counts as well."""
+"""The transforms of the libraries that load only annotations; their subclasses count too."""
 LIBRARIES = ('mmcv.', 'mmdet.', 'mmengine.', 'mmpretrain.', 'mmseg.')
 COLOR_TYPES = {1: 'grayscale', 3: 'color', 4: 'unchanged'}
-"""How a file is read for a model that takes so many channels, where no step of the pipeline loads."""
+"""Input channels of the model: the ``color_type`` to read files with if no transform of the pipeline loads them."""
 RGB = 'CIFAR10'
-"""The data set of the libraries, with those that inherit from it, which brings arrays in RGB order, not BGR."""
-HELD = 4
-"""Batches of images of other sizes that wait for more of their size, at most."""
+"""The data set class of the libraries that gives RGB arrays; all others give BGR. Its subclasses count too."""
+MAX_WAITING = 4
+"""Largest number of batches that may wait until more images of their size come."""
 
 Change = Callable[[np.ndarray, int], np.ndarray]
-"""Takes an image as it was loaded, (H, W, C) or (H, W), and its number; returns what the pipeline goes on with."""
+"""A function of a loaded image, (H, W, C) or (H, W), and its index; returns the image for the other transforms."""
 
 
 @dataclass
 class NoImage:
-    """Stands for an image that could not be had; it comes out of a worker process as it is, unlike an exception.
+    """Placeholder for an image that can't be read; unlike an exception, it leaves a worker process unchanged.
 
     Attributes:
-        sentence: Names the image and says why.
-        left_out: Whether the config's own pipeline or data set leaves it out, by returning None.
+        sentence: Message that names the image and the reason.
+        left_out: Whether the config's own pipeline or data set leaves the image out by returning None.
     """
 
     sentence: str
@@ -71,24 +71,24 @@ class NoImage:
 
 
 class _Missing(Exception):
-    """Leaves a data set in place of an image; None if the data set left it out without a reason."""
+    """Raised inside a data set instead of returning an image; ``image`` is None if there is no reason."""
 
     def __init__(self, image: NoImage | None = None) -> None:
         self.image = image
 
 
 class _NotLoaded(_Missing):
-    """Says that no step of a pipeline loads an image."""
+    """Raised where no transform of a pipeline loads the image."""
 
 
 @dataclass
-class _Reading:
-    """What is being read, for all pipelines of a data set.
+class _Request:
+    """The image that is being read, shared by all pipelines of a data set.
 
     Attributes:
-        index: Number of the image.
+        index: Index of the image.
         change: See :data:`Change`.
-        only_load: Whether to stop when the image is loaded.
+        only_load: Whether to stop as soon as the image is loaded.
     """
 
     index: int = 0
@@ -98,28 +98,32 @@ class _Reading:
 
 @dataclass
 class _Pipeline:
-    """Steps of a config from a path, or from what a data set brings, to a packed image, without annotations.
+    """A pipeline from the info of a data set, such as a path, to a packed image, without annotations.
 
-    A step loads the image if ``img`` or ``inputs`` is there after it and was not before: its name does not matter.
+    A transform of any name counts as the loading one if it adds ``img`` or ``inputs``.
 
     Attributes:
-        steps: The steps.
-        reading: See there.
-        loader: Is put in front, at the first image, if nothing comes out without it.
+        steps: The transforms.
+        request: The image that is being read.
+        loader: Transform that is put first if the first image can't be packed without it.
     """
 
     steps: list[Callable]
-    reading: _Reading
+    request: _Request
     loader: Callable | None = None
 
     def __call__(self, info: dict[str, Any]) -> Any:
-        """Returns the packed image; raises :class:`_Missing` if it can't be read or is left out."""
+        """Returns the packed image.
+
+        Raises:
+            _Missing: The image can't be read, or is left out.
+        """
         if self.loader is None:
             return self._run(info, self.steps)
         steps = self.steps
         try:
             results = self._run(dict(info), steps)
-        except Exception as error:  # a step that wants an image, where none loads one, may fail in any way
+        except Exception as error:  # without a loaded image a transform may fail in any way
             if isinstance(error, _Missing) and (error.image is None or error.image.left_out):
                 raise
             failure = error
@@ -132,17 +136,17 @@ class _Pipeline:
                 if isinstance(failure, _NotLoaded):
                     raise
             if results is None:
-                raise failure  # the loader in front is no remedy
+                raise failure  # the loader does not help
         self.steps, self.loader = steps, None
         return results
 
     def _run(self, results: Any, steps: Sequence[Callable]) -> Any:
-        name = results.get('img_path', f'image {self.reading.index} of the data set')
+        name = results.get('img_path', f'image {self.request.index} of the data set')
         loaded = _has_image(results)
         if loaded:
             results = self._change(results, name)
         for step in steps:
-            if loaded and self.reading.only_load:
+            if loaded and self.request.only_load:
                 break
             if _loads_annotations(step) and (loaded or _is_of_library(step)):
                 continue
@@ -151,7 +155,7 @@ class _Pipeline:
             except Exception as error:  # the steps of the libraries fail in many ways
                 is_file = not loaded and (isinstance(error, OSError) or _is_broken(name))
                 if is_from_user(error) and not is_file:
-                    raise  # a slip in the user's own step: they want the traceback
+                    raise  # a bug in the user's own transform: they want the traceback
                 what = f'is refused by {type(step).__name__}' if loaded else 'cannot be read'
                 raise _Missing(NoImage(f'{name} {what} ({type(error).__name__}: {error})')) from None
             if results is None:
@@ -166,13 +170,13 @@ class _Pipeline:
         return results
 
     def _change(self, results: dict[str, Any], name: str) -> dict[str, Any]:
-        if self.reading.change is None:
+        if self.request.change is None:
             return results
         if not isinstance(results.get('img'), np.ndarray):
             kind = f'img is a {type(results["img"]).__name__}' if 'img' in results else 'there is no img'
-            raise _Missing(NoImage(f'{name} is loaded as no array that could be changed ({kind}); load one under img'))
+            raise _Missing(NoImage(f'{name} can only be changed as an array under img ({kind})'))
         try:
-            return results | dict(img=self.reading.change(results['img'], self.reading.index))
+            return results | dict(img=self.request.change(results['img'], self.request.index))
         except InputError as error:
             raise _Missing(NoImage(f'{name}: {error}')) from None
 
@@ -180,20 +184,25 @@ class _Pipeline:
 class Images(Dataset):
     """Packed images of a data set, without annotations and augmentation.
 
+    Indexing gives a dict with ``inputs``, a (C, H, W) tensor, and ``data_samples``; or a :class:`NoImage`.
+
     Args:
-        dataset: Gives them by number, through a :class:`_Pipeline` or as its own code packs them.
-        reading: That of its pipelines.
-        what: What they are images of, for messages.
+        dataset: Data set of packed images, through a :class:`_Pipeline` or by its own code.
+        request: The request that its pipelines share.
+        what: Name of the data set, for messages.
 
     Attributes:
-        is_rgb: Whether three channels are in RGB order after loading, not BGR.
+        is_rgb: Whether the channels of a loaded image are in RGB order, not BGR.
+
+    Raises:
+        InputError: The data set is empty.
     """
 
-    def __init__(self, dataset: Any, reading: _Reading, what: str) -> None:
+    def __init__(self, dataset: Any, request: _Request, what: str) -> None:
         if not len(dataset):
             raise InputError(f'{what} is empty')
         self.dataset = dataset
-        self.reading = reading
+        self.request = request
         self.what = what
         self.change: Change | None = None
         self.is_rgb = False
@@ -216,10 +225,10 @@ class Images(Dataset):
         )
 
     def load(self, index: int) -> np.ndarray:
-        """Returns an image as its loading step gives it, (H, W, C) or (H, W).
+        """Returns a loaded image before all other transforms, (H, W, C) or (H, W), in the dtype of the file.
 
         Raises:
-            InputError: It can't be read, or is left out.
+            InputError: The image can't be read, or the config leaves it out.
         """
         results = self._read(index, only_load=True)
         if isinstance(results, NoImage):
@@ -229,25 +238,25 @@ class Images(Dataset):
         return results['img']
 
     def info(self, index: int) -> dict[str, Any]:
-        """Returns what the data set knows of an image (``img_path``, ``gt_label`` ...); empty where it can't say."""
+        """Returns the info of an image (``img_path``, ``gt_label``, ...); empty if the data set has none."""
         return _info(self.dataset, index)
 
     def after_loading(self, change: Change) -> 'Images':
-        """Returns the same images, each changed right after it was loaded: ``change(image, index)``.
+        """Returns the same images, each changed right after loading by ``change(image, index)``.
 
         Raises:
-            InputError: The data set has no pipeline, in which that could be done.
+            InputError: The data set has no pipeline.
         """
         if not any(isinstance(value, _Pipeline) for part in _parts(self.dataset) for value in vars(part).values()):
             raise InputError(
-                f'{self.what} ({type(self.dataset).__name__}) has no pipeline, so nothing can be put in it'
+                f'{self.what} ({type(self.dataset).__name__}) has no pipeline, so its images cannot be changed'
             )
         changed = copy.copy(self)
         changed.change = change
         return changed
 
     def _read(self, index: int, only_load: bool) -> Any:
-        self.reading.index, self.reading.change, self.reading.only_load = index, self.change, only_load
+        self.request.index, self.request.change, self.request.only_load = index, self.change, only_load
         image = None
         try:
             image = self.dataset[index]
@@ -259,29 +268,28 @@ class Images(Dataset):
         return image
 
 
-class Folder(Images):
-    """Images of files, packed by the test pipeline of a config.
+class FolderImages(Images):
+    """Image files, packed by the test pipeline of a config.
 
     Args:
         cfg: The config.
-        paths: The files.
-        color_type: How they are read where no step of the pipeline does it (CUHK-03's and MNIST's start from arrays):
-            ``'color'``, ``'grayscale'``, ``'unchanged'``; None refuses that.
+        paths: Paths of the files.
+        color_type: ``'color'``, ``'grayscale'`` or ``'unchanged'``: how to load a file if no transform of the pipeline
+            does (the data sets of CUHK-03 and MNIST start from arrays); None refuses such a pipeline.
     """
 
     def __init__(self, cfg: Config, paths: Sequence[Path], color_type: str | None = 'color') -> None:
-        reading = _Reading()
+        request = _Request()
         with _scope(cfg):
-            datasets = _test_datasets(cfg)
-            is_rgb = all(map(_brings_rgb, datasets))
+            is_rgb = all(map(_gives_rgb, _test_datasets(cfg)))
             loader = _FileLoader(color_type, is_rgb) if color_type else None
-            pipeline = _Pipeline(_steps_of(datasets), reading, loader)
-        super().__init__(_Files(paths, pipeline), reading, 'the folder')
+            pipeline = _Pipeline(_test_steps(cfg), request, loader)
+        super().__init__(_Files(paths, pipeline), request, 'the folder')
         self.is_rgb = is_rgb
 
 
 class _FileLoader(LoadImageFromFile):
-    """Loads a file as the arrays of the test data set are, in their order of colours."""
+    """Loads a file with the channel order of the test data set's arrays."""
 
     def __init__(self, color_type: str, is_rgb: bool) -> None:
         super().__init__(color_type=color_type)
@@ -309,26 +317,26 @@ class _Files:
         return dict(img_path=str(self.paths[index]), img_id=index, sample_idx=index)
 
 
-class Unlabelled(Images):
-    """Images of a data set in a config: those for tests through their own pipeline, the training images as them.
+class DatasetImages(Images):
+    """Images of a data set of a config; training images go through the test pipeline.
 
     Args:
         cfg: The config.
         split: ``'train'``, ``'val'`` or ``'test'``.
 
     Raises:
-        InputError: There is no such data set, it can't be read, or is empty.
+        InputError: The config has no such data set, or it can't be read, or is empty.
     """
 
     def __init__(self, cfg: Config, split: str) -> None:
-        what = f'the data set of {split}_dataloader'
-        reading = _Reading()
+        what = f'the data set of {split}_dataloader in {config_name(cfg)}'
+        request = _Request()
         with _scope(cfg):
             configs = datasets_of(cfg, split)
-            steps = _steps_of(_test_datasets(cfg)) if split == 'train' else None
-            parts = [_build(config, steps, reading, what) for config in configs]
-            is_rgb = all(map(_brings_rgb, configs))
-        super().__init__(parts[0] if len(parts) == 1 else ConcatDataset(parts), reading, what)
+            steps = _test_steps(cfg) if split == 'train' else None
+            parts = [_build(config, steps, request, what) for config in configs]
+            is_rgb = all(map(_gives_rgb, configs))
+        super().__init__(parts[0] if len(parts) == 1 else ConcatDataset(parts), request, what)
         self.is_rgb = is_rgb
 
 
@@ -339,39 +347,48 @@ def open_images(
     model: nn.Module | None = None,
     after_loading: Change | None = None,
 ) -> Images:
-    """Returns the images of a config, without annotations.
+    """Returns the images of a data set or a folder, packed by the test pipeline of a config, without annotations.
 
     Args:
         cfg: The config.
-        split: Which of its data sets: ``'train'``, ``'val'`` or ``'test'``.
-        folder: A folder of images instead, read as the test pipeline of the config reads.
-        model: The model, whose channels a folder is read in where no step of that pipeline loads.
-        after_loading: Changes every image right after it was loaded, see :data:`Change`.
+        split: Data set of the config: ``'train'``, ``'val'`` or ``'test'``.
+        folder: Folder of images to read instead of the data set; its subfolders are searched too.
+        model: Model that takes the images; its number of channels decides how the files of a folder are read if no
+            transform of the test pipeline loads them. None means 3 channels.
+        after_loading: Function that changes every image right after loading, see :data:`Change`.
+
+    Returns:
+        A data set of dicts with ``inputs``, a (C, H, W) tensor, and ``data_samples``.
 
     Raises:
-        InputError: There are no such images, or the config has no way to them.
+        InputError: There are no images, they can't be read, or the config has no single test pipeline.
+
+    Example:
+        >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
+        >>> images = open_images(cfg, 'train')
+        >>> images[0]['inputs'].shape
+        torch.Size([1, 28, 28])
     """
     images: Images
     if folder is None:
-        images = Unlabelled(cfg, split)
+        images = DatasetImages(cfg, split)
     else:
         channels = image_channels(cfg, model) if model else 3
-        images = Folder(cfg, find_images(folder, _suffixes(cfg)), COLOR_TYPES.get(channels))
+        images = FolderImages(cfg, find_images(folder, _suffixes(cfg)), COLOR_TYPES.get(channels))
     return images.after_loading(after_loading) if after_loading else images
 
 
 class Batches:
-    """Preprocessed images for a backbone, read anew in every pass.
+    """Batches of preprocessed images for a backbone, read again in every pass.
 
     Args:
-        model: The model, whose ``data_preprocessor`` normalises and pads.
+        model: The model; its ``data_preprocessor`` normalises and pads.
         dataset: Packed images.
-        batch_size: Images of one size at a time.
-        workers: Processes that read.
+        batch_size: Largest number of images in a batch; all images of a batch have one size.
+        workers: Number of reading processes; 0 reads in this process.
 
     Attributes:
-        order: Numbers in the data set of the images that the last pass gave, in its order: those of one size come
-            together.
+        order: Indices of the images of the last pass, in the order of the batches.
         left_out: A sentence for each image that the config leaves out.
     """
 
@@ -387,7 +404,7 @@ class Batches:
         """Yields batches, (B, C, H, W).
 
         Raises:
-            InputError: An image can't be read, or all are left out.
+            InputError: An image can't be read, or the config leaves out all images.
         """
         waiting: dict[tuple[int, ...], list[tuple[int, Any]]] = {}
         self.order = []
@@ -402,7 +419,7 @@ class Batches:
                 waiting.setdefault(shape, []).append((number, item))
                 if len(waiting[shape]) == self.batch_size:
                     yield self._batch(waiting.pop(shape))
-                elif sum(map(len, waiting.values())) > HELD * self.batch_size:
+                elif sum(map(len, waiting.values())) > MAX_WAITING * self.batch_size:
                     yield self._batch(waiting.pop(max(waiting, key=lambda shape: len(waiting[shape]))))
         for same in waiting.values():
             yield self._batch(same)
@@ -420,23 +437,30 @@ class Batches:
         self.order += [number for number, _ in same]
         packed: Any = pseudo_collate([item for _, item in same])
         images = self.preprocessor(packed)['inputs']
-        if not isinstance(images, Tensor):  # that of self-supervised models takes a list for views of one image
+        if not isinstance(images, Tensor):  # self-supervised models take a list as the views of one image
             images = self.preprocessor(packed | dict(inputs=torch.stack(packed['inputs'])))['inputs']
         return images
 
 
-def spread(dataset: Dataset, count: int, rank: int = 0, world: int = 1) -> Subset:
-    """Returns ``count`` images, evenly over a data set that may be sorted by class, and of them one process's share."""
+def take_evenly(dataset: Dataset, count: int, rank: int = 0, world: int = 1) -> Subset:
+    """Returns the share of one process in ``count`` images at even distances in a data set.
+
+    Args:
+        dataset: The data set; it may be sorted by class.
+        count: Number of images in all processes; a smaller data set gives all it has.
+        rank: Rank of the process.
+        world: Number of processes.
+    """
     total = len(dataset)  # type: ignore[arg-type]
     chosen = np.linspace(0, total, min(count, total), endpoint=False).astype(int)
     return Subset(dataset, chosen[rank::world].tolist())
 
 
 def image_channels(cfg: Config, model: nn.Module) -> int:
-    """Returns how many channels the images of a model have.
+    """Returns the number of channels of a model's images.
 
-    In this order: ``in_channels`` of the backbone, in the config or by default; the length of the ``mean`` that the
-    config normalises with, if it is more than one; what the first convolution of the model takes, up to four; three.
+    The first that is known of: ``in_channels`` of the backbone, in the config or by default; the length of the
+    preprocessor's ``mean``, if it is more than 1; the input channels of the model's first convolution, up to 4; 3.
     """
     arguments = backbone_arguments(cfg)
     for key in CHANNELS:
@@ -448,15 +472,15 @@ def image_channels(cfg: Config, model: nn.Module) -> int:
 
 
 def backbone_arguments(cfg: Config) -> dict[str, Any]:
-    """Returns what the backbone of a config is built with, without denoising: what it says, and what is the default.
+    """Returns the arguments of the first backbone of a config, with defaults, without ``DenoiseRepBackbone``.
 
-    Of a backbone that the config does not call one (in the list of mmpretrain's retriever) nothing is known.
+    Empty if the config calls no part a backbone (mmpretrain's retriever has its backbone in a list).
     """
     try:
         config = next(iter(backbone_configs(cfg.model).values()))
     except InputError:
         return {}
-    while isinstance(config.get('backbone'), Mapping):  # DenoiseRepBackbone around it
+    while isinstance(config.get('backbone'), Mapping):  # it is a DenoiseRepBackbone
         config = config['backbone']
     kind = config['type']
     if isinstance(kind, str):
@@ -467,29 +491,29 @@ def backbone_arguments(cfg: Config) -> dict[str, Any]:
 
 
 def datasets_of(cfg: Config, split: str) -> list[Any]:
-    """Returns the data sets of a split, each a config or a built object: one, or those of a list.
+    """Returns the data sets of a split, each a config or a built object.
 
     Args:
         cfg: The config; its data loader may be a list, or built already.
         split: ``'train'``, ``'val'`` or ``'test'``.
 
     Raises:
-        InputError: There is none.
+        InputError: The config has no data set for the split.
     """
     loaders = cfg.get(f'{split}_dataloader')
     if not loaders:
-        raise InputError(f'the config has no {split}_dataloader')
+        raise InputError(f'{config_name(cfg)} has no {split}_dataloader')
     datasets: list[Any] = []
     for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
         dataset = loader.get('dataset') if isinstance(loader, Mapping) else getattr(loader, 'dataset', None)
         if dataset is None:
-            raise InputError(f'the {split}_dataloader of the config has no dataset')
+            raise InputError(f'the {split}_dataloader in {config_name(cfg)} has no dataset')
         datasets += dataset if isinstance(dataset, list | tuple) else [dataset]
     return datasets
 
 
 def leaves(dataset: Any) -> Iterator[Any]:
-    """Yields what a data set is made of, below all that wraps it: the parts of its config, or built objects."""
+    """Yields the data sets inside all wrappers of a data set: configs, or built objects."""
     inner = _inner(dataset)
     if not inner:
         yield dataset
@@ -498,14 +522,14 @@ def leaves(dataset: Any) -> Iterator[Any]:
 
 
 def _inner(dataset: Any) -> list[Any]:
-    """Returns the data sets that a config of a data set, or a built one, holds."""
+    """Returns the data sets that the config of a data set, or a built data set, wraps."""
     return [
-        part for parts in _held(dataset).values() for part in (parts if isinstance(parts, list | tuple) else [parts])
+        part for parts in _wrapped(dataset).values() for part in (parts if isinstance(parts, list | tuple) else [parts])
     ]
 
 
-def _held(dataset: Any) -> dict[str, Any]:
-    """Returns them by key or attribute, a data set or a list of some."""
+def _wrapped(dataset: Any) -> dict[str, Any]:
+    """Returns the wrapped data sets by key or attribute: each a data set, or a list of data sets."""
     if isinstance(dataset, dict):
         values, is_one = {key: value for key, value in dict.items(dataset) if key != 'pipeline'}, _is_config
     else:
@@ -521,12 +545,12 @@ def _is_config(value: Any) -> bool:
     if not isinstance(value, dict):
         return _is_built(value)
     kind = _kind(value)
-    return kind is not None and ('pipeline' in value or bool(_held(value)) or _is_kind(kind))
+    return kind is not None and ('pipeline' in value or bool(_wrapped(value)) or _is_kind(kind))
 
 
 def _kind(config: dict[str, Any]) -> Any:
-    """Returns what the config of a data set builds; None if no library has it."""
-    kind = config.get('type')  # in lazy configs the object
+    """Returns the class that the config of a data set builds; None if no registry has it."""
+    kind = config.get('type')  # lazy configs hold the class
     if isinstance(kind, str):
         with DATASETS.switch_scope_and_registry(config.get('_scope_')) as registry:
             kind = registry.get(kind)
@@ -545,37 +569,38 @@ def _test_datasets(cfg: Config) -> list[Any]:
     return datasets_of(cfg, 'test' if cfg.get('test_dataloader') or not cfg.get('val_dataloader') else 'val')
 
 
-def _steps_of(datasets: Sequence[Any]) -> list[Callable]:
-    """Returns the steps of the one pipeline that all of some data sets have.
+def _test_steps(cfg: Config) -> list[Callable]:
+    """Returns the transforms of the test pipeline, which all test data sets of a config share.
 
     Raises:
-        InputError: There is none, or there are several.
+        InputError: There is no pipeline, or there are several.
     """
+    datasets = _test_datasets(cfg)
     found: list[Any] = []
-    for steps in (steps for dataset in datasets for steps in _pipelines(dataset)):
+    for steps in (steps for dataset in datasets for steps in _pipelines(dataset, cfg)):
         if steps not in found:
             found.append(steps)
     if len(found) > 1:
         kind = _name(datasets[0]) if len(datasets) == 1 else 'a list'
         raise InputError(
-            f'the test data set of the config ({kind}) has parts with {len(found)} different pipelines, of which other '
-            'images can take but one; name one with --cfg-options test_dataloader.dataset=...'
+            f'the test data set of {config_name(cfg)} ({kind}) has parts with {len(found)} different pipelines, but '
+            'other images need a single one; choose it with --cfg-options test_dataloader.dataset=...'
         )
     return [TRANSFORMS.build(step) if isinstance(step, dict) else step for step in found[0]]
 
 
-def _pipelines(dataset: Any) -> Iterator[list[Any]]:
-    """Yields the steps of each leaf of a data set, with those of what wraps it behind them."""
+def _pipelines(dataset: Any, cfg: Config) -> Iterator[list[Any]]:
+    """Yields the pipeline of each inner data set, followed by the pipelines of its wrappers."""
     own = _own_steps(dataset)
     inner = _inner(dataset)
     if not inner and own is None and isinstance(dataset, dict):
         own = _own_steps(DATASETS.build(dataset))
     if not inner:
         if own is None:
-            raise InputError(f'the test data set of the config ({_name(dataset)}) has no pipeline')
+            raise InputError(f'the test data set ({_name(dataset)}) in {config_name(cfg)} has no pipeline')
         yield own
     for part in inner:
-        for steps in _pipelines(part):
+        for steps in _pipelines(part, cfg):
             yield steps + (own or [])
 
 
@@ -598,14 +623,14 @@ def _pipeline_name(dataset: Any) -> str | None:
     return next((name for name, value in values if isinstance(value, Compose | NestedCompose)), None)
 
 
-def _build(dataset: Any, steps: list[Callable] | None, reading: _Reading, what: str) -> Any:
-    """Returns a data set in which every leaf ends in a :class:`_Pipeline`.
+def _build(dataset: Any, steps: list[Callable] | None, request: _Request, what: str) -> Any:
+    """Returns a data set in which every inner data set has a :class:`_Pipeline`.
 
     Args:
-        dataset: Its config, or the built data set, which stays as it is.
-        steps: Those of the pipeline; None takes the steps of each leaf itself, and leaves what wraps it.
-        reading: For the pipelines.
-        what: For messages.
+        dataset: A config, or a built data set, which is not changed.
+        steps: Transforms of the pipelines, which replace those of the wrappers too; None keeps the data set's own.
+        request: The request that the pipelines share.
+        what: Name of the data set, for messages.
     """
     if isinstance(dataset, dict):
         try:
@@ -620,38 +645,38 @@ def _build(dataset: Any, steps: list[Callable] | None, reading: _Reading, what: 
             raise InputError(f'{what} cannot be read ({type(error).__name__}: {error})') from None
     while isinstance(dataset, RepeatDataset):
         dataset = dataset.dataset
-    return _with_pipeline(dataset, steps, reading)
+    return _with_pipeline(dataset, steps, request)
 
 
 def _once(dataset: Any, with_steps: bool) -> Any:
-    """Returns the config of a data set with each image once, and on demand without the steps of its pipelines."""
+    """Returns the config of a data set without ``RepeatDataset``, and if asked with empty pipelines."""
     if isinstance(dataset, list | tuple):
         return type(dataset)(_once(part, with_steps) for part in dataset)
     if not isinstance(dataset, dict):
         return dataset
-    held = {key: _once(value, with_steps) for key, value in _held(dataset).items()}
+    inner = {key: _once(value, with_steps) for key, value in _wrapped(dataset).items()}
     if _name(dataset).rpartition('.')[2] == RepeatDataset.__name__:
-        return held['dataset']
-    return ConfigDict(dataset, **held, **({} if with_steps or 'pipeline' not in dataset else dict(pipeline=[])))
+        return inner['dataset']
+    return ConfigDict(dataset, **inner, **({} if with_steps or 'pipeline' not in dataset else dict(pipeline=[])))
 
 
-def _with_pipeline(dataset: Any, steps: list[Callable] | None, reading: _Reading) -> Any:
-    """Returns the same data set with other pipelines, see :func:`_build`."""
+def _with_pipeline(dataset: Any, steps: list[Callable] | None, request: _Request) -> Any:
+    """Returns a copy of a built data set with other pipelines, see :func:`_build`."""
     if isinstance(dataset, list | tuple):
-        return type(dataset)(_with_pipeline(part, steps, reading) for part in dataset)
+        return type(dataset)(_with_pipeline(part, steps, request) for part in dataset)
     new = copy.copy(dataset)
-    held = _held(dataset)
-    for name, value in held.items():
-        setattr(new, name, _with_pipeline(value, steps, reading))
+    inner = _wrapped(dataset)
+    for name, value in inner.items():
+        setattr(new, name, _with_pipeline(value, steps, request))
     pipeline, own = _pipeline_name(dataset), _own_steps(dataset)
     if pipeline is None or own is None:
         return new
-    if held:
+    if inner:
         if steps is not None:
             setattr(new, pipeline, [])
         return new
-    setattr(new, pipeline, _Pipeline(own if steps is None else steps, reading))
-    if hasattr(new, 'prepare_data'):  # that of mmengine's data sets, which take another image where it returns None
+    setattr(new, pipeline, _Pipeline(own if steps is None else steps, request))
+    if hasattr(new, 'prepare_data'):  # where it returns None, mmengine's data sets take another image
         new.prepare_data = partial(_prepare, new.prepare_data)
     return new
 
@@ -663,7 +688,7 @@ def _prepare(prepare_data: Callable, index: int) -> Any:
 
 
 def _parts(dataset: Any) -> Iterator[Any]:
-    """Yields a built data set and all in it."""
+    """Yields a built data set and all data sets in it."""
     yield dataset
     for part in _inner(dataset):
         yield from _parts(part)
@@ -679,7 +704,7 @@ def _info(dataset: Any, index: int) -> dict[str, Any]:
 
 
 def _suffixes(cfg: Config) -> tuple[str, ...]:
-    """Returns the ends of the names of images: the usual ones, and those that the test data sets name."""
+    """Returns the usual suffixes of image files and those of the test data sets, in lower case."""
     found = list(SUFFIXES)
     with _scope(cfg):
         for leaf in (leaf for dataset in _test_datasets(cfg) for leaf in leaves(dataset)):
@@ -690,20 +715,20 @@ def _suffixes(cfg: Config) -> tuple[str, ...]:
 
 
 def _argument(leaf: Any, key: str) -> Any:
-    """Returns an argument of a data set: as its config or the built object has it, or the default of its class."""
+    """Returns an argument of a data set, from its config or the built object, or the default of its class."""
     if not isinstance(leaf, dict):
         return getattr(leaf, key, None)
     if leaf.get(key) is not None:
         return leaf[key]
     kind = _kind(leaf)
-    if isinstance(kind, type) and issubclass(kind, BaseDataset):  # its class may hand it to the one that it inherits
-        with contextlib.suppress(Exception):  # what is read of it is a default
+    if isinstance(kind, type) and issubclass(kind, BaseDataset):  # its class may pass it to the base class
+        with contextlib.suppress(Exception):  # then the default in the signature counts
             return getattr(DATASETS.build(dict(leaf, lazy_init=True, pipeline=[])), key, None)
     parameters = inspect.signature(kind).parameters if kind else {}
     return parameters[key].default if key in parameters else None
 
 
-def _brings_rgb(dataset: Any) -> bool:
+def _gives_rgb(dataset: Any) -> bool:
     kinds = [_kind(leaf) if isinstance(leaf, dict) else type(leaf) for leaf in leaves(dataset)]
     return all(any(base.__name__ == RGB for base in getattr(kind, '__mro__', ())) for kind in kinds)
 
@@ -714,7 +739,7 @@ def _name(dataset: Any) -> str:
 
 
 def _has_image(results: Any) -> bool:
-    """Whether an image is there, not the path of one."""
+    """Whether results hold an image, not only its path."""
     found = [results.get('img'), results.get('inputs')] if isinstance(results, dict) else []
     return any(value is not None and not isinstance(value, str | os.PathLike) for value in found)
 
@@ -728,7 +753,7 @@ def _loads_annotations(step: Callable) -> bool:
 
 
 def _is_broken(path: Any) -> bool:
-    """Whether a file is not there, is empty, or is a picture that can't be decoded."""
+    """Whether a file is missing, empty, or an image that can't be decoded."""
     if not isinstance(path, str) or '://' in path:
         return False
     if not os.path.isfile(path) or not os.path.getsize(path):

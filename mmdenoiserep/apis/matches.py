@@ -1,4 +1,4 @@
-"""Draws queries beside their nearest gallery images, from the file that ``ReIDMetric(matches_file=...)`` writes."""
+"""Draws queries and their nearest gallery images from a file of ``ReIDMetric(matches_file=...)``."""
 
 import json
 import random
@@ -15,29 +15,38 @@ from .pixels import to_rgb
 
 GREY, GREEN, RED = '0.45', '#2a9d3a', '#d1242f'
 WIDTH = 1.0
-"""Inches of an image."""
+"""Width of an image in inches."""
 
 
 def draw_matches(
     cfg: Config, path: str | Path, queries: int = 8, *, seed: int = 0, hardest: bool = False
 ) -> tuple[Figure, int]:
-    """Draws a row for each query, in a grey frame, with what was found for it, nearest first.
+    """Draws each query in a row with its nearest gallery images, nearest first.
 
-    A frame is green where the image shows the same identity, and red where it does not. Below an image stand its
-    squared distance, identity and camera.
+    The query has a grey frame, gallery images of the same identity a green one, and others a red one. The labels give
+    the average precision of a query, the squared distance of a gallery image, and identity and camera.
 
     Args:
         cfg: Config of the evaluation; its test data set has the images.
-        path: What ReIDMetric wrote.
-        queries: Number of queries.
-        seed: Of the random choice of queries.
-        hardest: Takes the queries with the lowest average precision instead.
+        path: File of ``ReIDMetric(matches_file=...)``.
+        queries: Number of queries to draw.
+        seed: Seed of the random choice of queries.
+        hardest: Whether to draw the queries with the lowest average precision instead.
 
     Returns:
-        The figure, and the number of queries in the file.
+        The figure; the number of queries in the file.
 
     Raises:
-        InputError: The file is none of ReIDMetric, or of another data set.
+        InputError: The file was not written by ReIDMetric, or belongs to another data set.
+
+    Example:
+        >>> options = ['test_evaluator.matches_file=matches.json', 'log_level=ERROR']
+        >>> cfg = load_config('configs/demo/vit_fashion-reid.py', options, launcher='none')
+        >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
+        >>> test(cfg, 'vit.pth')
+        Loads checkpoint by local backend from path: vit.pth
+        >>> figure, count = draw_matches(cfg, 'matches.json', queries=2)
+        >>> figure.savefig('matches.png')
     """
     entries = read_matches(Path(path))
     count = min(queries, len(entries))
@@ -50,7 +59,11 @@ def draw_matches(
 
 
 def read_matches(path: Path) -> list[dict[str, Any]]:
-    """Returns the queries of a file of ReIDMetric; raises InputError if it is none."""
+    """Returns the queries in a file of ``ReIDMetric(matches_file=...)``.
+
+    Raises:
+        InputError: The file can't be read, or was not written by ReIDMetric.
+    """
     try:
         entries = json.loads(path.read_text())
     except OSError as error:
@@ -72,12 +85,12 @@ def read_matches(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_images(cfg: Config, wanted: list[dict[str, Any]], path: Path) -> dict[int, Any]:
-    """Returns images by ``sample_idx``, (H, W, C) or (H, W), as the test data set of the config loads them.
+    """Returns the loaded images of the test data set by ``sample_idx``, (H, W, C) or (H, W).
 
     Args:
         cfg: The config.
-        wanted: Entries with ``sample_idx`` and ``img_path``.
-        path: The file that they come from.
+        wanted: Entries of the file with ``sample_idx`` and ``img_path``.
+        path: The file, for messages.
     """
     with config_at_fault(cfg.filename):
         dataset = open_images(cfg, 'test')
@@ -94,16 +107,14 @@ def _read_images(cfg: Config, wanted: list[dict[str, Any]], path: Path) -> dict[
                 f'{path} is of another data set: its image {index} is {name}, in the test data set it is {min(found)}'
             )
         if len(found) > 1:
-            raise InputError(
-                f'the test data set of the config has {len(found)} images of number {index}: {", ".join(sorted(found))}'
-            )
+            raise InputError(f'{dataset.what} has {len(found)} images of number {index}: {", ".join(sorted(found))}')
         if index not in images:
             images[index] = dataset.load(found[name])
     return images
 
 
 def _draw(entries: list[dict[str, Any]], images: dict[int, Any]) -> Figure:
-    """Returns the figure: a row for each query, as wide as its matches."""
+    """Returns the figure with one row for each query."""
     columns = 1 + max(len(entry['matches']) for entry in entries)
     ratio = max(images[entry['sample_idx']].shape[0] / images[entry['sample_idx']].shape[1] for entry in entries)
     size = (columns * WIDTH * 1.15, len(entries) * (WIDTH * ratio + 0.45))
@@ -122,7 +133,7 @@ def _draw(entries: list[dict[str, Any]], images: dict[int, Any]) -> Figure:
 
 
 def _show(axes: Any, entry: dict[str, Any], images: dict[int, Any], colour: str, figure: str) -> None:
-    """Draws an image in a frame, with a figure, its identity and its camera below."""
+    """Draws an image in a frame; the label below it has a figure, the identity and the camera."""
     axes.set_axis_on()
     axes.imshow(to_rgb(images[entry['sample_idx']]))
     axes.set(xticks=[], yticks=[])

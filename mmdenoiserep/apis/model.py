@@ -1,4 +1,4 @@
-"""Builds the model of a config and loads a checkpoint into it, strictly."""
+"""Builds the model of a config and loads a checkpoint strictly."""
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -17,16 +17,19 @@ from .errors import ConfigError, config_at_fault
 
 
 def build_model(cfg: Config, denoised: bool = True) -> nn.Module:
-    """Returns the model of a config in eval mode, with random weights, as mmengine's runner builds it.
-
-    It is built from a copy, for some models (DINO) write into their config, and would not be built a second time.
+    """Builds the model of a config as mmengine's runner does, in eval mode, with random weights.
 
     Args:
-        cfg: The config; it is not changed.
-        denoised: Whether to keep what DenoiseRepBackbone adds.
+        cfg: The config; it is not changed, though some models (DINO) write into the config they are built from.
+        denoised: Whether to keep ``DenoiseRepBackbone``; otherwise the vanilla model is built.
 
     Raises:
-        ConfigError: The config has no model, or names what can't be built.
+        ConfigError: The config has no model, or the model can't be built.
+
+    Example:
+        >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
+        >>> build_model(cfg)(torch.randn(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
     """
     with config_at_fault(cfg.filename):
         if not cfg.get('model'):
@@ -41,27 +44,31 @@ def build_model(cfg: Config, denoised: bool = True) -> nn.Module:
 def open_model(
     cfg: Config, checkpoint: str, *, denoisers: str = 'fold', allow_pickle: bool = False
 ) -> tuple[nn.Module, dict]:
-    """Returns the model of a config with the weights of a checkpoint, and the meta of the checkpoint.
+    """Builds the model of a config and loads a checkpoint into it.
 
     Args:
         cfg: The config.
         checkpoint: Path of the checkpoint.
-        denoisers: ``'fold'`` gives the vanilla model, into whose weights those of the file are folded; ``'refuse'`` the
-            same, of a file that has none; ``'keep'`` the denoised one, with denoisers of zero where the file has none.
+        denoisers: ``'fold'`` builds the vanilla model and folds the denoisers of the checkpoint into its weights;
+            ``'refuse'`` builds the vanilla model and refuses denoisers; ``'keep'`` builds the model as the config says,
+            with zero denoisers if the checkpoint has none.
         allow_pickle: See :func:`mmdenoiserep.core.read_checkpoint`.
 
     Returns:
-        The model, and ``meta`` as plain data; that of a vanilla model has the config without denoising.
+        The model in eval mode; ``meta`` of the checkpoint as plain data, for a vanilla model with the config without
+        denoising.
 
     Raises:
-        CheckpointError: The file can't be read, has denoisers that are refused, or does not fit.
-        FusionError: Its denoisers can't be folded in.
+        CheckpointError: The checkpoint can't be read or does not fit the config, or its denoisers are refused.
+        FusionError: The denoisers can't be folded.
         InputError: The model has no backbone.
 
     Example:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> model, meta = open_model(cfg, 'vit.pth')
+        >>> type(model).__name__
+        'ImageClassifier'
     """
     content = open_checkpoint(checkpoint, allow_pickle)
     if denoisers != 'keep':
@@ -85,26 +92,26 @@ def open_model(
 
 
 def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], path: str, kind: str) -> None:
-    """Loads a state dict that has exactly the names and shapes of a model.
+    """Loads a state dict whose names and shapes match the model exactly.
 
     Args:
         model: The model.
         weights: The state dict.
-        path: Its file, for the message.
-        kind: ``'denoised'`` or ``'vanilla'``, for the message.
+        path: Path of the checkpoint, for messages.
+        kind: ``'denoised'`` or ``'vanilla'``, for messages.
 
     Raises:
-        CheckpointError: The names or shapes differ.
+        CheckpointError: Names or shapes differ.
     """
-    known = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    expected = model.state_dict()  # of a model with LoRA, only a part of what it knows
+    known = named_values(model)
+    expected = model.state_dict()  # a model with LoRA leaves out some of its parameters
     may_differ = ('num_batches_tracked', EXTRA_STATE)
     missing = [name for name in expected if name not in weights and not name.endswith(may_differ)]
     unknown = [name for name in weights if name not in expected and name not in known and not name.endswith(may_differ)]
     if missing or unknown:
         raise CheckpointError(
-            f'{path} does not fit the {kind} model of the config, which {_describe(missing, "has", "besides")}; '
-            f'the file {_describe(unknown, "has", "besides")}{_about_statistics(missing)}'
+            f'{path} does not fit the {kind} model of the config, which {_describe(missing)}; '
+            f'the file {_describe(unknown)}{_about_statistics(missing)}'
         )
     for name, value in weights.items():
         shape = getattr(expected.get(name, known.get(name)), 'shape', None)
@@ -113,14 +120,19 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], path: str, ki
                 f'{path} does not fit the {kind} model of the config: {name} is {tuple(getattr(value, "shape", ()))} '
                 f'in the file and {tuple(shape or ())} in the model'
             )
-    # names and shapes are compared above, because some library models drop buffers of their own while loading
+    # names and shapes are compared above, because some models drop buffers while loading
     model.load_state_dict(weights, strict=False)
 
 
-def _describe(names: Sequence[str], has: str, besides: str) -> str:
+def named_values(model: nn.Module) -> dict[str, Tensor]:
+    """Returns all parameters and buffers of a model by name, shared ones under each of their names."""
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+
+def _describe(names: Sequence[str]) -> str:
     if not names:
-        return f'{has} nothing {besides}'
-    return f'{has} {len(names)} tensors {besides}: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}'
+        return 'has nothing besides'
+    return f'has {len(names)} tensors besides: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}'
 
 
 def _about_statistics(missing: Sequence[str]) -> str:
@@ -131,7 +143,7 @@ def _about_statistics(missing: Sequence[str]) -> str:
 
 
 def to_device(model: nn.Module, device: str | None = None) -> nn.Module:
-    """Moves a model to a device, by default to a GPU where there is one.
+    """Moves a model to a device, by default to the GPU, or the CPU without one.
 
     Raises:
         InputError: The device can't be used.
@@ -139,6 +151,6 @@ def to_device(model: nn.Module, device: str | None = None) -> nn.Module:
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         return model.to(device)
-    except Exception as error:  # a device of another kind may lack a module, or a driver
+    except Exception as error:  # the module or the driver of a device may be missing
         reason = str(error).split('\n')[0]
         raise InputError(f'--device {device} cannot be used ({reason})') from error

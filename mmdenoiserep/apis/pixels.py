@@ -1,4 +1,4 @@
-"""Pixels of image files as they are stored, and as people see them."""
+"""Reads and writes the stored pixels of image files, and converts pixels to RGB for display."""
 
 import re
 import warnings
@@ -17,7 +17,7 @@ from PIL import Image
 from ..core import InputError
 
 CHANNELS = {'L': 1, 'I': 1, 'I;16': 1, 'I;16B': 1, 'I;16L': 1, 'RGB': 3, 'RGBA': 4}
-"""Modes of Pillow whose pixels OpenCV reads and writes without a change, and their channels."""
+"""Channels of the Pillow modes whose pixels OpenCV reads and writes unchanged."""
 ODD_MODES = {
     'P': 'with a palette, as masks are',
     '1': 'with one bit a pixel',
@@ -25,7 +25,7 @@ ODD_MODES = {
     'LA': 'in grey with alpha',
 }
 ENCODERS = {'JPEG': '.jpg', 'MPO': '.jpg', 'PNG': '.png', 'BMP': '.bmp', 'PPM': '.pnm', 'TIFF': '.tif', 'WEBP': '.webp'}
-"""Format: what OpenCV calls it; it writes ``.pnm`` for grey images too."""
+"""The suffix that selects OpenCV's encoder, by Pillow's name of the format; ``.pnm`` writes grey images too."""
 BEST_JPEG = (
     cv2.IMWRITE_JPEG_QUALITY,
     100,
@@ -33,9 +33,9 @@ BEST_JPEG = (
     cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
 )
 OPENCV_LIMIT = 2**30
-"""Pixels of the largest image that OpenCV reads."""
+"""Number of pixels of the largest image that OpenCV reads."""
 ORIENTATION = 0x0112
-"""Tag of EXIF."""
+"""EXIF tag of the orientation."""
 
 
 @dataclass
@@ -43,10 +43,9 @@ class StoredImage:
     """An image file in memory.
 
     Attributes:
-        pixels: (H, W) or (H, W, C), uint8 or uint16, BGR or BGRA, in the order in which they are stored: not turned by
-            the orientation in EXIF.
-        encoder: Suffix by which OpenCV knows the format of the file, which need not be the suffix of its name.
-        segments: EXIF and colour profile of a JPEG file, as they are stored.
+        pixels: (H, W) or (H, W, C), uint8 or uint16, BGR or BGRA, not rotated by the EXIF orientation.
+        encoder: Suffix that selects OpenCV's encoder for the format of the file; the file may have another suffix.
+        segments: Raw EXIF and colour profile segments of a JPEG file.
     """
 
     pixels: NDArray[Any]
@@ -54,17 +53,21 @@ class StoredImage:
     segments: bytes = b''
 
     def encode(self, pixels: NDArray[Any]) -> bytes:
-        """Returns a file in the same format, JPEG at its best, with other pixels of the same shape and dtype."""
+        """Returns a file of the same format, JPEG at the best quality.
+
+        Args:
+            pixels: The new pixels, of the same shape and dtype.
+        """
         data = cv2.imencode(self.encoder, pixels, BEST_JPEG if self.encoder == '.jpg' else ())[1].tobytes()
         return data[:2] + self.segments + data[2:]
 
 
 def read_stored(path: Path) -> StoredImage:
-    """Reads an image file that can be written again without losing anything but what is done to it.
+    """Reads an image file that can be written again without loss, up to JPEG's own.
 
     Raises:
-        InputError: The file can't be read, or what it holds would not be kept: a palette, CMYK, floats, several pages,
-            an orientation outside of JPEG, another greatest value of PGM or PPM than that of its type.
+        InputError: The file can't be read, or writing would lose something: a palette, CMYK, floats, several pages, an
+            EXIF orientation outside of JPEG, a maximum value of PGM or PPM other than 255 or 65535.
     """
     try:
         data = path.read_bytes()
@@ -91,15 +94,15 @@ def read_stored(path: Path) -> StoredImage:
 
 
 def decode(path: Path, data: bytes, header: Any) -> NDArray[Any]:
-    """Returns the pixels of a file as they are stored, see :class:`StoredImage`.
+    """Returns the stored pixels of a file, see :class:`StoredImage`.
 
     Args:
-        path: Of the file; OpenCV does not get it, since a name that is no UTF-8 ends the process.
-        data: The file.
-        header: Of :func:`open_header`.
+        path: Path for messages; OpenCV crashes on a path that is not UTF-8.
+        data: Content of the file.
+        header: Result of :func:`open_header`.
 
     Raises:
-        InputError: The file is empty, broken, no image or too large.
+        InputError: The file is empty, broken, not an image or too large.
     """
     if not data:
         raise InputError(f'{path} cannot be read: it is empty; remove it')
@@ -116,12 +119,12 @@ def decode(path: Path, data: bytes, header: Any) -> NDArray[Any]:
 
 
 def greatest_of_pnm(data: bytes) -> int:
-    """Returns the greatest value that a PGM or PPM file states: the fourth word, with comments between the words."""
+    """Returns the maximum value in the header of a PGM or PPM file: the fourth word, comments skipped."""
     return int(re.match(rb'(?:(?:\s|#[^\n]*\n)*(\S+)){4}', data)[1])  # type: ignore[index]
 
 
 def open_header(data: bytes) -> Any:
-    """Returns the image file opened by Pillow, whose pixels are not read; None if Pillow does not know it."""
+    """Returns the image opened by Pillow without reading its pixels; None if Pillow can't open it."""
     try:
         with any_size(), warnings.catch_warnings(action='ignore'):
             return Image.open(BytesIO(data))
@@ -131,7 +134,7 @@ def open_header(data: bytes) -> Any:
 
 @contextmanager
 def any_size() -> Iterator[None]:
-    """Lets Pillow open images of any size, since a header alone is no danger."""
+    """Lifts Pillow's limit of the image size; reading only the header is safe."""
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -141,7 +144,7 @@ def any_size() -> Iterator[None]:
 
 
 def jpeg_segments(header: Any) -> bytes:
-    """Returns the segments of EXIF and of the colour profile of a JPEG file as they are stored."""
+    """Returns the raw EXIF and colour profile segments of a JPEG file."""
     kept = [
         (name, content)
         for name, content in header.applist
@@ -153,14 +156,13 @@ def jpeg_segments(header: Any) -> bytes:
 
 
 def to_rgb(image: NDArray[Any]) -> NDArray[np.uint8]:
-    """Returns an image as people see it: RGB, (H, W, 3), uint8.
+    """Returns an image for display: RGB, (H, W, 3), uint8.
 
-    Values of 8 bits stay. Others, whose range is not known, are drawn from 0 (or the least value, if that is negative)
-    to the greatest value of the image.
+    8-bit values are kept. Other values are scaled so that 0 (or a negative minimum) is black and the maximum is 255.
 
     Args:
-        image: (H, W) or (H, W, C), of any real dtype; three channels or four are BGR and BGRA, of other numbers but
-            one the first three are drawn, and of two the first.
+        image: (H, W) or (H, W, C), any real dtype. Three and four channels are BGR and BGRA; of two the first is shown,
+            of more than four the first three.
     """
     image = np.atleast_3d(image)
     image = image[..., :1] if image.shape[2] < 3 else image[..., 2::-1]

@@ -1,4 +1,4 @@
-"""Trains and tests with mmengine's runners, on GPUs or CPUs, in one process or several."""
+"""Trains and tests with mmengine's runners, on GPUs or CPUs, in one or several processes."""
 
 import os
 import sys
@@ -14,20 +14,29 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from ..core import InputError
 from ..engine.resume import allow_training_checkpoints
 from .errors import ConfigError, blame, config_at_fault, is_from_user
-from .weights import Loading, check_resumable
+from .weights import LoadingCheck, check_resumable
 
 STARTED_BY = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_LOCAL_RANK')
-"""Launcher: what it sets in the environment of its processes."""
+"""The environment variable that each launcher sets in its processes."""
 
 
 def train(cfg: Config) -> None:
-    """Trains a config.
+    """Trains the model of a config.
 
     Args:
-        cfg: The config, of :func:`~.config.load_config` with a launcher.
+        cfg: A config from :func:`~.config.load_config` with a launcher.
 
     Raises:
-        InputError: The config or its ``load_from`` can't be used. What goes wrong later keeps its traceback.
+        InputError: The config or its ``load_from`` can't be used. Errors after the first iteration begins pass
+            unchanged.
+
+    Example:
+        >>> options = ['train_cfg.max_iters=2', 'log_level=ERROR']
+        >>> cfg = load_config('configs/demo/vit_fashion-mnist_denoiserep.py', options, 'run', launcher='none')
+        >>> cfg.load_from = None
+        >>> train(cfg)
+        >>> Path('run/iter_2.pth').exists()
+        True
     """
     runner = _build_runner(cfg)
     if 'mmdenoiserep.tasks.reid' in sys.modules:
@@ -37,19 +46,25 @@ def train(cfg: Config) -> None:
 
 
 def test(cfg: Config, checkpoint: str, out: str | None = None) -> None:
-    """Evaluates a checkpoint with its config; the metrics are logged.
+    """Evaluates a checkpoint with its config, and logs the metrics.
 
     Args:
-        cfg: The config, of :func:`~.config.load_config` with a launcher.
-        checkpoint: Path or address of the checkpoint.
+        cfg: A config from :func:`~.config.load_config` with a launcher.
+        checkpoint: Path or URL of the checkpoint.
         out: Pickle file for the predictions; None writes none.
 
     Raises:
-        InputError: The config or the checkpoint can't be used, or they do not belong together.
+        InputError: The config or the checkpoint can't be used, or do not belong together.
+
+    Example:
+        >>> cfg = load_config('configs/demo/vit_fashion-mnist.py', ['log_level=ERROR'], launcher='none')
+        >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
+        >>> test(cfg, 'vit.pth', out='predictions.pkl')
+        Loads checkpoint by local backend from path: vit.pth
     """
     if '://' not in checkpoint and not os.path.isfile(checkpoint):
         raise InputError(f'the checkpoint {checkpoint} does not exist')
-    cfg.load_from, cfg.resume = checkpoint, False  # a config may say that its training is resumed
+    cfg.load_from, cfg.resume = checkpoint, False  # the config may resume its training
     runner = _build_runner(cfg)
     if out:
         with config_at_fault(cfg.filename):
@@ -58,16 +73,20 @@ def test(cfg: Config, checkpoint: str, out: str | None = None) -> None:
 
 
 def resume(cfg: Config, checkpoint: str = 'auto') -> None:
-    """Lets a run go on from a checkpoint, or with ``'auto'`` from its last one; where it has none, it starts anew.
+    """Makes a run resume from a checkpoint.
+
+    Args:
+        cfg: A config from :func:`~.config.load_config` with a launcher; it is changed.
+        checkpoint: Path or URL; ``'auto'`` takes the last checkpoint in the work dir, or starts a new run without one.
 
     Raises:
         InputError: The checkpoint does not exist.
     """
     if checkpoint == 'auto':
         if not (last := find_latest_checkpoint(cfg.work_dir)):
-            cfg.resume = False  # the weights of load_from count, as in any first start
+            cfg.resume = False  # a new run starts from load_from
             return
-        # the folder may have another name by now, or be named from another place
+        # the noted path may be outdated: the folder was moved, or is relative to another working directory
         moved = os.path.join(cfg.work_dir, os.path.basename(last))
         checkpoint = moved if os.path.isfile(moved) and not os.path.isfile(last) else last
     if '://' not in checkpoint and not os.path.isfile(os.path.expanduser(checkpoint)):
@@ -76,10 +95,13 @@ def resume(cfg: Config, checkpoint: str = 'auto') -> None:
 
 
 def start_gloo(launcher: str) -> bool:
-    """Joins the processes of torchrun where there is no GPU, which mmengine can't; returns whether it did.
+    """Initialises gloo for the launcher ``'pytorch'`` without a GPU, which mmengine does not support.
+
+    Returns:
+        Whether it did.
 
     Raises:
-        ConfigError: The processes were not started by the launcher.
+        ConfigError: The process was not started by the launcher.
     """
     if launcher in STARTED_BY and STARTED_BY[launcher] not in os.environ:
         raise ConfigError(
@@ -101,25 +123,25 @@ def _build_runner(cfg: Config) -> Any:
 
 
 def _start(runner: Any, run: Callable[[], object], config: str, checkpoint: str | None, purpose: str) -> None:
-    """Runs; before the first iteration, bad input is told in a sentence.
+    """Runs a runner; errors of the libraries before the first iteration become an :class:`InputError`.
 
     Args:
         runner: The runner.
         run: Its ``train`` or ``test``.
-        config: Path of its config, to blame for what fails except for the weights.
-        checkpoint: Path of these; None for the last checkpoint of the run.
-        purpose: ``'start'``, ``'resume'`` or ``'test'``; see :class:`~.weights.Loading`.
+        config: Path of the config, for messages.
+        checkpoint: Path of the checkpoint, for messages; None for the last one of the run.
+        purpose: ``'start'``, ``'resume'`` or ``'test'``; see :class:`~.weights.LoadingCheck`.
 
     Raises:
-        InputError: The checkpoint can't be read, or does not fit the model.
+        InputError: The config fails, or the checkpoint can't be read or does not fit the model.
     """
     load, call_hook, begun = runner.load_or_resume, runner.call_hook, False
     what = checkpoint or 'the last checkpoint of this run'
-    loading: Loading | None = None
+    loading: LoadingCheck | None = None
 
-    def load_and_judge() -> None:
+    def load_and_check() -> None:
         nonlocal loading
-        loading = Loading(runner.model, what, purpose)
+        loading = LoadingCheck(runner.model, what, purpose)
         try:
             load()
         except InputError:
@@ -128,8 +150,8 @@ def _start(runner: Any, run: Callable[[], object], config: str, checkpoint: str 
             if is_from_user(error):
                 raise
             raise InputError(f'{what} cannot be loaded ({type(error).__name__}: {error})') from error
-        if loading.shapes:  # otherwise there was nothing to load
-            loading.judge()
+        if loading.shapes:  # empty if nothing was loaded
+            loading.check_model()
 
     def follow(name: str, **arguments: Any) -> None:
         nonlocal begun
@@ -140,14 +162,14 @@ def _start(runner: Any, run: Callable[[], object], config: str, checkpoint: str 
             loading.unwrap(arguments['checkpoint'])
         call_hook(name, **arguments)
         if name == 'after_load_checkpoint' and loading:
-            loading.see(arguments['checkpoint'])
+            loading.check_content(arguments['checkpoint'])
 
-    runner.load_or_resume, runner.call_hook = load_and_judge, follow
+    runner.load_or_resume, runner.call_hook = load_and_check, follow
     try:
         run()
     except InputError:
         raise
     except Exception as error:
         if begun or is_from_user(error):
-            raise  # code of the model or of the data: its author wants the traceback
+            raise  # a bug in the user's own code: they want the traceback
         raise ConfigError(blame(config, error)) from error

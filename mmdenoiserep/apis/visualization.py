@@ -1,6 +1,6 @@
-"""Looks at the features of two models on clean and on corrupted images.
+"""Compares the features of two models on clean and corrupted images.
 
-With x the output of a layer for clean images, x~ that for the same images corrupted, and mu the mean of x,
+The signal-to-noise ratio of a layer with output x on clean images and x~ on the same images corrupted, mu = E x, is
 
     ``SNR = 10 log10( E|x - mu|^2 / E|x~ - x|^2 )  dB``
 """
@@ -30,39 +30,39 @@ from ..core.method.targets import near_names
 from ..core.utils.randomness import equal_draws
 from ..core.utils.tensors import tensors_in
 from .backbones import check_input, predicting_backbone
-from .calibration import choose_every, measure_flows
+from .calibration import choose_every, measure_activations
 from .corruptions import SEVERITIES, corrupt, make_transform
 from .errors import config_at_fault
-from .images import Batches, NoImage, datasets_of, leaves, open_images, spread
+from .images import Batches, NoImage, datasets_of, leaves, open_images, take_evenly
 from .model import open_model, to_device
 from .pixels import to_rgb
 
 VARIANTS = tuple((model, images) for model in ('before', 'after') for images in ('clean', 'corrupted'))
-"""Which model runs on which images."""
+"""The four variants: (model, images)."""
 RATIOS = {
     'before': (('before', 'clean'), ('before', 'corrupted')),
     'after': (('after', 'clean'), ('after', 'corrupted')),
     'restored': (('before', 'clean'), ('after', 'corrupted')),
 }
-"""The features that each signal-to-noise ratio compares: the signal, and the same with noise."""
+"""The variants that each signal-to-noise ratio compares: the signal, and the signal with noise."""
 STAGE = re.compile(r'(layer|stage|block)s?[._]?\d+')
-"""Names of the parts of a backbone that are drawn."""
+"""Names of the modules of a backbone whose features are drawn."""
 MOST_STAGES, MOST_SPECTRA = 4, 9
 SHORT_EDGE = 224
-"""Pixels of an image on which a class is written."""
+"""Shorter edge in pixels to which an image is enlarged before the predicted class is written on it."""
 
 
 class CorruptedImages(Dataset):
-    """Images of a data set, corrupted right after they are loaded: image i depends on the seed and on i alone.
+    """Images of a data set, corrupted right after loading; image i depends on the seed and on i alone.
 
     Args:
         dataset: :class:`mmdenoiserep.apis.images.Images`.
-        corruption: As for :func:`mmdenoiserep.apis.corruptions.corrupt`.
-        severity: As for the same function.
-        seed: As for the same function.
+        corruption: See :func:`mmdenoiserep.apis.corruptions.corrupt`.
+        severity: See :func:`mmdenoiserep.apis.corruptions.corrupt`.
+        seed: See :func:`mmdenoiserep.apis.corruptions.corrupt`.
 
     Attributes:
-        image: The image that was read last, (H, W, C) or (H, W), of the dtype that was loaded; three channels are BGR.
+        image: The image read last, (H, W, C) or (H, W), in the dtype of the loaded image; three channels are BGR.
     """
 
     def __init__(self, dataset: Any, corruption: str, severity: float = 0, seed: int = 0) -> None:
@@ -74,18 +74,18 @@ class CorruptedImages(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any] | NoImage:
-        with equal_draws(seed=index):  # of random steps in the pipeline, such as a crop
+        with equal_draws(seed=index):  # the pipeline may have random steps, such as a crop
             return self.dataset[index]
 
     def _corrupt(self, image: np.ndarray, index: int) -> np.ndarray:
-        """Corrupts an image as it was loaded."""
+        """Corrupts a loaded image."""
         swap = (..., slice(None, None, -1)) if self.dataset.is_rgb and image.shape[2:] == (3,) else ...
         self.image = corrupt(image[swap], *self.how, index)
         return self.image[swap]
 
 
 class SignalToNoise:
-    """A signal-to-noise ratio, gathered batch by batch in float64."""
+    """A signal-to-noise ratio, accumulated batch by batch in float64."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -94,7 +94,7 @@ class SignalToNoise:
         self.noise: Tensor | float = 0.0
 
     def update(self, signal: Tensor, noisy: Tensor) -> None:
-        """Adds vectors, (groups, C/g, n), without and with noise."""
+        """Adds a batch of vectors, (groups, C/g, n), without and with noise."""
         signal, noisy = signal.double(), noisy.double()
         self.count += signal.shape[-1]
         self.total = self.total + signal.sum(-1)
@@ -103,22 +103,22 @@ class SignalToNoise:
 
     @property
     def decibels(self) -> float:
-        """Variance of the signal over mean square of the noise; infinite without noise."""
+        """The variance of the signal over the mean square of the noise, in dB; infinite without noise."""
         signal = self.square - self.total.square().sum() / self.count
         return 10 * torch.log10(signal / self.noise).item()
 
 
 @dataclass
-class LayerFigures:
-    """What was measured on many images.
+class LayerStatistics:
+    """Statistics of the layers' outputs over many images.
 
     Attributes:
-        types: Class of each layer by name, first executed first.
-        ratios: By the names in RATIOS, then by layer.
-        moments: Of the outputs of some layers, by variant, then by layer.
-        embeddings: What the backbones return at last, averaged over places, by variant: (N, C), float32.
-        labels: Classes of the images, or None where they are not known.
-        every: One in so many vectors (tokens, pixels) was taken.
+        types: Class name of each layer by layer name, in the order of execution.
+        ratios: Signal-to-noise ratios, by a name in ``RATIOS`` and by layer.
+        moments: Moments of the outputs of some layers, by variant and by layer.
+        embeddings: Last output of the backbone averaged over positions, (N, C), float32, by variant.
+        labels: Classes of the images; None where they are not known.
+        every: Stride of the sampling: one in ``every`` vectors (tokens, pixels) was taken.
     """
 
     types: dict[str, str]
@@ -131,14 +131,14 @@ class LayerFigures:
 
 @dataclass
 class ImageView:
-    """What one model makes of one image.
+    """One image, and the features, attention and prediction of one model for it.
 
     Attributes:
         image: The image, RGB, (H, W, 3), uint8.
-        stages: Features by part of the backbone, (C, h, w).
-        attention: What the places of the image get in the last attention over the whole image, as a multiple of an
-            even share, (h, w), averaged over heads; or None.
-        prediction: The image with the prediction drawn on it, RGB, (H', W', 3), uint8; or None.
+        stages: Feature maps by stage of the backbone, (C, h, w).
+        attention: Attention that each position receives in the last global attention layer, (h, w), averaged over
+            heads; 1 is uniform attention. None without such a layer.
+        prediction: The image with the prediction drawn on it, RGB, (H', W', 3), uint8; None without a visualizer.
     """
 
     image: np.ndarray
@@ -148,29 +148,37 @@ class ImageView:
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """Returns the backbone that the predictions of a model come from."""
+    """Returns the backbone that produces the predictions of a model."""
     return model.get_submodule(predicting_backbone(model))
 
 
 class Visualization:
-    """Two sets of weights of a model, and images.
+    """Two checkpoints of one config, compared on clean and corrupted images.
 
     Args:
-        cfg: The config.
-        before: Path of the checkpoint as trained.
-        after: Path of the checkpoint as fused or fitted; denoisers in it are fused.
+        cfg: Config of both checkpoints.
+        before: Path of the checkpoint before denoising or a domain fit.
+        after: Path of the checkpoint after it; denoisers in it are fused.
         folder: Folder of clean images; None takes the test data set of the config.
-        corruption: What is done to them, see :func:`~.corruptions.corrupt`.
-        severity: How much.
-        seed: Of the corruption.
-        num_images: Images at most, for the curves.
-        shown: Images that are shown.
-        batch_size: Images at a time.
-        spectra: Layers of which spectra are drawn; None takes nine of them.
-        device: Where to compute; None takes a GPU where there is one.
+        corruption: Corruption of the images, see :func:`~.corruptions.corrupt`.
+        severity: Severity of the corruption; None takes the default of :data:`~.corruptions.SEVERITIES`.
+        seed: Seed of the corruption, 0 or more.
+        num_images: Largest number of images for the statistics of the layers.
+        shown: Number of images to show.
+        batch_size: Batch size of the statistics.
+        spectra: Names of the layers whose spectra are drawn; None takes nine of them.
+        device: Device to compute on; None takes the GPU, or the CPU without one.
 
     Raises:
         InputError: A checkpoint or the images can't be used, or do not fit the config.
+
+    Example:
+        >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
+        >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
+        >>> visualization = Visualization(cfg, 'vit.pth', 'vit.pth', num_images=2, device='cpu')
+        >>> statistics = visualization.measure()
+        >>> write_figures(Path('.'), statistics, visualization.look(), visualization.severity)[0]
+        'signal_to_noise.png'
     """
 
     def __init__(
@@ -223,11 +231,13 @@ class Visualization:
         self.visualizer = self._build_visualizer(cfg, meta.get('dataset_meta'))
         example = next(iter(self._batches('clean', self._chosen)))
         check_input(self.models['before'], predicting_backbone(self.models['before']), example)
-        names = list(run(backbone_of(self.models['before']), example)[0])
+        names = list(run_backbone(backbone_of(self.models['before']), example)[0])
         if wrong := set(spectra or ()) - set(names):
             raise InputError(f'the backbone has no layer {min(wrong)}{near_names(min(wrong), names)}')
-        self.spectra = list(spectra or ()) or pick(names, MOST_SPECTRA)
-        self.every = choose_every(measure_flows(backbone_of(self.models['before']), names, example), len(self._chosen))
+        self.spectra = list(spectra or ()) or pick_evenly(names, MOST_SPECTRA)
+        self.every = choose_every(
+            measure_activations(backbone_of(self.models['before']), names, example), len(self._chosen)
+        )
 
     def _build_visualizer(self, cfg: Config, dataset_meta: Mapping[str, Any] | None) -> Any:
         if not cfg.get('visualizer'):
@@ -245,19 +255,19 @@ class Visualization:
 
     @property
     def _chosen(self) -> list[int]:
-        return spread(self.images['clean'], self.num_images).indices
+        return take_evenly(self.images['clean'], self.num_images).indices
 
     def _batches(self, images: str, chosen: Sequence[int], batch_size: int = 1) -> Batches:
         return Batches(self.models['before'], torch.utils.data.Subset(self.images[images], chosen), batch_size)
 
-    def measure(self) -> LayerFigures:
-        """Runs both models over all images, clean and corrupted."""
-        curves = LayerFigures(
+    def measure(self) -> LayerStatistics:
+        """Runs both models on all images, clean and corrupted, and returns the statistics of their layers."""
+        statistics = LayerStatistics(
             {}, {key: {} for key in RATIOS}, {key: {} for key in VARIANTS}, {}, self.labels, self.every
         )
         embeddings: dict[tuple[str, str], list[Tensor]] = {key: [] for key in VARIANTS}
         pairs = [self._batches(images, self._chosen, self.batch_size) for images in ('clean', 'corrupted')]
-        pairs[1].left_out = pairs[0].left_out  # each is told once
+        pairs[1].left_out = pairs[0].left_out  # each is reported once
         with tqdm(total=len(self._chosen), unit='image', desc='layers') as bar:
             for clean, corrupted in zip_longest(*pairs):
                 if pairs[0].order != pairs[1].order:
@@ -269,31 +279,35 @@ class Visualization:
                 features = {}
                 for which, images in VARIANTS:
                     backbone = backbone_of(self.models[which])
-                    features[which, images], embedding = run(backbone, batches[images], self.every)
+                    features[which, images], embedding = run_backbone(backbone, batches[images], self.every)
                     if not embedding.isfinite().all():
                         raise InputError(f'the features of {self.paths[which]} hold NaN or Inf; look at its weights')
                     embeddings[which, images].append(embedding.float().cpu())
                 for key, (signal, noisy) in RATIOS.items():
                     for name, vectors in features[signal].items():
-                        curves.ratios[key].setdefault(name, SignalToNoise()).update(vectors, features[noisy][name])
-                for variant, moments in curves.moments.items():
+                        statistics.ratios[key].setdefault(name, SignalToNoise()).update(vectors, features[noisy][name])
+                for variant, moments in statistics.moments.items():
                     for name in self.spectra:
                         vectors = features[variant][name]
                         moments.setdefault(name, Moments(*vectors.shape[:2], vectors.device)).update(vectors)
                 bar.update(len(clean))
         if self.labels:
-            curves.labels = [self.labels[number] for number in pairs[0].order]
+            statistics.labels = [self.labels[number] for number in pairs[0].order]
         backbone = backbone_of(self.models['before'])
-        curves.types = {name: type(backbone.get_submodule(name)).__name__ for name in curves.ratios['before']}
-        curves.embeddings = {key: torch.cat(parts) for key, parts in embeddings.items()}
-        return curves
+        statistics.types = {name: type(backbone.get_submodule(name)).__name__ for name in statistics.ratios['before']}
+        statistics.embeddings = {key: torch.cat(parts) for key, parts in embeddings.items()}
+        return statistics
 
     def look(self) -> list[dict[tuple[str, str], ImageView]]:
-        """Looks at some images one by one; returns the views of each by variant."""
-        chosen = spread(self.images['clean'], self.shown).indices
+        """Runs both models on the images to show, and returns the four views of each image by variant.
+
+        Raises:
+            InputError: The config leaves out all images to show.
+        """
+        chosen = take_evenly(self.images['clean'], self.shown).indices
         chosen = [index for index in chosen if not isinstance(self.images['clean'][index], NoImage)]
         if not chosen:
-            raise InputError('none of the images to show is left; take more with --show')
+            raise InputError('the config leaves out all images to show; show more of them with --show')
         return [
             {variant: self._view(index, *variant) for variant in VARIANTS}
             for index in tqdm(chosen, unit='image', desc='views')
@@ -303,10 +317,12 @@ class Visualization:
         model, dataset = self.models[which], self.images[images]
         (batch,) = self._batches(images, [index])
         image = to_rgb(dataset.image)
-        return ImageView(image, *watch(backbone_of(model), batch), self._predict(model, dataset[index], image))
+        return ImageView(
+            image, *inspect_backbone(backbone_of(model), batch), self._predict(model, dataset[index], image)
+        )
 
     def _predict(self, model: nn.Module, packed: Any, image: np.ndarray) -> np.ndarray | None:
-        """Returns the image with what the whole model predicts, drawn by the library's own visualizer."""
+        """Returns the image with the prediction of the whole model, drawn by the visualizer of the config."""
         if self.visualizer is None:
             return None
         with evaluating(model):
@@ -315,33 +331,34 @@ class Visualization:
             return self.visualizer.visualize_cls(
                 image, sample, draw_gt=False, resize=max(SHORT_EDGE, min(image.shape[:2]))
             )
-        np.random.seed(0)  # mmdet draws a shade for each mask: the same ones in all variants
+        np.random.seed(0)  # mmdet draws random mask colors: the same ones in all variants
         self.visualizer.add_datasample('prediction', image, sample, draw_gt=False)
         return self.visualizer.get_image()
 
     def missing(self, views: Sequence[Mapping[tuple[str, str], ImageView]]) -> list[str]:
-        """Returns a sentence for each figure that there is not."""
+        """Returns a sentence for each figure that can't be drawn."""
         seen = views[0]['before', 'clean']
         kind = type(backbone_of(self.models['before'])).__name__
-        sentences = [] if seen.attention is not None else [f'no attention.png: {kind} attends nowhere to a whole image']
+        sentences = [] if seen.attention is not None else [f'no attention.png: {kind} has no global attention']
         return sentences + ([] if self.visualizer else ['no predictions.png: the config has no visualizer'])
 
 
-def pick(names: Sequence[str], count: int) -> list[str]:
-    """Returns so many names, evenly spread, with the first and the last."""
+def pick_evenly(names: Sequence[str], count: int) -> list[str]:
+    """Returns at most ``count`` names at even distances, among them the first and the last."""
     return [names[i] for i in sorted(set(np.linspace(0, len(names) - 1, count).round().astype(int)))]
 
 
-def run(backbone: nn.Module, images: Tensor, every: int = 1) -> tuple[dict[str, Tensor], Tensor]:
-    """Runs a backbone and returns what its Linear layers and convolutions give, and what it returns at last.
+def run_backbone(backbone: nn.Module, images: Tensor, every: int = 1) -> tuple[dict[str, Tensor], Tensor]:
+    """Runs a backbone and returns the outputs of its Linear layers and convolutions, and its embeddings.
 
     Args:
         backbone: The backbone.
-        images: (B, C, H, W).
-        every: Takes one in so many vectors, the same ones every time.
+        images: Preprocessed images, (B, C, H, W).
+        every: Stride of the sampling: takes one in ``every`` vectors, the same ones in every call.
 
     Returns:
-        The outputs by layer, first executed first, (groups, C/g, n); and the embeddings, (B, C).
+        The outputs by layer, (groups, C/g, n), in the order of execution; the last output averaged over positions,
+        (B, C).
     """
     features: dict[str, list[Tensor]] = {}
     sample = Sample(every)
@@ -362,11 +379,11 @@ def run(backbone: nn.Module, images: Tensor, every: int = 1) -> tuple[dict[str, 
     return {name: torch.cat(parts, -1) for name, parts in features.items()}, embedding
 
 
-class AttentionWatch(TorchFunctionMode):
-    """Keeps the last attention of an image to itself, by whatever function it is computed.
+class AttentionRecorder(TorchFunctionMode):
+    """Records the weights of the last self-attention of one image, whatever torch function computes them.
 
     Attributes:
-        found: Weights, (tokens, tokens), averaged over heads; or None.
+        found: Attention weights, (tokens, tokens), averaged over heads; None before the first attention.
     """
 
     found: Tensor | None = None
@@ -383,7 +400,7 @@ class AttentionWatch(TorchFunctionMode):
         return result
 
     def _keep(self, weights: Tensor | None) -> None:
-        """Takes (1, heads, tokens, tokens) or (1, tokens, tokens), nothing else."""
+        """Keeps weights of shape (1, heads, tokens, tokens) or (1, tokens, tokens)."""
         if weights is None or weights.dim() not in (3, 4):
             return
         if len(weights) == 1 and weights.shape[-2] == weights.shape[-1] > 1:
@@ -391,13 +408,17 @@ class AttentionWatch(TorchFunctionMode):
 
 
 def attention_weights(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Returns what the values are weighted with, with all masks and scales: the attention to one-hot values."""
+    """Returns the attention weights with all masks and scales: the attention to one-hot values."""
     identity = torch.eye(key.shape[-2], device=key.device, dtype=key.dtype).expand(*key.shape[:-1], -1)
     return F.scaled_dot_product_attention(query, key, identity, *args, **kwargs)
 
 
-def watch(backbone: nn.Module, image: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Runs a backbone on one image, (1, C, H, W); returns features of its parts and the attention."""
+def inspect_backbone(backbone: nn.Module, image: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Runs a backbone on one image, (1, C, H, W).
+
+    Returns:
+        Feature maps by stage, (C, h, w); the attention map of :class:`ImageView`, (h, w), or None.
+    """
     ratio = image.shape[2] / image.shape[3]
     seen: dict[str, Tensor] = {}
 
@@ -406,7 +427,7 @@ def watch(backbone: nn.Module, image: Tensor) -> tuple[dict[str, Tensor], Tensor
 
     handles = [listen(name, part) for name, part in backbone.named_modules() if STAGE.fullmatch(name)]
     try:
-        with evaluating(backbone), equal_draws(backbone), AttentionWatch() as attention:
+        with evaluating(backbone), equal_draws(backbone), AttentionRecorder() as attention:
             output = run_model(backbone, image)
     finally:
         for handle in handles:
@@ -415,14 +436,14 @@ def watch(backbone: nn.Module, image: Tensor) -> tuple[dict[str, Tensor], Tensor
     maps = {name: to_map(x, ratio) for name, x in seen.items()}
     stages = {name: x.cpu() for name, x in maps.items() if x is not None}
     windows = any(hasattr(part, 'window_size') for part in backbone.modules())
-    return stages, None if windows or attention.found is None else received(attention.found, ratio)
+    return stages, None if windows or attention.found is None else attention_map(attention.found, ratio)
 
 
 def to_map(x: Tensor, ratio: float) -> Tensor | None:
-    """Returns features of one image as a map, (C, h, w); None where they are none.
+    """Returns features of one image as a map, (C, h, w); None where they form no map.
 
     Args:
-        x: (1, C, h, w), (1, h, w, C) or (1, tokens, C).
+        x: Features, (1, C, h, w), (1, h, w, C) or (1, tokens, C).
         ratio: Height over width of the image, which tells the layouts apart.
     """
     if x.dim() == 4:
@@ -433,7 +454,7 @@ def to_map(x: Tensor, ratio: float) -> Tensor | None:
 
 
 def find_grid(tokens: int, ratio: float) -> tuple[int, int, int] | None:
-    """Returns the number of class tokens, and the height and width of the map that the other tokens make."""
+    """Returns the number of class tokens, and the height and width of the map of the other tokens; None without one."""
     for extra in range(3):
         height = max(1, round((max(tokens - extra, 1) * ratio) ** 0.5))
         width = (tokens - extra) // height
@@ -442,8 +463,11 @@ def find_grid(tokens: int, ratio: float) -> tuple[int, int, int] | None:
     return None
 
 
-def received(weights: Tensor, ratio: float) -> Tensor | None:
-    """Returns what each place gets from the class token, or from all places on average; an even share is 1."""
+def attention_map(weights: Tensor, ratio: float) -> Tensor | None:
+    """Returns the attention that each position receives from the class token, or on average without one; (h, w).
+
+    The weights, (tokens, tokens), are scaled so that uniform attention is 1.
+    """
     if not (grid := find_grid(len(weights), ratio)):
         return None
     extra, height, width = grid

@@ -1,4 +1,4 @@
-"""What a checkpoint gave a model: weights that hardly fit are refused, and what a model lacks is named."""
+"""Checks how far a checkpoint fits a model: refuses weights that hardly fit, and warns of missing statistics."""
 
 import copy
 import logging
@@ -15,24 +15,23 @@ from ..core import DenoiseLayer, InputError
 from ..core.files.content import find_weights
 from ..core.files.fused import STAMP
 from ..core.fusing.fuse import denoiser_keys
+from .model import named_values
 
-HARDLY = 0.1
-"""A start of a training that gives less of the model, and uses less of the file, is no start."""
-MOST = 0.5
-"""A model that is tested or resumed gets more of its parameters than that."""
+MIN_SHARE_START = 0.1
+"""A checkpoint starts a training only if this share of its tensors, or of the model's parameters, is loaded."""
+MIN_SHARE_WHOLE = 0.5
+"""A checkpoint is tested or resumed only if this share of the model's parameters is loaded."""
 
 
-class Loading:
-    """Watches a model while a checkpoint is loaded into it, and judges the result.
+class LoadingCheck:
+    """Checks the loading of a checkpoint into a model; create it before the loading.
 
-    A tensor was given if something was written into it, so that names and shapes that a model changes while it loads
-    (position embeddings of another size) count as they should.
+    A tensor counts as loaded if it was written to. So position embeddings count that the model resizes while loading.
 
     Args:
-        model: The model, also a distributed one or one with test-time augmentation.
-        path: The checkpoint, for messages.
-        purpose: ``'start'`` a training, perhaps with a part of the weights; ``'resume'`` it; ``'test'`` the model; or
-            get its ``'features'``, for which a part may be enough.
+        model: The model; it may be wrapped for distributed training or test-time augmentation.
+        path: Path of the checkpoint, for messages.
+        purpose: ``'start'`` and ``'features'`` need a part of the weights, ``'resume'`` and ``'test'`` most of them.
     """
 
     def __init__(self, model: nn.Module, path: str, purpose: Literal['start', 'resume', 'test', 'features']) -> None:
@@ -40,22 +39,22 @@ class Loading:
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
             kinds += type(model).__mro__
-        # of a model that is spread over processes, none has the tensors of the file
+        # no process of a sharded model has the tensors of the file
         self.is_sharded = any(re.search('(?i)shard|deepspeed', kind.__name__) for kind in kinds)
         self.model = model
         self.path = path
         self.purpose = purpose
-        self.before = {name: (id(tensor), tensor._version) for name, tensor in _tensors(model).items()}
+        self.before = {name: (id(tensor), tensor._version) for name, tensor in named_values(model).items()}
         self.shapes: dict[str, Any] = {}
 
     def unwrap(self, checkpoint: MutableMapping[str, Any]) -> None:
-        """Puts the weights of a file where mmengine and its hooks look for them: under ``state_dict``.
+        """Puts the weights of a checkpoint under ``state_dict``, where mmengine looks for them.
 
         Args:
-            checkpoint: The content of the file, as it was read.
+            checkpoint: Content of the file; it is changed.
 
         Raises:
-            InputError: There are no weights in it.
+            InputError: The checkpoint has no weights.
         """
         notes: list[str] = []
         state = find_weights(checkpoint, Path(self.path), notes)
@@ -66,19 +65,19 @@ class Loading:
         for note in notes:
             print_log(f'{self.path}: {note}', logger='current')
 
-    def see(self, checkpoint: Mapping[str, Any]) -> None:
-        """Takes the content of the file as it will be loaded.
+    def check_content(self, checkpoint: Mapping[str, Any]) -> None:
+        """Checks the denoisers of a checkpoint, before the loading.
 
         Args:
-            checkpoint: The content, with weights under ``state_dict``.
+            checkpoint: Content of the file, with weights under ``state_dict``.
 
         Raises:
-            InputError: The weights are not of a model such as this one: one has denoisers and the other has none.
+            InputError: The checkpoint has denoisers that the model lacks, or is fused and the model has denoisers.
         """
         state = {re.sub(r'^module\.', '', str(name)): value for name, value in checkpoint['state_dict'].items()}
         self.shapes = {name: getattr(value, 'shape', None) for name, value in state.items()}
         # a semi-supervised model gives the weights of a detector to its student and its teacher
-        known = [f'.{name}' for name in _tensors(self.model)]
+        known = [f'.{name}' for name in named_values(self.model)]
         unknown = sorted(name for name in denoiser_keys(state) if not any(k.endswith(f'.{name}') for k in known))
         is_denoised = any(isinstance(module, DenoiseLayer) for module in self.model.modules())
         if unknown and not is_denoised:
@@ -95,25 +94,25 @@ class Loading:
         if is_denoised and self.purpose in ('test', 'features') and isinstance(meta, Mapping) and STAMP in meta:
             raise InputError(f'{self.path} is fused; take the config without DenoiseRepBackbone')
 
-    def judge(self) -> None:
-        """Says what the model lacks, after loading.
+    def check_model(self) -> None:
+        """Checks the model after the loading, and logs a warning if BatchNorm statistics are missing.
 
         Raises:
-            InputError: The file hardly fits the model; it has parameters of another shape, and the model is tested or
-                resumed; or it lacks statistics of BatchNorm layers, and the model is not trained.
+            InputError: The checkpoint hardly fits the model, has denoisers of another shape, or, to test or resume,
+                parameters of another shape; or, to test or get features, it lacks BatchNorm statistics.
         """
         if self.is_sharded:
             return
         given = {
             name
-            for name, tensor in _tensors(self.model).items()
+            for name, tensor in named_values(self.model).items()
             if (id(tensor), tensor._version) != self.before.get(name) or self.shapes.get(name) == tensor.shape
         }
         expected = self._parameters()
         denoisers = {name for name, _ in self.model.named_parameters()} & set(denoiser_keys(self.model.state_dict()))
         fitting = [name for name in expected if name in given]
         is_whole = self.purpose in ('resume', 'test')
-        least = MOST * len(expected) if is_whole else HARDLY * min(len(expected), len(self.shapes))
+        least = MIN_SHARE_WHOLE * len(expected) if is_whole else MIN_SHARE_START * min(len(expected), len(self.shapes))
         if expected and (not fitting or len(fitting) < least):
             raise InputError(
                 f'{self.path} does not fit the model of the config: it has {len(fitting)} of {len(expected)} '
@@ -131,10 +130,14 @@ class Loading:
             print_log(sentence, logger='current', level=logging.WARNING)
 
     def _parameters(self) -> list[str]:
-        """Returns the names of the parameters that a state dict of the model holds, without denoisers."""
-        ours = [f'{name}.denoiser.' for name, module in self.model.named_modules() if isinstance(module, DenoiseLayer)]
-        saved = self.model.state_dict()  # of a model with LoRA, only some
-        return [name for name, _ in self.model.named_parameters() if name in saved and not name.startswith(tuple(ours))]
+        """Returns the names of the parameters in the state dict of the model, without denoisers."""
+        denoisers = [
+            f'{name}.denoiser.' for name, module in self.model.named_modules() if isinstance(module, DenoiseLayer)
+        ]
+        saved = self.model.state_dict()  # a model with LoRA leaves out some parameters
+        return [
+            name for name, _ in self.model.named_parameters() if name in saved and not name.startswith(tuple(denoisers))
+        ]
 
     def _refuse_other_shapes(self, expected: Iterable[str], given: set[str]) -> None:
         for name in expected:
@@ -146,9 +149,9 @@ class Loading:
                 )
 
     def _missing_statistics(self, given: set[str]) -> list[str]:
-        """Returns the names of statistics that were not given to layers whose weight was, or is no parameter.
+        """Returns the names of BatchNorm statistics that are missing though the weights of their layer were loaded.
 
-        They are known by their name: norms that are frozen for good (torchvision's, detectron2's) hold buffers alone.
+        Statistics are found by name, since frozen norms (torchvision's, detectron2's) have only buffers.
         """
         missing = []
         for name, module in self.model.named_modules():
@@ -156,7 +159,7 @@ class Loading:
             if kept >= {'running_mean', 'running_var'} and isinstance(module.running_mean, Tensor):
                 prefix = f'{name}.' if name else ''
                 is_meant = module._parameters.get('weight') is None or f'{prefix}weight' in given
-                if 'weight' in kept:  # a frozen layer, all of whose values may be missing
+                if 'weight' in kept:  # all values of a frozen norm may be missing
                     is_meant = any(key.startswith(name[: name.rfind('.') + 1]) for key in given)
                 missing += [
                     f'{prefix}{statistic}'
@@ -167,14 +170,14 @@ class Loading:
 
 
 def check_resumable(checkpoint: Mapping[str, Any], path: str) -> None:
-    """Refuses to resume from what is no checkpoint of a run.
+    """Checks that a training can be resumed from a checkpoint.
 
     Args:
-        checkpoint: The content of the file.
-        path: The file, for the message.
+        checkpoint: Content of the file.
+        path: Path of the file, for messages.
 
     Raises:
-        InputError: It lacks the place in the run: released weights, or a fused file.
+        InputError: The checkpoint has no ``epoch``, ``iter`` or ``message_hub``: it holds released or fused weights.
     """
     meta = checkpoint.get('meta')
     lacking = [key for key in ('epoch', 'iter') if not isinstance(meta, Mapping) or key not in meta]
@@ -184,10 +187,6 @@ def check_resumable(checkpoint: Mapping[str, Any], path: str) -> None:
             f'{path} is no checkpoint of a run that could be resumed, for it has no {lacking[0]}; to start from its '
             f'weights leave out --resume, and resume = True of the config: --cfg-options load_from={path} resume=False'
         )
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
 def _first(names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""The method itself; imports torch only."""
+"""The core: denoisers, fusing, calibration and files, on torch alone."""
 
 from .calibration.closed_form import closed_form
 from .calibration.collect import collect_moments
@@ -46,11 +46,11 @@ __all__ = [
     'closed_form',
     'collect_moments',
     'denoise_losses',
-    'evaluating',
     'compare_models',
+    'evaluating',
     'explicit_maps',
-    'fit_domain',
     'fingerprint',
+    'fit_domain',
     'format_table',
     'fuse_checkpoint',
     'fuse_model',
@@ -58,9 +58,9 @@ __all__ = [
     'load_moments',
     'read_checkpoint',
     'safe_fit',
+    'save_moments',
     'select_layers',
     'solve_denoisers',
-    'save_moments',
     'transport',
     'verify_fusion',
 ]

@@ -1,1 +1,1 @@
-"""Data sets and samplers that the libraries lack."""
+"""Data sets and samplers for re-identification."""

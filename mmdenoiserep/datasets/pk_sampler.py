@@ -1,4 +1,4 @@
-"""Batches of P identities with K images each, as the triplet loss needs them."""
+"""Samples batches of P identities with K images each, for the triplet loss."""
 
 from collections.abc import Iterator, Sized
 from itertools import count
@@ -13,24 +13,25 @@ from ..core import InputError
 
 @DATA_SAMPLERS.register_module()
 class PKSampler(Sampler):
-    """Orders a training set so that every P x K indices in a row are K images each of P identities.
+    """Samples P random identities with K images each for every batch (Hermans et al. 2017, arXiv 1703.07737).
 
-    In each pass the images of an identity are shuffled and cut into groups of K; of an identity with fewer than K
-    images, one group is drawn with replacement; what is left over of the others is not used. Batches take one group
-    each of P random identities that have groups left, until there are fewer than P such identities.
+    Each pass over the data set shuffles the images of every identity and cuts them into groups of K. An identity with
+    fewer than K images has one group, drawn with replacement; remaining images of other identities are skipped. A batch
+    takes one group from each of P random identities, until fewer than P identities have groups left.
 
-    How many batches a pass gives depends on the draw. Every epoch has as many as the first pass with this seed gives:
-    passes follow each other where one is too short. The order depends on seed and epoch only. On several processes,
-    whole batches are dealt out in turn, so triplets are formed within a process.
+    The number of batches of a pass is random. All epochs have the number of the first pass with this seed, and
+    concatenate passes if one is too short. The order depends on seed and epoch alone. Several processes take whole
+    batches in turn, so triplets are formed within a process.
 
     Args:
-        dataset: Training set with ``get_gt_labels()``, as mmpretrain's have it.
-        num_ids: P. ``batch_size`` of the dataloader must be P x K.
-        num_instances: K.
-        seed: Must be the same in all processes; None lets them agree on one.
+        dataset: Training set with ``get_gt_labels()``, such as those of mmpretrain.
+        num_ids: P, the number of identities. ``batch_size`` of the dataloader must be P x K.
+        num_instances: K, the number of images of each identity.
+        seed: Seed, the same in all processes; None synchronises a random one.
 
     Raises:
-        InputError: There are fewer than P identities, or too few for all processes, or P or K is less than 1.
+        InputError: The data set has no ``get_gt_labels()``, fewer than P identities, or less than one batch for each
+            process; or P or K is less than 1.
     """
 
     def __init__(self, dataset: Sized, num_ids: int = 16, num_instances: int = 4, seed: int | None = None) -> None:
@@ -69,11 +70,11 @@ class PKSampler(Sampler):
         return self.num_batches * self.num_ids * self.num_instances
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of this epoch; the runner calls it."""
+        """Sets the epoch, which changes the order; mmengine's runner calls it."""
         self.epoch = epoch
 
     def _one_pass(self, epoch: int, number: int) -> list[np.ndarray]:
-        """Returns the batches of one pass over the data set, each (P K,)."""
+        """Returns the batches of one pass over the data set, arrays of indices of shape (P K,)."""
         random = np.random.default_rng([self.seed, epoch, number])
         size = self.num_instances
         groups = []

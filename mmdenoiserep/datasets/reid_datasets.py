@@ -1,4 +1,4 @@
-"""Five data sets of re-identification, as their archives unpack."""
+"""Five data sets for re-identification in the layout of their archives."""
 
 import logging
 import os
@@ -19,25 +19,26 @@ from ..core import InputError
 from ..core.utils.errors import printable
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
-"""Of images, in small letters or capitals."""
+"""Suffixes of image files, in lower or upper case."""
 Image = tuple[str, int, int]
-"""Path, identity as in the data, camera from 0."""
+"""Path, identity as in the data, and camera, counted from 0."""
 
 
 class ReIDDataset(BaseDataset):
-    """What the data sets have in common.
+    """Base class of the data sets for re-identification.
 
-    A sample has ``img_path``, ``pid`` (int, as in the data), ``camid`` (int from 0) and ``is_query`` (bool), and in
-    training also ``gt_label``, the identities renumbered from 0 in the order of ``pid``. Identities in training and in
-    testing are different ones, even where their numbers are the same.
+    A sample has ``img_path``, ``pid`` (int, identity as in the data), ``camid`` (int, camera counted from 0) and
+    ``is_query`` (bool). Training samples also have ``gt_label``, the identity renumbered from 0 in the order of
+    ``pid``. Equal numbers in training and testing are different identities.
 
     Args:
-        data_root: Local folder with the layout of the class, or the folder around it.
-        split: ``'train'``, ``'query'``, ``'gallery'``, or ``'test'``, which is the queries followed by the gallery.
-        **kwargs: Handed to mmpretrain's ``BaseDataset``, such as ``pipeline``.
+        data_root: Folder with the layout of the class, or its parent folder.
+        split: ``'train'``, ``'query'``, ``'gallery'``, or ``'test'``: the queries followed by the gallery.
+        **kwargs: Arguments of mmpretrain's ``BaseDataset``, such as ``pipeline``.
 
     Raises:
-        InputError: A part of the layout is missing, the split is unknown, or a name or line does not fit the grammar.
+        InputError: The split is unknown, a part of the layout is missing, or a file name or a line of a list does not
+            match the pattern of the data set.
     """
 
     PARTS = {'train': ('train',), 'query': ('query',), 'gallery': ('gallery',), 'test': ('query', 'gallery')}
@@ -52,7 +53,7 @@ class ReIDDataset(BaseDataset):
         super().__init__(ann_file='', data_root=str(data_root), test_mode=split != 'train', **kwargs)
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        """Returns the samples of the split and logs how many there are."""
+        """Returns the samples of the split, and logs their number."""
         samples: list[dict[str, Any]] = []
         for part in self.PARTS[self.split]:
             images = self.load_part(part)
@@ -73,7 +74,14 @@ class ReIDDataset(BaseDataset):
         raise NotImplementedError
 
     def find(self, *names: str) -> Path:
-        """Returns the first of the files or folders, given relative to the layout's folder, that exists."""
+        """Returns the first existing file or folder.
+
+        Args:
+            *names: Paths relative to the folder of the layout.
+
+        Raises:
+            InputError: None of them exists.
+        """
         root = Path(self.data_root)
         root = next((root / wrapper for wrapper in self.WRAPPERS if (root / wrapper).is_dir()), root)
         for name in names:
@@ -82,11 +90,11 @@ class ReIDDataset(BaseDataset):
         raise InputError(f'{root} lacks {" or ".join(names)}, expected: {self.LAYOUT}')
 
     def extra_repr(self) -> list[str]:
-        """Returns the lines that describe the data set when it is printed."""
+        """Returns additional lines for the printed data set."""
         return [f'Split: \t{self.split}', f'Root of dataset: \t{self.data_root}']
 
     def describe(self, part: str) -> str:
-        """Returns what a part is called in the log and in ``PUBLISHED``."""
+        """Returns the name of a part in the log and in ``PUBLISHED``."""
         return part
 
     def _log_counts(self, part: str, images: list[Image]) -> None:
@@ -104,9 +112,9 @@ class Market1501(ReIDDataset):
 
         market1501/{bounding_box_train,query,bounding_box_test}/0002_c1s1_000451_03.jpg
 
-    The name is identity, camera, sequence, frame and box. Boxes of identity -1 are junk and left out; those of identity
-    0 are distractors, which stay in the gallery and count as one identity. Images of all suffixes and links to images
-    count; hidden files, other files and folders are left out, and the log names them.
+    A file name has identity, camera, sequence, frame and box. Identity -1 is junk and skipped; identity 0 marks
+    distractors, which stay in the gallery as one identity. Images may be links and have any suffix of ``SUFFIXES``;
+    hidden and other files are skipped and logged.
     """
 
     LAYOUT = 'market1501/{bounding_box_train,query,bounding_box_test}/0002_c1s1_000451_03.jpg'
@@ -144,17 +152,17 @@ class Market1501(ReIDDataset):
 
 @DATASETS.register_module()
 class DukeMTMCReID(Market1501):
-    """DukeMTMC-reID (Zheng et al., ICCV 2017), withdrawn by its authors: do not pass it on.
+    """DukeMTMC-reID (Zheng et al., ICCV 2017), withdrawn by its authors: do not redistribute it.
 
         dukemtmcreid/{bounding_box_train,query,bounding_box_test}/0005_c2_f0046985.jpg
 
-    The name is identity, camera and frame. Distractors in the gallery have identities of their own.
+    A file name has identity, camera and frame. Each distractor in the gallery has an identity of its own.
     """
 
     LAYOUT = 'dukemtmcreid/{bounding_box_train,query,bounding_box_test}/0005_c2_f0046985.jpg'
     WRAPPERS = ('DukeMTMC-reID',)
     NAME = re.compile(r'(\d+)_c([1-9]\d*)_f\d+.*')
-    # as the README of DukeMTMC-reID_evaluation, by the authors of the data set, gives them
+    # source: README of DukeMTMC-reID_evaluation, by the authors of the data set
     PUBLISHED = {
         'train': '702 identities, 16,522 images',
         'query': '702 identities, 2,228 images',
@@ -169,9 +177,9 @@ class MSMT17(ReIDDataset):
         MSMT17/{train,test}/0000/0000_000_01_0303morning_0015_0.jpg
         MSMT17/list_{train,val,query,gallery}.txt
 
-    Version 2 has ``mask_train_v2`` and ``mask_test_v2``. The third field of a name is the camera, a line of a list is a
-    path and the identity. The validation list is part of training, as in TransReID. Where the folder around it holds
-    both ``MSMT17_V1`` and ``MSMT17_V2``, the first is taken.
+    Version 2 has ``mask_train_v2`` and ``mask_test_v2``. The third field of a file name is the camera; a line of a list
+    has a path and the identity. The validation list belongs to training, as in TransReID. If the parent folder has both
+    ``MSMT17_V1`` and ``MSMT17_V2``, version 1 is used.
     """
 
     LAYOUT = 'MSMT17/{train,test,list_train.txt,list_val.txt,list_query.txt,list_gallery.txt}'
@@ -193,7 +201,7 @@ class MSMT17(ReIDDataset):
             listed = [
                 (str(folder / path), int(pid), int(camera) - 1) for path, camera, pid in read_list(list_file, self.LINE)
             ]
-            require_images(listed, list_file)
+            check_images_exist(listed, list_file)
             images += listed
         return images
 
@@ -205,14 +213,17 @@ class VehicleID(ReIDDataset):
         VehicleID_V1.0/image/0000001.jpg
         VehicleID_V1.0/train_test_split/{train_list,test_list_800,test_list_1600,test_list_2400}.txt
 
-    A line of a list is the name of an image, without its suffix, and the identity. There are no cameras (``camid`` is
-    0) and no fixed queries (``is_query`` is False): the metric draws one image of each identity for the gallery.
+    A line of a list has the name of an image without suffix and the identity. There are no cameras (``camid`` is 0) and
+    no fixed queries (``is_query`` is False): set ``trials`` of ``ReIDMetric``, which draws the gallery.
 
     Args:
-        data_root: As for :class:`ReIDDataset`.
+        data_root: See :class:`ReIDDataset`.
         split: ``'train'`` or ``'test'``.
-        size: Which test list: 800, 1600 or 2400 identities.
-        **kwargs: As for :class:`ReIDDataset`.
+        size: Number of identities of the test list: 800, 1600 or 2400.
+        **kwargs: See :class:`ReIDDataset`.
+
+    Raises:
+        InputError: See :class:`ReIDDataset`; or the size is unknown.
     """
 
     PARTS = {'train': ('train',), 'test': ('test',)}
@@ -239,11 +250,11 @@ class VehicleID(ReIDDataset):
         list_file = self.find(f'train_test_split/{name}.txt')
         present = {name.rpartition('.')[0]: name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES)}
         listed = [(present.get(name, f'{name}.jpg'), name, int(pid)) for name, pid in read_list(list_file, self.LINE)]
-        require_none([folder / file for file, name, _ in listed if name not in present], len(listed), list_file)
+        refuse_missing([folder / file for file, name, _ in listed if name not in present], len(listed), list_file)
         return [(str(folder / file), pid, 0) for file, _, pid in listed]
 
     def describe(self, part: str) -> str:
-        """Returns ``'train'``, or ``'test'`` with the size."""
+        """Returns ``'train'``, or ``'test'`` and the size."""
         return part if part == 'train' else f'{part} {self.size}'
 
 
@@ -254,24 +265,25 @@ class CUHK03(ReIDDataset):
         cuhk03/cuhk03_release/cuhk-03.mat
         cuhk03/cuhk03_new_protocol_config_{labeled,detected}.mat
 
-    Images are read from Matlab's file when they are asked for. A sample has ``img``, (H, W, 3) uint8 in BGR order,
-    ``ori_shape`` and ``img_shape``, so the pipeline has no ``LoadImageFromFile``. ``img_path`` is only a name such as
-    ``1_001_1_01.png``: pair of cameras, person in the pair, view (the camera) and image.
+    Images are read from the MAT file on access. A sample has ``img``, (H, W, 3), uint8, BGR, ``ori_shape`` and
+    ``img_shape``, so the pipeline needs no ``LoadImageFromFile``. ``img_path`` is a name such as ``1_001_1_01.png``:
+    pair of cameras, person, view (which gives the camera) and image.
 
     Args:
-        data_root: As for :class:`ReIDDataset`.
-        split: As for :class:`ReIDDataset`.
-        style: Boxes drawn by hand, ``'labeled'``, or by a detector, ``'detected'``.
-        **kwargs: As for :class:`ReIDDataset`.
+        data_root: See :class:`ReIDDataset`.
+        split: See :class:`ReIDDataset`.
+        style: ``'labeled'`` for boxes drawn by hand, ``'detected'`` for boxes of a detector.
+        **kwargs: See :class:`ReIDDataset`.
 
     Raises:
         ImportError: h5py or scipy is not installed.
+        InputError: See :class:`ReIDDataset`; or the style is unknown, or a MAT file is damaged.
     """
 
     STYLES = ('labeled', 'detected')
     LAYOUT = 'cuhk03/{cuhk03_release/cuhk-03.mat,cuhk03_new_protocol_config_{labeled,detected}.mat}'
     NAME = re.compile(r'([1-5])_0*([1-9]\d*)_([12])_0*([1-9]\d*)\.png')
-    # as the README of person-re-ranking, by the authors of the protocol, gives them
+    # source: README of person-re-ranking, by the authors of the protocol
     PUBLISHED = {
         'labeled train': '767 identities, 7,368 images',
         'labeled query': '700 identities, 1,400 images',
@@ -288,9 +300,9 @@ class CUHK03(ReIDDataset):
         super().__init__(data_root, split, **kwargs)
 
     def load_part(self, part: str) -> list[Image]:
-        """Returns the images in the order of the protocol's indices."""
+        """Returns the images in the order of the protocol."""
         self.mat_file = str(self.find('cuhk03_release/cuhk-03.mat', 'cuhk-03.mat'))
-        open_cells(self.mat_file, self.style, os.getpid())  # an unusable file is told of now, not by a worker
+        open_cells(self.mat_file, self.style, os.getpid())  # fails here on a damaged file, not in a worker
         protocol = self.find(f'cuhk03_new_protocol_config_{self.style}.mat')
         images: list[Image] = []
         for name, pid in read_protocol(protocol, part):
@@ -299,22 +311,22 @@ class CUHK03(ReIDDataset):
         return images
 
     def prepare_data(self, idx: int) -> Any:
-        """Returns the sample after the pipeline."""
+        """Reads an image and returns its sample after the pipeline."""
         sample = self.get_data_info(idx)
         image = self.read_image(sample['img_path'])
         sample.update(img=image, ori_shape=image.shape[:2], img_shape=image.shape[:2])
         return self.pipeline(sample)
 
     def read_image(self, name: str) -> NDArray[np.uint8]:
-        """Returns the image of a name such as ``1_001_1_01.png``, (H, W, 3) in BGR order.
+        """Returns an image by its name, such as ``1_001_1_01.png``: (H, W, 3), uint8, BGR.
 
         Raises:
-            ValueError: Matlab's file has no such image.
+            ValueError: The MAT file has no such image.
         """
         pair, person, _, number = map(int, match(self.NAME, name, name))
         file, cells = open_cells(self.mat_file, self.style, os.getpid())
         try:
-            image = file[cells[pair - 1][person - 1, number - 1]][()].T  # Matlab stores columns first, RGB
+            image = file[cells[pair - 1][person - 1, number - 1]][()].T  # MATLAB stores columns first, RGB
         except IndexError:
             image = np.empty(0)
         if image.ndim != 3:
@@ -330,19 +342,19 @@ class CUHK03(ReIDDataset):
 def open_cells(path: str, style: str, process: int) -> tuple[Any, list[NDArray[Any]]]:
     """Opens ``cuhk-03.mat`` once in each process.
 
-    Handles of HDF5 can be neither pickled nor copied, so they are kept here and not in the data set.
+    The cache keeps the handle out of the data set, since HDF5 handles can't be pickled or copied.
 
     Args:
-        path: The file.
+        path: Path of the file.
         style: ``'labeled'`` or ``'detected'``.
-        process: Id of the process; a forked worker opens the file anew.
+        process: Process ID, so that a forked worker opens the file again.
 
     Returns:
-        The open file, and for each of the five pairs of cameras the references to its images, (persons, 10).
+        The open file; for each of the five pairs of cameras the references to its images, (persons, 10).
 
     Raises:
         ImportError: h5py is not installed.
-        InputError: The file is damaged or another one.
+        InputError: The file is damaged, or is not ``cuhk-03.mat``.
     """
     try:
         import h5py
@@ -359,7 +371,7 @@ def read_protocol(path: Path, part: str) -> list[tuple[str, int]]:
     """Reads ``cuhk03_new_protocol_config_{labeled,detected}.mat``.
 
     Args:
-        path: The file.
+        path: Path of the file.
         part: ``'train'``, ``'query'`` or ``'gallery'``.
 
     Returns:
@@ -367,7 +379,7 @@ def read_protocol(path: Path, part: str) -> list[tuple[str, int]]:
 
     Raises:
         ImportError: scipy is not installed.
-        InputError: The file is damaged or another one.
+        InputError: The file is damaged, or is not a protocol of CUHK-03.
     """
     try:
         from scipy.io import loadmat
@@ -382,7 +394,16 @@ def read_protocol(path: Path, part: str) -> list[tuple[str, int]]:
 
 
 def match(pattern: re.Pattern[str], text: str, what: str) -> tuple[str, ...]:
-    """Returns the groups of a full match, or raises InputError that says what does not fit."""
+    """Returns the groups of a full match.
+
+    Args:
+        pattern: Regular expression.
+        text: Text to match.
+        what: Description of the text, for messages.
+
+    Raises:
+        InputError: The text does not match.
+    """
     found = pattern.fullmatch(text)
     if not found:
         raise InputError(f'{what} does not fit the grammar {pattern.pattern}')
@@ -390,17 +411,21 @@ def match(pattern: re.Pattern[str], text: str, what: str) -> tuple[str, ...]:
 
 
 def read_list(path: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, ...]]:
-    """Yields the groups of every line that is not empty, or raises InputError that names the line."""
+    """Yields the groups of every line that is not empty.
+
+    Raises:
+        InputError: A line does not match the pattern.
+    """
     for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
         if line.strip():
             yield match(pattern, line.strip(), f'line {number} of {path}, {line!r},')
 
 
 def split_folder(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Returns the images in a folder, those behind links too, and the hidden and other files and folders, both sorted.
+    """Returns the images of a folder, and its other entries, both sorted; hidden files are no images.
 
     Raises:
-        InputError: An image is a link to nothing, or no file.
+        InputError: An image is a broken link, or not a file.
     """
     images: list[Path] = []
     others: list[Path] = []
@@ -413,17 +438,23 @@ def split_folder(folder: Path) -> tuple[list[Path], list[Path]]:
     return images, others
 
 
-def require_images(images: list[Image], list_file: Path) -> None:
-    """Raises InputError if an image of a list is missing; reads folders, since asking for each image is slow."""
+def check_images_exist(images: list[Image], list_file: Path) -> None:
+    """Raises InputError if an image of a list is missing; lists folders, which is faster than checking every file."""
     paths = [os.path.split(image[0]) for image in images]
     folders = {folder for folder, _ in paths}
     present = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in folders}
     missing = [Path(folder, name) for folder, name in paths if name not in present[folder]]
-    require_none(missing, len(images), list_file)
+    refuse_missing(missing, len(images), list_file)
 
 
-def require_none(missing: list[Path], count: int, list_file: Path) -> None:
-    """Raises InputError if some of the images in a list are missing."""
+def refuse_missing(missing: list[Path], count: int, list_file: Path) -> None:
+    """Raises InputError if images of a list are missing.
+
+    Args:
+        missing: The missing images.
+        count: Number of all images in the list.
+        list_file: Path of the list.
+    """
     if missing:
         raise InputError(
             f'{missing[0]} is missing ({len(missing):,} of the {count:,} images in {list_file}): unpack it again'

@@ -1,1 +1,1 @@
-"""Metrics that the libraries lack."""
+"""Metrics for re-identification and boundary IoU."""

@@ -14,31 +14,32 @@ from torch import Tensor
 
 @METRICS.register_module()
 class BoundaryIoUMetric(IoUMetric):
-    """Mean boundary IoU (Cheng et al., CVPR 2021, arXiv 2103.16562): IoU of the inner contours, ``mBIoU`` in percent.
+    """Mean boundary IoU (Cheng et al., CVPR 2021, arXiv 2103.16562): ``mBIoU``, the IoU of inner contours, in percent.
 
-    For the mask G of a class in the annotation and its mask P in the prediction, with ``M_d`` the pixels within d
-    pixels of the contour of M,
+    For the annotated mask G and the predicted mask P of a class, with ``M_d`` the pixels within d pixels of the contour
+    of M,
 
         ``BIoU = |(G_d & G) & (P_d & P)| / |(G_d & G) | (P_d & P)|``,   ``d = max(1, round(dilation_ratio * diagonal))``
 
-    with the diagonal of the image, in pixels of the map that is evaluated. ``M_d & M`` is M less its erosion by a
-    square of side 2 d + 1, with everything outside the image counted as another class: distances are Chebyshev
-    distances, and the border of the image is a contour.
+    where diagonal is that of the evaluated map in pixels. ``M_d & M`` is M minus its erosion by a square of side
+    2 d + 1, so distances are Chebyshev distances. Pixels outside the image count as another class, so the border of the
+    image is a contour.
 
-    The paper defines it for one pair of masks. For semantic segmentation the two areas are summed over the data set for
-    each class, then divided, and the ratios averaged over the classes that occur, as mmseg does for mIoU.
+    The paper defines boundary IoU for one pair of masks. For semantic segmentation, intersection and union of each
+    class are summed over the data set and divided, and the ratios are averaged over the classes that occur, as mmseg
+    does for mIoU.
 
-    Ignored pixels are never counted. Both maps get one further class there before the erosion, so the rim of an ignored
-    region is a contour in both. ``reduce_zero_label`` needs nothing here: it is applied where annotations are loaded.
+    Ignored pixels are not counted. They form an additional class in both maps before the erosion, so the border of an
+    ignored region is a contour in both. ``reduce_zero_label`` is applied when annotations are loaded.
 
     Args:
-        dilation_ratio: d over the diagonal; 0.02 is the paper's.
-        ignore_index: Annotated value of the pixels to leave out.
-        collect_device: Where the results of several processes are gathered, ``'cpu'`` or ``'gpu'``.
-        prefix: Put before the name of the result.
+        dilation_ratio: d over the diagonal; the paper uses 0.02.
+        ignore_index: Label of ignored pixels.
+        collect_device: Device to gather the results of several processes on, ``'cpu'`` or ``'gpu'``.
+        prefix: Prefix of the name of the metric.
 
     Raises:
-        ValueError: dilation_ratio is not positive.
+        ValueError: ``dilation_ratio`` is not positive.
     """
 
     def __init__(
@@ -56,13 +57,13 @@ class BoundaryIoUMetric(IoUMetric):
     def intersect_and_union(
         self, pred_label: Tensor, label: Tensor, num_classes: int, ignore_index: int
     ) -> tuple[Tensor, ...]:
-        """Returns the areas in pixels, each (num_classes,): intersection and union, then both inner contours.
+        """Returns areas in pixels by class: intersection, union, predicted and annotated contour, (num_classes,) each.
 
         Args:
             pred_label: Predicted classes, (H, W), on any device.
             label: Annotated classes, (H, W).
             num_classes: Number of classes, at most 65534.
-            ignore_index: Annotated value of the pixels to leave out.
+            ignore_index: Label of ignored pixels.
         """
         ignored = label == ignore_index
         prediction, truth = (
@@ -88,9 +89,11 @@ class BoundaryIoUMetric(IoUMetric):
 
 
 def contour(labels: NDArray[np.uint16], width: int) -> NDArray[np.bool_]:
-    """Returns where the square of side 2 width + 1 around a pixel holds another class or leaves the map.
+    """Returns the inner contours of all classes, (H, W): pixels within ``width`` of another class or of the border.
 
-    These are the inner contours of all classes at once, since every pixel belongs to one class.
+    Args:
+        labels: Class of each pixel, (H, W).
+        width: Chebyshev distance in pixels.
     """
     square = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
     highest = cv2.dilate(labels, square, borderType=cv2.BORDER_CONSTANT, borderValue=np.iinfo(np.uint16).max)

@@ -1,4 +1,4 @@
-"""The metric of re-identification for mmengine's evaluation."""
+"""The metric of re-identification for mmengine's evaluator."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -14,36 +14,36 @@ from mmengine.registry import METRICS
 from torch import Tensor
 
 from ..core import InputError
-from ..core.files.atomic import whole_file
+from ..core.files.atomic import atomic_file
 from .reid_ranking import Ranking, rank_matches
 
 KEYS = ('sample_idx', 'img_path', 'pid', 'camid', 'is_query')
-"""What the metric needs to know about an image besides its feature."""
+"""The metainfo of an image that the metric needs."""
 
 
 @METRICS.register_module()
 class ReIDMetric(BaseMetric):
-    """mAP, CMC and mINP of re-identification in percent, see :func:`~.ranking.rank_matches`.
+    """mAP, CMC and mINP of re-identification in percent, see :func:`~.reid_ranking.rank_matches`.
 
-    One dataloader brings queries and gallery. Samples have ``pred_feature``, (C,), and the metainfo ``sample_idx``,
+    One dataloader gives both queries and gallery. Samples have ``pred_feature``, (C,), and the metainfo ``sample_idx``,
     ``img_path``, ``pid``, ``camid`` and ``is_query``.
 
-    With ``trials``, the protocol of VehicleID (Liu et al., CVPR 2016): in each trial one random image of every identity
-    is the gallery and all other images are queries, whatever their camera; the figures are means over the trials.
-    ``camid`` and ``is_query`` are not looked at. The draw depends on seed, trial and ``sample_idx`` alone.
+    ``trials`` selects the protocol of VehicleID (Liu et al., CVPR 2016): in each trial one random image of every
+    identity is the gallery and all other images are queries; the metrics are averaged over the trials. ``camid`` and
+    ``is_query`` are ignored. The gallery depends on seed, trial and ``sample_idx`` alone.
 
     Args:
-        topk: Ranks k of the CMC, which is called ``rank<k>``.
-        normalize: Whether features are divided by their length first.
-        trials: Number of random galleries; None takes queries and gallery as ``is_query`` says.
-        seed: Of the trials, 0 or more.
+        topk: Ranks k of the CMC; the metrics are named ``rank<k>``.
+        normalize: Whether to normalise features to length 1.
+        trials: Number of trials; None takes queries and gallery from ``is_query``.
+        seed: Seed of the trials, 0 or more.
         matches_file: JSON file to write after each evaluation, for ``draw_matches.py``: a list with an entry
-            ``{sample_idx, img_path, pid, camid, ap, matches}`` for each query that has a match in the gallery, whose
-            ``matches`` are its nearest gallery entries ``{sample_idx, img_path, pid, camid, distance, correct}``
-            (squared Euclidean distance). With ``trials``, those of the first.
-        num_matches: Gallery entries for each query in that file.
-        collect_device: Where the results of several processes are gathered, ``'cpu'`` or ``'gpu'``.
-        prefix: Put before the names of the results; ``'reid'`` by default.
+            ``{sample_idx, img_path, pid, camid, ap, matches}`` for each query that has a match in the gallery.
+            ``matches`` lists the nearest gallery images, ``{sample_idx, img_path, pid, camid, distance, correct}``,
+            with the squared Euclidean distance. With ``trials``, the file has the first trial.
+        num_matches: Number of gallery images for each query in ``matches_file``.
+        collect_device: Device to gather the results of several processes on, ``'cpu'`` or ``'gpu'``.
+        prefix: Prefix of the names of the metrics; ``'reid'`` by default.
 
     Raises:
         InputError: ``topk``, ``trials`` or ``num_matches`` is not positive, or the file is not named ``.json``.
@@ -76,14 +76,14 @@ class ReIDMetric(BaseMetric):
         self.num_matches = num_matches
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
-        """Keeps the features of a batch on the CPU.
+        """Stores the features of a batch on the CPU.
 
         Args:
             data_batch: Not used.
             data_samples: Predictions of the model as dicts.
 
         Raises:
-            InputError: A sample lacks a key, or its feature is not finite or no vector.
+            InputError: A sample lacks a key, or its feature is not finite or not a vector.
         """
         for sample in data_samples:
             if 'pred_feature' not in sample:
@@ -106,15 +106,15 @@ class ReIDMetric(BaseMetric):
                     pid=int(sample['pid']),
                     camid=int(sample['camid']),
                     is_query=bool(sample['is_query']),
-                    feature=feature.numpy().copy(),  # it may be a view of all tokens of the batch
+                    feature=feature.numpy().copy(),  # a view would keep all tokens of the batch in memory
                 )
             )
 
     def compute_metrics(self, results: list[dict]) -> dict[str, float]:
-        """Returns the figures in percent and writes the matches.
+        """Returns the metrics in percent, and writes ``matches_file``.
 
         Args:
-            results: What :meth:`process` kept, of all processes.
+            results: Results of :meth:`process`, from all processes.
 
         Raises:
             InputError: There is no query, no gallery, or no query with a match.
@@ -132,7 +132,7 @@ class ReIDMetric(BaseMetric):
             camids = torch.tensor([image['camid'] for image in images])
         else:
             splits = (draw_queries(pids, self.seed, trial) for trial in range(self.trials))
-            camids = torch.arange(len(images))  # each image has its own camera, so none is removed
+            camids = torch.arange(len(images))  # a camera for each image, so none is removed from the gallery
 
         figures: list[dict[str, float]] = []
         for is_query in splits:
@@ -160,7 +160,7 @@ class ReIDMetric(BaseMetric):
                 )
                 if self.matches_file:
                     write_matches(Path(self.matches_file), images, query, gallery, ranking)
-            figures.append(ranking.figures(self.topk))
+            figures.append(ranking.metrics(self.topk))
         return {name: 100 * sum(trial[name] for trial in figures) / len(figures) for name in figures[0]}
 
     def _require_both(self, queries: int, gallery: int) -> None:
@@ -178,8 +178,8 @@ def draw_queries(pids: Tensor, seed: int, trial: int) -> Tensor:
 
     Args:
         pids: Identities, (N,).
-        seed: Of all trials.
-        trial: Number of the trial, from 0; no trial of another seed has its draw.
+        seed: Seed of all trials.
+        trial: Number of the trial, counted from 0.
     """
     order = np.random.default_rng([seed, trial]).permutation(len(pids))
     _, first = np.unique(pids.numpy()[order], return_index=True)
@@ -189,14 +189,14 @@ def draw_queries(pids: Tensor, seed: int, trial: int) -> Tensor:
 
 
 def write_matches(path: Path, images: list[dict], query: Tensor, gallery: Tensor, ranking: Ranking) -> None:
-    """Writes the nearest gallery entries of every valid query, all or nothing; :class:`ReIDMetric` has the format.
+    """Writes the nearest gallery images of every query with a match, atomically, as :class:`ReIDMetric` describes.
 
     Args:
-        path: File to write; its folder is made.
-        images: Samples by the keys of :data:`KEYS`.
+        path: File to write; its folder is created.
+        images: Samples with the keys of :data:`KEYS`.
         query: Indices of the queries in ``images``, (Q,).
-        gallery: Indices of the gallery, (G,).
-        ranking: Of this gallery for these queries.
+        gallery: Indices of the gallery in ``images``, (G,).
+        ranking: Ranking of the gallery for the queries.
     """
 
     def describe(index: int) -> dict[str, Any]:
@@ -214,5 +214,5 @@ def write_matches(path: Path, images: list[dict], query: Tensor, gallery: Tensor
         ]
         entries.append(dict(entry, ap=ranking.average_precision[i].item(), matches=matches))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(json.dumps(entries).encode())

@@ -1,4 +1,4 @@
-"""How well the images of the same identity are ranked: CMC, average precision and inverse negative penalty."""
+"""Ranks a gallery for queries: cumulative matching (CMC), average precision and inverse negative penalty."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,20 +7,21 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**22
-"""Distances that are sorted at a time; each needs about 25 bytes while it is."""
+"""Number of distances to sort at a time; sorting needs about 25 bytes for each."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """What the gallery looks like from each of the V queries that have a match in it.
+    """Ranking of a gallery for the V queries that have a match in it.
 
     Attributes:
-        queries: Their indices, (V,), int64, ascending; other queries are left out.
-        average_precision: (V,), float64.
-        first_rank: Rank of the nearest match, (V,), int64, from 1.
-        inverse_penalty: Number of matches over the rank of the farthest one, (V,), float64.
-        nearest: Indices of the nearest gallery entries, (V, N), int64, nearest first.
-        distances: Their squared distances, (V, N); infinite where less than N entries remain for a query.
+        queries: Indices of the queries with a match, (V,), int64, ascending.
+        average_precision: Average precision, (V,), float64.
+        first_rank: Rank of the nearest match, (V,), int64, counted from 1.
+        inverse_penalty: Number of matches over the rank of the farthest match, (V,), float64.
+        nearest: Indices of the nearest gallery images, (V, N), int64, nearest first.
+        distances: Squared distances of the nearest gallery images, (V, N); infinite beyond the images that remain for
+            the query.
     """
 
     queries: Tensor
@@ -30,7 +31,7 @@ class Ranking:
     nearest: Tensor
     distances: Tensor
 
-    def figures(self, topk: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    def metrics(self, topk: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
         """Returns ``mAP``, ``rank<k>`` for every k, and ``mINP``: means over the V queries, between 0 and 1."""
         cmc = {f'rank{k}': (self.first_rank <= k).double().mean().item() for k in topk}
         return dict(mAP=self.average_precision.mean().item(), **cmc, mINP=self.inverse_penalty.mean().item())
@@ -47,32 +48,32 @@ def rank_matches(
     num_nearest: int = 0,
     chunk_size: int | None = None,
 ) -> Ranking:
-    """Ranks the gallery for each query by squared Euclidean distance.
+    """Ranks the gallery for each query by squared Euclidean distance, with the protocol of Market-1501.
 
-    The protocol of Market-1501 (Zheng et al., ICCV 2015): gallery entries with the identity and the camera of the query
-    are removed; its matches are the others with its identity; a query without any is left out. With the ranks
-    ``r_1 < ... < r_P`` of its P matches,
+    Gallery images with both the identity and the camera of the query are removed (Zheng et al., ICCV 2015). The matches
+    are the remaining images with its identity; queries without a match are left out. With the ranks
+    ``r_1 < ... < r_P`` of the P matches,
 
         ``AP = 1/P sum_n n / r_n``,   ``CMC(k) = 1 if r_1 <= k else 0``,   ``INP = P / r_P``
 
-    where INP is Ye et al.'s (arXiv 2001.04193). Equal distances rank in the order of the gallery. Computed a few
-    queries at a time, on the device and in the dtype of the features, float32 at least.
+    where INP is the inverse negative penalty (Ye et al., arXiv 2001.04193). Equal distances rank in the order of the
+    gallery. The computation runs in chunks, on the device and in the dtype of the features, but at least in float32.
 
     Args:
-        query: Features, (Q, C), finite.
-        gallery: Features, (G, C), finite.
-        query_pids: Identities, (Q,), integers.
-        gallery_pids: Identities, (G,).
-        query_camids: Cameras, (Q,), integers.
-        gallery_camids: Cameras, (G,).
-        num_nearest: N, how many of the nearest entries to return; at most G are.
-        chunk_size: Queries at a time, as far as memory allows; by default such that :data:`CHUNK` distances are.
+        query: Features of the queries, (Q, C), finite.
+        gallery: Features of the gallery, (G, C), finite.
+        query_pids: Identities of the queries, (Q,), integers.
+        gallery_pids: Identities of the gallery, (G,), integers.
+        query_camids: Cameras of the queries, (Q,), integers.
+        gallery_camids: Cameras of the gallery, (G,), integers.
+        num_nearest: N, the number of nearest images to return, at most G.
+        chunk_size: Number of queries in a chunk; None takes as many as give :data:`CHUNK` distances.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, gallery = query.to(dtype), gallery.to(dtype)
     norms = gallery.square().sum(1)
     indices = torch.arange(len(query), device=query.device)
-    # Written in place: small results that stay between the large passing ones would keep the heap from shrinking.
+    # allocated first: small results between the large temporary ones would keep the heap from shrinking
     scores = torch.zeros((3, len(query)), dtype=torch.float64, device=query.device)
     nearest = indices.new_empty((len(query), min(num_nearest, len(gallery))))
     smallest = query.new_empty(nearest.shape)
@@ -94,8 +95,8 @@ def rank_matches(
 
 
 def _scores(hits: Tensor) -> Tensor:
-    """Returns AP, first rank and INP, (3, V), float64, of ranked matches (V, G), bool, at least one in every row."""
-    rows, columns = hits.nonzero(as_tuple=True)  # row by row, so the ranks of a query stand together
+    """Returns AP, first rank and INP, (3, V), float64, of ranked matches, (V, G), bool, at least one in each row."""
+    rows, columns = hits.nonzero(as_tuple=True)  # row by row, so the ranks of a query are adjacent
     ranks, count = columns + 1, hits.sum(1)
     end = count.cumsum(0)
     start = end - count

@@ -1,4 +1,4 @@
-"""The head of re-identification: a BatchNorm between the feature that is compared and the one that is classified."""
+"""BNNeck head and batch-hard triplet loss for re-identification."""
 
 from typing import Any
 
@@ -16,24 +16,23 @@ FEATURES = ('before', 'after')
 
 @MODELS.register_module()
 class BNNeckReIDHead(ClsHead):
-    """BNNeck (Luo et al., CVPRW 2019, arXiv 1903.07071): identity loss behind a BatchNorm, triplet loss before it.
+    """BNNeck (Luo et al., CVPRW 2019, arXiv 1903.07071): triplet loss before a BatchNorm, identity loss behind it.
 
         ``L = L_id(W BN(f)) + triplet_weight * L_triplet(f)``
 
-    The shift of the BatchNorm stays 0 and the classifier W has no bias. Distances need no such neck: images are matched
-    by f, or by BN(f).
+    The BatchNorm has no trainable bias, and the classifier W has none.
 
     Args:
-        num_classes: Identities in the training set.
-        in_channels: C, the channels of f.
-        margin: Of the triplet loss; None is the soft margin, see :func:`batch_hard_triplet_loss`.
-        triplet_weight: Weight of the triplet loss beside the identity loss.
-        test_feature: ``'before'`` or ``'after'`` the neck: what is compared at test time.
+        num_classes: Number of identities in the training set.
+        in_channels: C, the number of channels of the feature f.
+        margin: Margin of the triplet loss; None is the soft margin, see :func:`batch_hard_triplet_loss`.
+        triplet_weight: Weight of the triplet loss.
+        test_feature: Feature to match images by: f ``'before'`` the BatchNorm, or BN(f) ``'after'`` it.
         loss: Config of the identity loss; None is cross-entropy.
         init_cfg: Initialisation; None draws the classifier with a standard deviation of 0.001.
 
     Raises:
-        InputError: An unknown ``test_feature`` or a negative margin.
+        InputError: ``test_feature`` is unknown, or the margin is negative.
     """
 
     def __init__(
@@ -65,10 +64,10 @@ class BNNeckReIDHead(ClsHead):
         self.classifier = nn.Linear(in_channels, num_classes, bias=False)
 
     def forward(self, feats: tuple[Tensor, ...]) -> Tensor:
-        """Returns what is compared at test time, (B, C), not normalised.
+        """Returns the test feature, (B, C), not normalised.
 
         Args:
-            feats: What backbone and neck return; the last entry is f, (B, C).
+            feats: Outputs of backbone and neck; the last one is f, (B, C).
         """
         feature = self.pre_logits(feats)
         return feature if self.test_feature == 'before' else self.bnneck(feature)
@@ -77,9 +76,9 @@ class BNNeckReIDHead(ClsHead):
         """Returns ``loss_id`` and ``loss_triplet``, scalars.
 
         Args:
-            feats: As in :meth:`forward`.
-            data_samples: One an image, with ``gt_label``, the number of its identity.
-            **kwargs: Handed to the identity loss.
+            feats: See :meth:`forward`.
+            data_samples: One for each image, with ``gt_label``, the class of its identity.
+            **kwargs: Arguments of the identity loss.
         """
         feature = self.pre_logits(feats)
         identities = torch.cat([sample.gt_label for sample in data_samples])
@@ -92,7 +91,7 @@ class BNNeckReIDHead(ClsHead):
     def predict(
         self, feats: tuple[Tensor, ...], data_samples: list[DataSample | None] | None = None
     ) -> list[DataSample]:
-        """Returns the data samples with ``pred_feature``, (C,) each: :meth:`forward` of the image."""
+        """Returns the data samples with the test feature of the image, ``pred_feature``, (C,)."""
         features = self(feats)
         samples = data_samples or [None] * len(features)
         predictions = []
@@ -111,13 +110,13 @@ def batch_hard_triplet_loss(features: Tensor, identities: Tensor, margin: float 
         soft margin:  ``log(1 + exp(d_ap - d_an))``
         hinge:        ``max(0, d_ap - d_an + margin)``
 
-    averaged over all images as anchors. Computed in float32 at least, outside autocast. An anchor that has no negative
-    in the batch adds nothing.
+    averaged over all images as anchors. The loss of an anchor without a negative in the batch is 0. Computed in float32
+    or more, outside autocast.
 
     Args:
-        features: (B, C), not normalised.
-        identities: (B,), integers.
-        margin: None is the soft margin.
+        features: Features, (B, C), not normalised.
+        identities: Identities, (B,), integers.
+        margin: Margin of the hinge; None is the soft margin.
     """
     with torch.autocast(features.device.type, enabled=False):
         features = features.to(torch.promote_types(features.dtype, torch.float32))

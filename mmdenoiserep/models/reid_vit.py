@@ -1,4 +1,4 @@
-"""mmpretrain's ViT for pictures of people, which are no squares."""
+"""mmpretrain's ViT for images of people, which are not square."""
 
 import math
 from typing import Any
@@ -11,15 +11,15 @@ from torch import Tensor
 
 @MODELS.register_module()
 class ReIDVisionTransformer(VisionTransformer):
-    """mmpretrain's VisionTransformer that loads position encodings from any grid, where mmpretrain's takes a square.
+    """mmpretrain's VisionTransformer that also loads position embeddings of grids that are not square.
 
-    Takes the arguments of ``VisionTransformer``; ``img_size=(256, 128)`` is (height, width). When the number of tokens
-    in a checkpoint is another one, the encodings are resized with ``interpolate_mode`` from the grid that
-    :func:`source_grid` finds.
+    Takes the arguments of ``VisionTransformer``; ``img_size=(256, 128)`` is (height, width). If the checkpoint has
+    another number of tokens, the embeddings are resized with ``interpolate_mode`` from the grid of
+    :func:`source_grid`.
     """
 
     def _prepare_pos_embed(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Resizes the encodings of a checkpoint before they are loaded; what has the right size is left alone."""
+        """Resizes the position embeddings of a checkpoint, in place, if their number differs."""
         name = f'{prefix}pos_embed'
         grid = self.patch_embed.init_out_size
         tokens = state_dict[name].shape[1] - self.num_extra_tokens if name in state_dict else math.prod(grid)
@@ -32,17 +32,17 @@ class ReIDVisionTransformer(VisionTransformer):
 
 
 def source_grid(tokens: int, target: tuple[int, int]) -> tuple[int, int]:
-    """Returns the (height, width) of the grid on which position encodings were learned.
+    """Returns the (height, width) of the grid of pretrained position embeddings.
 
-    A square where the number of tokens allows it (ImageNet); else the grid whose aspect ratio is nearest to that of the
-    target (pretraining on pictures of people, such as 16 x 8).
+    This is a square if the number of tokens is one (ImageNet), otherwise the grid with the aspect ratio nearest to the
+    target's (pretraining on images of people, such as 16 x 8).
 
     Args:
-        tokens: Position encodings without that of the class token.
+        tokens: Number of position embeddings without the class token.
         target: Grid of the model, (height, width).
 
     Raises:
-        ValueError: No grid of so many tokens is within a factor of two of the target's aspect ratio.
+        ValueError: No grid of this number of tokens has an aspect ratio within a factor of two of the target's.
     """
     side = math.isqrt(tokens)
     if side * side == tokens:

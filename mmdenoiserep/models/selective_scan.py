@@ -1,4 +1,4 @@
-"""The scan of VMamba: a linear recurrence along four paths through a feature map; imports torch only."""
+"""The selective scan of VMamba: a linear recurrence along four paths through a feature map. Needs torch alone."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -8,35 +8,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 4
-"""Positions of a chunk."""
+"""Number of positions in a chunk."""
 
-DIRECT = 64
-"""Up to this length one loop over the positions is as fast as chunks."""
+MAX_LOOP = 64
+"""Longest sequence that is computed without chunks, which are not faster below."""
 
 
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor) -> Tensor:
-    """Returns y of the selective scan (Gu and Dao 2023, arXiv 2312.00752), differentiable.
+    """Computes the selective scan (Gu and Dao 2023, arXiv 2312.00752), differentiable.
 
-    For every image and every channel of each of K directions, with N states h that start at zero,
+    For every image, every direction of K and every channel, with N states h, which start at zero,
 
         ``s_t = softplus(delta_t + delta_bias)``
         ``h_t = exp(s_t A) h_{t-1} + s_t B_t u_t``,   ``y_t = C_t h_t + D u_t``
 
-    The channels of a direction share B and C. CUDA tensors go to the kernel of mamba-ssm where
-    :func:`cuda_kernel` finds it. Everything else, and float64, is computed here with plain operations, with memory
-    linear in L. Half precision is computed in float32, also under autocast.
+    The channels of a direction share B and C. Float32 tensors on CUDA use the kernel of mamba-ssm if
+    :func:`cuda_kernel` finds it; all others use PyTorch operations with memory linear in L. Half precision is computed
+    in float32, also under autocast.
 
     Args:
-        u: Input, (batch, K Di, L).
-        delta: Step before bias and softplus, (batch, K Di, L).
-        A: (K Di, N), negative.
-        B: (batch, K, N, L).
-        C: (batch, K, N, L).
-        D: (K Di,).
-        delta_bias: (K Di,).
+        u: Input, (batch, K Di, L), with Di channels in each direction.
+        delta: Step size before bias and softplus, (batch, K Di, L).
+        A: State matrix, diagonal, (K Di, N), negative.
+        B: Input matrix, (batch, K, N, L).
+        C: Output matrix, (batch, K, N, L).
+        D: Weight of the skip connection, (K Di,).
+        delta_bias: Bias of the step size, (K Di,).
 
     Returns:
-        (batch, K Di, L), in the dtype of u.
+        y, (batch, K Di, L), in the dtype of u.
     """
     dtype = u.dtype
     accurate = torch.promote_types(dtype, torch.float32)
@@ -48,7 +48,7 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     delta = F.softplus(delta + delta_bias[:, None])
     decay = torch.exp(delta[:, :, None] * A[:, :, None])  # (batch, K Di, N, L)
     drive = ((delta * u).unflatten(1, directions)[:, :, :, None] * B[:, :, None]).flatten(1, 2)
-    del delta  # what is alive from here on decides the peak of memory
+    del delta  # the tensors alive from here on determine peak memory
     states = linear_recurrence(decay, drive)
     del decay, drive
     y = (u * D[:, None]).unflatten(1, directions)
@@ -58,26 +58,26 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
 
 
 def linear_recurrence(decay: Tensor, drive: Tensor) -> Tensor:
-    """Returns all h of ``h_t = decay_t h_{t-1} + drive_t`` along the last dimension, with h = 0 before the first.
+    """Computes the linear recurrence ``h_t = decay_t h_{t-1} + drive_t``, ``h_0 = 0``, along the last dimension.
 
-    A long sequence is cut into chunks, and all chunks advance at once. The effect of a whole chunk is again one step of
-    such a recurrence, with the product of its decays, so the states between chunks come from the same function:
+    A long sequence is split into chunks, which are processed in parallel. A whole chunk acts as one step of a linear
+    recurrence whose decay is the product of the chunk's decays:
 
-        1. from h = 0, run through each chunk for its last state and its product of decays,
-        2. the recurrence over these gives the state that enters each chunk,
-        3. from there, run through each chunk again for every state.
+        1. Run each chunk from h = 0 to get its last state, and the product of its decays.
+        2. Apply this function to both to get the initial state of each chunk.
+        3. Run each chunk again from its initial state to get all states.
 
-    That takes a number of steps logarithmic in the length, exactly: there is no division and no exponential here.
+    The number of sequential steps is logarithmic in L. Without divisions and exponentials it is numerically stable.
 
     Args:
         decay: (..., L).
         drive: (..., L).
 
     Returns:
-        (..., L).
+        All states h, (..., L).
     """
     length = drive.shape[-1]
-    if length <= DIRECT:
+    if length <= MAX_LOOP:
         return torch.stack(_states(decay.unbind(-1), drive.unbind(-1), torch.zeros_like(drive[..., 0])), -1)
     if padding := -length % CHUNK:
         return linear_recurrence(F.pad(decay, (0, padding)), F.pad(drive, (0, padding)))[..., :length]
@@ -88,7 +88,7 @@ def linear_recurrence(decay: Tensor, drive: Tensor) -> Tensor:
 
 
 def _states(decays: Iterable[Tensor], drives: Iterable[Tensor], state: Tensor) -> list[Tensor]:
-    """Runs the recurrence from a state, one step an entry."""
+    """Runs the recurrence from an initial state in a loop, and returns all states."""
     states = []
     for decay, drive in zip(decays, drives, strict=True):
         state = torch.addcmul(drive, decay, state)
@@ -98,9 +98,9 @@ def _states(decays: Iterable[Tensor], drives: Iterable[Tensor], state: Tensor) -
 
 @functools.cache
 def cuda_kernel(device: torch.device) -> Callable[..., Tensor] | None:
-    """Returns ``selective_scan_fn`` of mamba-ssm, or None where it is missing or does not run on this device.
+    """Returns ``selective_scan_fn`` of mamba-ssm, or None if it is missing or does not run on this device.
 
-    mamba-ssm is often installed without its CUDA extension, so the kernel is tried once.
+    The kernel is run once, since mamba-ssm is often installed without its CUDA extension.
     """
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -109,36 +109,34 @@ def cuda_kernel(device: torch.device) -> Callable[..., Tensor] | None:
         selective_scan_fn(
             one[0], one[0], one[0, 0], one, one, one[0, 0, 0], delta_bias=one[0, 0, 0], delta_softplus=True
         )
-    except Exception:  # whatever keeps a foreign binary from running, there is the other way
+    except Exception:  # a foreign binary may fail in any way; PyTorch operations replace it
         return None
     return selective_scan_fn
 
 
 def cross_scan(x: Tensor) -> Tensor:
-    """Returns a feature map as four sequences (VMamba, arXiv 2401.10166).
-
-    They run through the pixels row by row, column by column, and both from the end backwards.
+    """Flattens a feature map into four sequences (VMamba, arXiv 2401.10166): by rows, by columns, and both reversed.
 
     Args:
-        x: (B, C, H, W).
+        x: Feature map, (B, C, H, W).
 
     Returns:
-        (B, 4, C, H W).
+        The sequences, (B, 4, C, H W).
     """
     forwards = torch.stack([x.flatten(2), x.transpose(2, 3).flatten(2)], 1)
     return torch.cat([forwards, forwards.flip(-1)], 1)
 
 
 def cross_merge(y: Tensor, height: int, width: int) -> Tensor:
-    """Returns the sum of the four sequences of :func:`cross_scan`, each put back to its pixels.
+    """Sums the four sequences of :func:`cross_scan` at their pixels.
 
     Args:
-        y: (B, 4, C, H W).
+        y: The sequences, (B, 4, C, H W).
         height: H.
         width: W.
 
     Returns:
-        (B, C, H W), row by row.
+        The sum by rows, (B, C, H W).
     """
     rows, columns = (y[:, :2] + y[:, 2:].flip(-1)).unbind(1)
     return rows + columns.unflatten(-1, (width, height)).transpose(-2, -1).flatten(-2)

@@ -1,4 +1,4 @@
-"""Weights of the TransReID-SSL and TransReID releases under the names of mmpretrain's ViT."""
+"""Converts the weights of TransReID-SSL and TransReID to the names of mmpretrain's ViT."""
 
 import re
 from collections import OrderedDict
@@ -16,30 +16,30 @@ RENAMED = (
     (r'norm\.(weight|bias)', r'ln1.\1'),
     (r'(cls_token|pos_embed)', r'\1'),
 )
-"""Names inside the released ViT, and what mmpretrain's VisionTransformer calls them."""
+"""Names in the released ViT, and in mmpretrain's VisionTransformer."""
 
 HEAD = (
     (r'bottleneck\.(weight|bias|running_mean|running_var|num_batches_tracked)', r'head.bnneck.\1'),
     (r'classifier\.weight', r'head.classifier.weight'),
 )
-"""Names beside the ViT in a trained re-identification model, and what BNNeckReIDHead calls them."""
+"""Names in the head of a released re-identification model, and in BNNeckReIDHead."""
 
 UNUSED = re.compile(r'(.*\.)?head\..*|fc\..*')
-"""DINO's projection head and ImageNet's classifier."""
+"""Names that are dropped: DINO's projection head and ImageNet's classifier."""
 
 
 def convert_transreid(checkpoint: Mapping[str, Any]) -> 'OrderedDict[str, Tensor]':
-    """Returns the state dict of an mmpretrain classifier with a ViT backbone: ``backbone.*`` and, if there, ``head.*``.
+    """Returns the state dict of an mmpretrain classifier with a ViT backbone: ``backbone.*``, and ``head.*`` if given.
 
-    A pretrained file (DINO on LUPerson) has its weights under ``teacher``, with ``backbone.`` before the names of the
-    ViT; a trained re-identification model has ``base.`` there, and ``bottleneck`` and ``classifier`` beside it.
+    A pretrained checkpoint (DINO on LUPerson) has its weights under ``teacher``, and the ViT under ``backbone.``. A
+    trained re-identification model has the ViT under ``base.``, and the head in ``bottleneck`` and ``classifier``.
 
     Args:
         checkpoint: Content of the released file.
 
     Raises:
-        ValueError: A name belongs to another architecture, such as the convolutional stem of the ICS variants, or there
-            is no ViT.
+        ValueError: The checkpoint has no ViT, or has parts of another architecture, such as the convolutional stem of
+            the ICS variants.
     """
     state = next((checkpoint[key] for key in ('teacher', 'state_dict', 'model') if key in checkpoint), checkpoint)
     converted: OrderedDict[str, Tensor] = OrderedDict()

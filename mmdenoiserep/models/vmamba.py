@@ -1,4 +1,4 @@
-"""VMamba as a backbone for mmdet, mmseg and mmpretrain, under the names of the released checkpoints."""
+"""VMamba as a backbone for mmdet, mmseg and mmpretrain, with the parameter names of the released checkpoints."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ ARCHS: dict[str, dict[str, Any]] = {
 
 DIRECTIONS = 4
 STATES = 1
-"""N of the scan; the released v2 models have one state a channel."""
+"""N, the number of states of a channel; the released v2 models have one."""
 
 OLD_NAMES = (
     (r'patch_embed\.proj\.', 'patch_embed.0.'),
@@ -35,39 +35,39 @@ OLD_NAMES = (
     (r'(layers\.\d+\.blocks\.\d+\.)self_attention\.', r'\1op.'),
     (r'(norm|head)\.', r'classifier.\1.'),
 )
-"""Beginnings of names in early releases, and what later ones call them."""
+"""Prefixes of names in early releases, and in later ones."""
 
 
 @MODELS.register_module()
 class VMamba(BaseModule):
-    """VMamba (Liu et al., NeurIPS 2024, arXiv 2401.10166) in the form of the released "v2" models.
+    """VMamba (Liu et al., NeurIPS 2024, arXiv 2401.10166), version 2 of the release.
 
-    A stem of two convolutions with stride 4 in all, then stages of :class:`VSSBlock` with a convolution of stride 2
-    between them. Any image size works. Features are (B, H, W, C) inside, so the layers are plain ``nn.Linear`` and
-    ``nn.LayerNorm``. The scan is always computed in float32 at least.
+    A stem of two convolutions (stride 4 in total), and stages of :class:`VSSBlock` with strided convolutions between
+    them. Any image size works. Features are (B, H, W, C) inside, so the layers are ``nn.Linear`` and ``nn.LayerNorm``.
+    The scan is computed in float32 or more.
 
-    Released files load by their own names, through ``init_cfg=dict(type='Pretrained', checkpoint=...)`` or
-    ``load_state_dict``: the weights under ``model`` are taken, early names are translated, the norm of the classifier
-    becomes that of the output if the last stage is the only output, and its head is left out.
+    Released checkpoints load unchanged, by ``init_cfg=dict(type='Pretrained', checkpoint=...)`` or
+    ``load_state_dict``: the weights are taken from ``model``, early names are translated, and the classifier is dropped
+    except for its norm, which becomes the output norm if the last stage is the only output.
 
-    In training the release gives no weight decay to A_logs and Ds (they are marked ``_no_weight_decay``), which in a
-    config is ``paramwise_cfg=dict(custom_keys={'A_logs': dict(decay_mult=0.0), '.Ds': dict(decay_mult=0.0)})``.
+    The release trains A_logs and Ds without weight decay (attribute ``_no_weight_decay``). In a config:
+    ``paramwise_cfg=dict(custom_keys={'A_logs': dict(decay_mult=0.0), '.Ds': dict(decay_mult=0.0)})``.
 
     Args:
-        arch: ``'tiny'``, ``'small'`` or ``'base'`` (:data:`ARCHS`), or a dict with their keys: ``dims``, the channels
-            of every stage; ``depths``, the blocks of every stage; ``ssm_ratio``, the channels of the scan over those
-            of the stage. The other released ones are ``depths=(2, 2, 5, 2), ssm_ratio=2.0`` (tiny) and
-            ``depths=(2, 2, 20, 2), ssm_ratio=1.0`` (small and base).
-        in_channels: Channels of the image.
-        drop_path_rate: Stochastic depth of the last block; it rises linearly from 0 at the first one. The ImageNet
-            recipes have 0.2 (tiny), 0.3 (small), 0.6 (base) and 0.5 (base with ssm_ratio 1).
-        out_indices: Stages to return, from 0.
+        arch: ``'tiny'``, ``'small'`` or ``'base'`` (:data:`ARCHS`), or a dict with ``dims`` (channels of each stage),
+            ``depths`` (number of blocks of each stage) and ``ssm_ratio`` (channels of the scan over channels of the
+            stage). The release also has ``depths=(2, 2, 5, 2), ssm_ratio=2.0`` (tiny) and ``depths=(2, 2, 20, 2),
+            ssm_ratio=1.0`` (small and base).
+        in_channels: Number of channels of the image.
+        drop_path_rate: Drop rate of stochastic depth in the last block; it rises linearly from 0 in the first block.
+            The ImageNet recipes use 0.2 (tiny), 0.3 (small), 0.6 (base) and 0.5 (base with ``ssm_ratio=1.0``).
+        out_indices: Indices of the stages to return, from 0.
         frozen_stages: -1 freezes nothing, 0 the stem, i the stem and the first i stages.
-        with_cp: Recomputes blocks in the backward pass, to save memory.
-        init_cfg: What :meth:`init_weights` does after the initialisation of the release, such as loading a file.
+        with_cp: Whether to use gradient checkpointing, which saves memory.
+        init_cfg: Initialisation after the one of the release, such as loading a checkpoint.
 
     Raises:
-        ValueError: An unknown arch, or a value outside its range.
+        ValueError: ``arch`` is unknown, or a value is outside its range.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class VMamba(BaseModule):
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
 
-        # the numbers of the modules are in the names of the released weights
+        # the order of the modules gives the names of the released weights
         self.patch_embed = nn.Sequential(
             nn.Conv2d(in_channels, dims[0] // 2, 3, stride=2, padding=1),
             Permute(0, 2, 3, 1),
@@ -116,10 +116,13 @@ class VMamba(BaseModule):
         self._freeze_stages()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Returns one map an output, (B, dims[i], H / 4 / 2^i, W / 4 / 2^i) rounded up, normalised, contiguous.
+        """Returns the normalised, contiguous feature maps of the stages in ``out_indices``.
 
         Args:
             x: Images, (B, in_channels, H, W).
+
+        Returns:
+            For each stage i a map of shape (B, dims[i], H / 4 / 2^i, W / 4 / 2^i), rounded up.
         """
         if x.is_cuda:
             _log_scan(x.device)
@@ -134,7 +137,7 @@ class VMamba(BaseModule):
         return tuple(outputs)
 
     def init_weights(self) -> None:
-        """Initialises Linear layers as the release does, then follows ``init_cfg``; :class:`SS2D` does the rest."""
+        """Initialises Linear layers as the release does, then applies ``init_cfg``; other layers keep their values."""
         if not self.is_init:
             for module in self.modules():
                 if isinstance(module, nn.Linear):
@@ -144,7 +147,7 @@ class VMamba(BaseModule):
         super().init_weights()
 
     def train(self, mode: bool = True) -> 'VMamba':
-        """Sets the mode; frozen stages stay in eval mode."""
+        """Sets the training mode; frozen stages stay in eval mode."""
         super().train(mode)
         self._freeze_stages()
         return self
@@ -156,7 +159,7 @@ class VMamba(BaseModule):
             module.eval().requires_grad_(False)
 
     def _translate_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Gives the entries of a released checkpoint the names and shapes of this model, in place."""
+        """Converts a released checkpoint to the names and shapes of this model, in place."""
         if isinstance(released := state.get('model'), Mapping):
             state.clear()
             state.update(released)
@@ -171,17 +174,17 @@ class VMamba(BaseModule):
             del state[key]
         for name, parameter in self.named_parameters():
             value = state.get(prefix + name)
-            if value is not None and value.shape == (*parameter.shape, 1, 1):  # a 1x1 convolution
+            if value is not None and value.shape == (*parameter.shape, 1, 1):  # a 1x1 convolution in the release
                 state[prefix + name] = value.flatten(1)
 
 
 class VSSBlock(nn.Module):
-    """``x = x + op(norm(x))``, then ``x = x + mlp(norm2(x))``; shapes (B, H, W, C) in and out.
+    """A block of VMamba: ``x = x + op(norm(x))``, then ``x = x + mlp(norm2(x))``.
 
     Args:
-        dim: C.
+        dim: C, the number of channels.
         ssm_ratio: Channels of the scan over C.
-        drop_path: Chance of leaving a branch out, per image, in training.
+        drop_path: Probability of dropping a branch for an image in training.
     """
 
     def __init__(self, dim: int, ssm_ratio: float, drop_path: float) -> None:
@@ -193,19 +196,19 @@ class VSSBlock(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Applies both branches."""
+        """Applies both branches to x, (B, H, W, C); keeps its shape."""
         x = x + self.drop_path(self.op(self.norm(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class SS2D(nn.Module):
-    """The selective scan through a map in four directions; shapes (B, H, W, C) in and out.
+    """2D selective scan: scans a feature map in four directions and sums the results.
 
-    Its parameters start as in Mamba: ``A = -1 ... -N``, D = 1, and steps between 0.001 and 0.1.
+    The parameters are initialised as in Mamba: ``A = -1, ..., -N``, ``D = 1``, and step sizes from 0.001 to 0.1.
 
     Args:
-        dim: C.
-        inner: Channels of the scan, Di.
+        dim: C, the number of channels.
+        inner: Di, the number of channels of the scan.
     """
 
     def __init__(self, dim: int, inner: int) -> None:
@@ -218,7 +221,7 @@ class SS2D(nn.Module):
         self.dt_projs_weight = nn.Parameter(_uniform(rank**-0.5, DIRECTIONS, inner, rank))
         low, high = math.log(1e-3), math.log(1e-1)
         step = torch.exp(torch.rand(DIRECTIONS, inner) * (high - low) + low)
-        self.dt_projs_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus gives the step
+        self.dt_projs_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
         self.A_logs = nn.Parameter(torch.arange(1.0, STATES + 1).log().repeat(DIRECTIONS * inner, 1))
         self.Ds = nn.Parameter(torch.ones(DIRECTIONS * inner))
         for parameter in (self.A_logs, self.Ds):
@@ -227,7 +230,7 @@ class SS2D(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Projects, convolves, scans, normalises and projects back."""
+        """Projects x, (B, H, W, C), convolves, scans, normalises and projects back; keeps the shape of x."""
         x = F.silu(self.conv2d(self.in_proj(x).permute(0, 3, 1, 2)))
         height, width = x.shape[2:]
         x = cross_scan(x)
@@ -246,10 +249,10 @@ class SS2D(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): sets whole images to zero and scales up the others.
+    """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): sets random images to 0 and scales the others up.
 
     Args:
-        rate: Chance of zero, in [0, 1).
+        rate: Probability of 0, in [0, 1).
     """
 
     def __init__(self, rate: float) -> None:
@@ -257,7 +260,7 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Applies to (B, ...) in training; does nothing in evaluation."""
+        """Applies stochastic depth to x, (B, ...), in training; returns x in eval mode."""
         if not self.training or not self.rate:
             return x
         kept = x.new_empty(len(x), *[1] * (x.dim() - 1)).bernoulli_(1 - self.rate)
@@ -276,20 +279,23 @@ class Permute(nn.Module):
         self.dims = dims
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns a view."""
+        """Returns a view of x."""
         return x.permute(self.dims)
 
 
 def convert_vmamba(checkpoint: Mapping[str, Any]) -> 'OrderedDict[str, Tensor]':
-    """Returns a released ImageNet model as an mmpretrain classifier: this backbone and a ``LinearClsHead``.
+    """Converts a released ImageNet model to an mmpretrain classifier with this backbone and a ``LinearClsHead``.
 
     Args:
         checkpoint: Content of the released file, with the weights under ``model``.
 
+    Returns:
+        The state dict of the classifier.
+
     Raises:
-        ValueError: It holds no VMamba with its classifier.
+        ValueError: The checkpoint is not a VMamba with its classifier.
     """
-    state = checkpoint.get('model', checkpoint.get('state_dict', checkpoint))  # of a safetensors file: state_dict
+    state = checkpoint.get('model', checkpoint.get('state_dict', checkpoint))  # safetensors files have state_dict
     if not isinstance(state, Mapping):
         raise ValueError('it holds no state dict')
     named = {_rename(k): value for k, value in state.items() if isinstance(k, str) and isinstance(value, Tensor)}

@@ -1,1 +1,1 @@
-"""What single tasks need besides the method; what needs a library of its own is imported by its own name."""
+"""One module for each task; importing it registers the data sets, models and metrics of the task."""

@@ -1,6 +1,6 @@
-"""Re-identification of people and vehicles on mmpretrain's classes.
+"""Re-identification of people and vehicles, based on mmpretrain.
 
-Importing it registers all names: ``custom_imports = dict(imports=['mmdenoiserep.tasks.reid'])``.
+A config registers all classes by ``custom_imports = dict(imports=['mmdenoiserep.tasks.reid'])``.
 """
 
 from ..datasets.pk_sampler import PKSampler

@@ -1,4 +1,4 @@
-"""Checks before a training that batches and classes fit the identities of the data."""
+"""Checks before training that batch size and number of classes fit the training set."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,9 +15,9 @@ from ..models.reid_head import BNNeckReIDHead
 
 @HOOKS.register_module()
 class ReIDCheckHook(Hook):
-    """Refuses a training whose batches PKSampler would not fill, or whose head has too few classes.
+    """Checks the batch size for PKSampler and the number of classes of the head before training.
 
-    ``tools/train.py`` adds it. For another script: ``default_hooks = dict(check=dict(type='ReIDCheckHook'))``.
+    ``tools/train.py`` adds this hook. For other scripts set ``custom_hooks = [dict(type='ReIDCheckHook')]``.
     """
 
     priority = 'VERY_HIGH'
@@ -34,7 +34,7 @@ class ReIDCheckHook(Hook):
 
 
 def check_batches(loader: Any) -> None:
-    """Raises InputError if the batches of a data loader are not those of its :class:`PKSampler`."""
+    """Raises InputError if the batch size of a data loader is not P x K of its :class:`PKSampler`."""
     batches = getattr(loader, 'batch_sampler', None)
     sampler = getattr(batches, 'sampler', None)
     if not isinstance(sampler, PKSampler):
@@ -49,7 +49,7 @@ def check_batches(loader: Any) -> None:
 
 
 def check_classes(loader: Any, model: Any) -> None:
-    """Raises InputError if a model's head has fewer classes than there are identities in a data loader's data set."""
+    """Raises InputError if the head of a model has fewer classes than the data set of a data loader has identities."""
     head = getattr(model, 'head', None)
     classes = getattr(head, 'num_classes', None)
     sampler = getattr(getattr(loader, 'batch_sampler', None), 'sampler', None)
@@ -66,11 +66,11 @@ def check_classes(loader: Any, model: Any) -> None:
 
 
 def parts_of(dataset: Any, any_labelled: bool = False) -> Iterator[Any]:
-    """Yields the data set, if it is one of re-identification, or those that it wraps.
+    """Yields the data sets for re-identification in a data set and its wrappers.
 
     Args:
         dataset: The data set.
-        any_labelled: Whether to yield what has ``get_gt_labels()``, too: a folder an identity, for example.
+        any_labelled: Whether to also yield other data sets with ``get_gt_labels()``.
     """
     if isinstance(dataset, ReIDDataset) or (any_labelled and hasattr(dataset, 'get_gt_labels')):
         yield dataset

@@ -1,4 +1,4 @@
-"""The passes that calibration makes beside a plain forward, what it solves after them, and its memory.
+"""Time of the passes of a calibration against a plain forward, time of solving, and peak memory.
 
 ViT-S/16 and ResNet-50 of mmpretrain with random weights and a denoiser on every layer; eval mode without gradients.
 """
@@ -10,8 +10,6 @@ from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -20,15 +18,15 @@ if TYPE_CHECKING:
 MODELS = ('ViT-S/16', 'ResNet-50')
 
 GOAL = 1.25
-"""The most that a pass may take, in plain forwards."""
+"""Longest time of a pass, in plain forwards."""
 
 PLAIN, SOME, ALL = 'plain forward', 'some vectors', 'all vectors'
 
 IMAGES = 4000
-"""The images that tools/calibrate.py takes."""
+"""Default number of images of tools/calibrate.py."""
 
 RANK = 64
-"""The low rank beside the full one."""
+"""The low rank, which is compared with full rank."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,11 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--every',
         type=int,
-        help='one in so many vectors is taken (default: as tools/calibrate.py does)',
+        help='stride of the sampling (default: the choice of tools/calibrate.py)',
     )
-    parser.add_argument('--repeats', type=int, default=5, help='timed runs of each (default: %(default)s)')
+    parser.add_argument('--repeats', type=int, default=5, help='timed runs of each pass (default: %(default)s)')
     parser.add_argument(
-        '--memory', action='store_true', help='measure the memory of whole calibrations, too; takes minutes'
+        '--memory', action='store_true', help='also measure the memory of whole calibrations; takes minutes'
     )
 
 
@@ -51,8 +49,10 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Returns the report, and its figures under ``rows``, one for each model.
 
     Raises:
-        RuntimeError: The system does not tell the memory.
+        RuntimeError: The system does not report the memory.
     """
+    from studies.benchmarks.measure import cost_ratio
+
     rows = [
         compare(name, args.size, args.batch, args.batches, args.every, args.repeats, args.memory) for name in MODELS
     ]
@@ -61,11 +61,11 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     for row in rows:
         for name in passes:
             pair = row['seconds'][name], row['seconds'][PLAIN]
-            low, ratio, high = np.percentile([a / b for a, b in zip(*pair, strict=True)], [25, 50, 75])
+            ratio = cost_ratio(*pair)
             seconds = ' | '.join(f'{median(values):.2f}' for values in pair)
-            verdict = f'{"met" if ratio <= GOAL else "missed"} (at most {GOAL})' if not name.endswith(ALL) else ''
+            verdict = '' if name.endswith(ALL) else f'{"met" if ratio.median <= GOAL else "missed"} (at most {GOAL})'
             what = name.replace(SOME, f'one in {row["every"]} vectors')
-            lines.append(f'| {row["model"]} | {what} | {seconds} | {ratio:.2f} ({low:.2f} to {high:.2f}) | {verdict} |')
+            lines.append(f'| {row["model"]} | {what} | {seconds} | {ratio} | {verdict} |')
     for title, key, form in (
         ('seconds to solve all layers', 'solving', '{:.1f}'),
         ('memory at the peak', 'peak_mib', '{:,.0f} MiB'),
@@ -74,13 +74,14 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         for name in rows[0][key]:
             lines.append(f'| {name} | {" | ".join(form.format(row[key][name]) for row in rows)} |')
     note = (
-        f'{args.batches} batches of {args.batch} images of {args.size} x {args.size}. Passes: median of {args.repeats} '
-        'runs, which take turns; ratios are taken pair by pair. Solving: one layer of each width, times their number.'
+        f'{args.batches} batches of {args.batch} images of {args.size} x {args.size}. Passes: medians of '
+        f'{args.repeats} alternating runs; ratios are taken pair by pair. Solving: time of one layer of each width, '
+        'times their number.'
     )
     if args.memory:
         note += (
-            ' Memory: what a process grows by besides the libraries, the model, the images and the moments of the '
-            'source, all calibrated on one batch.'
+            ' Memory: peak growth of a process without the libraries, the model, the images and the moments of the '
+            'source, for a calibration on one batch.'
         )
     return '\n'.join([*lines, '', note]), dict(rows=rows)
 
@@ -95,21 +96,20 @@ def compare(
         size: Side of the images in pixels.
         batch: Images in a batch.
         batches: Batches of a pass.
-        every: One in so many vectors is taken; None takes what tools/calibrate.py does.
+        every: Stride of the sampling; None takes the choice of tools/calibrate.py.
         repeats: Timed runs of each pass.
         memory: Whether to measure the memory.
 
     Returns:
         ``model``, ``every``, ``seconds`` of all runs by pass, ``solving`` in seconds by mode and rank, and ``peak_mib``
-        by what is run, empty without ``memory``.
+        by mode and rank, empty without ``memory``.
     """
-    import torch
-
-    from mmdenoiserep.apis.calibration import choose_every, measure_flows
+    from mmdenoiserep.apis.calibration import choose_every, measure_activations
     from mmdenoiserep.core import apply_denoiserep, collect_moments, select_layers
+    from mmdenoiserep.core.utils.randomness import random_images
     from studies.benchmarks.measure import alternate, peak_memory
 
-    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = random_images((batch, 3, size, size))
     plain = build(name, images)
     converted, low_rank = deepcopy(plain), deepcopy(plain)
     apply_denoiserep(converted, 'all', rank=None, example_input=images[:1])
@@ -117,7 +117,7 @@ def compare(
     layers = select_layers(plain, 'all', example_input=images[:1])
     denoised = {name: converted.get_submodule(name) for name in layers}
     if every is None:
-        every = choose_every(measure_flows(plain, layers, images[:1]), IMAGES)
+        every = choose_every(measure_activations(plain, layers, images[:1]), IMAGES)
     loader = [images] * batches
     runs: dict[str, Callable] = {PLAIN: partial(forward, plain, loader)}
     for mode, part in (('schedule', every), ('domain', every), ('schedule', 1)):
@@ -144,7 +144,7 @@ def compare(
 
 
 def build(name: str, images: 'Tensor') -> 'nn.Module':
-    """Returns a model with random weights, and BatchNorm statistics moved towards those of the images."""
+    """Returns a model with random weights, whose BatchNorm statistics are updated on the images once."""
     import torch
     from mmpretrain.models import ResNet, VisionTransformer
 
@@ -153,8 +153,8 @@ def build(name: str, images: 'Tensor') -> 'nn.Module':
         model: nn.Module = VisionTransformer('deit-small', img_size=images.shape[-1], patch_size=16)
     else:
         model = ResNet(50)
-        forward(model, [images])  # in training mode: BatchNorm follows the images
-    model.eval()  # mmpretrain's does not return the model
+        forward(model, [images])  # in training mode, which updates BatchNorm
+    model.eval()  # mmpretrain's eval() does not return the model
     return model
 
 
@@ -174,7 +174,7 @@ def fit(
     rank: int | None,
     every: int,
 ) -> None:
-    """Solves the denoisers of a model on one batch, or with a source, fits its layers to it."""
+    """Solves the denoisers of a model on one batch; with the moments of a source, fits its layers to the batch."""
     from mmdenoiserep.core import fit_domain, select_layers, solve_denoisers
 
     if source is None:
@@ -185,14 +185,12 @@ def fit(
 
 
 def time_solving(model: 'nn.Module', inputs: 'dict[str, Moments]', outputs: 'dict[str, Moments]') -> dict[str, float]:
-    """Returns the seconds that solving all layers takes, by mode and rank.
-
-    Layers of one width take the same time, so one of each is solved.
+    """Returns the seconds to solve all layers by mode and rank, from one layer of each width.
 
     Args:
         model: A model with denoisers.
-        inputs: The moments that schedule mode solves with, by layer.
-        outputs: Those of domain mode.
+        inputs: Moments of the layers' inputs, for schedule mode.
+        outputs: Moments of the layers' outputs, for domain mode.
     """
     from mmdenoiserep.core import closed_form, transport
     from studies.benchmarks.measure import alternate

@@ -1,7 +1,7 @@
-"""What denoisers cost: the fused model, the unfused one, and training steps, each beside the plain model.
+"""Cost of denoisers: fused inference, unfused inference and training steps against the plain model.
 
-ViT-S/16, Swin-T and ResNet-50 of mmpretrain and Mask R-CNN with Swin-T of mmdet, random weights and images, denoisers
-on every layer of the backbone. It runs on the GPU where there is one.
+ViT-S/16, Swin-T and ResNet-50 of mmpretrain and Mask R-CNN with Swin-T of mmdet, with random weights and images and
+denoisers on every layer of the backbone. Runs on the GPU if there is one.
 """
 
 import argparse
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and what it is fed.
+    """A model and the shape of its input.
 
     Attributes:
-        config: The library's config.
+        config: Config of the library.
         size: Height and width of the images in pixels.
-        batch: Images in a batch.
+        batch: Batch size.
     """
 
     config: str
@@ -41,7 +41,7 @@ SHAPES = {
     'Mask R-CNN Swin-T': Shape('mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py', (256, 320), 2),
 }
 RANKS = {'default rank': {}, 'full rank': dict(rank=None)}
-"""Name of a way to denoise: what it sets of DenoiseRepBackbone."""
+"""Arguments of DenoiseRepBackbone for each rank."""
 
 PLAIN = 'plain'
 
@@ -52,10 +52,10 @@ GOALS = {
     'label-free step': (0, 1.25),
     'memory of a joint step': (0, 1.10),
 }
-"""What the ratio to the plain model should be at the default rank."""
+"""Range of the ratio to the plain model at the default rank."""
 
 PROCESSES = 3
-"""Memory is the median over so many."""
+"""Number of processes for the median of the memory."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,17 +64,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--batch', type=int, help='images in a batch (default: 16, Mask R-CNN 2)')
     parser.add_argument('--repeats', type=int, default=5, help='timed training steps of each (default: %(default)s)')
     parser.add_argument('--amp', action='store_true', help='mixed precision; its training steps need a GPU')
-    parser.add_argument('--no-memory', action='store_true', help='leave out the memory, which takes half of the time')
+    parser.add_argument('--no-memory', action='store_true', help='skip the memory, which takes half of the time')
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Returns the report, and its figures under ``rows``, one for each model.
 
     Raises:
-        RuntimeError: The system does not tell the memory.
-        ValueError: The fused model has other parameters than the plain one.
+        RuntimeError: The system does not report the memory.
+        ValueError: The parameters or FLOPs of the fused and the plain model differ.
     """
-    from studies.benchmarks.measure import ratio
+    from studies.benchmarks.measure import cost_ratio
 
     rows = [compare(name, args.batch or SHAPES[name].batch, args) for name in args.models]
     lines = [
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
                 continue
             form = '{:,.0f} MiB' if what.startswith('memory') else '{:.3f} s'
             plain, default = (form.format(median(values[name])) for name in (PLAIN, 'default rank'))
-            ratios = {name: ratio(values[name], values[PLAIN]) for name in values if name != PLAIN}
+            ratios = {name: cost_ratio(values[name], values[PLAIN]) for name in values if name != PLAIN}
             verdict = 'met' if low <= ratios['default rank'].median <= high else 'missed'
             goal = f'{verdict} ({f"{low} to " if low else "at most "}{high})'
             full = ratios.get('full rank', '')
@@ -105,10 +105,10 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             f'| {row["model"]} | {row["parameters"]:,} | {extra} | the same {row["flops"]:,}, names and shapes too |'
         )
     note = (
-        f'Denoisers on all layers. Seconds: medians of {args.repeats} runs (inference: {3 * args.repeats}), which take '
-        'turns; ratios are taken pair by pair. A step is forward, backward and AdamW; the label-free one is compared '
-        'with a forward of the plain model without gradients. Memory: '
-        f'what the weights, the optimizer and two steps need at the peak; median of {PROCESSES} processes.'
+        f'Denoisers on all layers. Seconds: medians of {args.repeats} alternating runs (inference: {3 * args.repeats})'
+        '; ratios are taken pair by pair. A step is forward, backward and AdamW; the label-free step is compared with '
+        'a forward of the plain model without gradients. Memory: '
+        f'peak of the weights, the optimizer and two steps; median of {PROCESSES} processes.'
     )
     return '\n'.join([*lines, '', note]), dict(rows=rows, amp=args.amp)
 
@@ -117,8 +117,8 @@ def compare(name: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     """Returns the figures of one model.
 
     Returns:
-        ``model``; ``batch``; ``measured``: seconds or MiB of all runs by what is measured and way; ``parameters`` of
-        the backbone; ``extra``: those of the denoisers by rank; ``flops`` of the backbone, plain and fused.
+        ``model``; ``batch``; ``measured``: seconds or MiB of all runs by quantity and rank; ``parameters`` of the
+        backbone; ``extra``: parameters of the denoisers by rank; ``flops`` of the backbone, plain and fused.
     """
     import torch
     from mmengine.analysis import FlopAnalyzer
@@ -180,11 +180,11 @@ def compare(name: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Run:
-    """A model with what its training needs: data, an optimizer and, where it has denoisers, the hook of their loss.
+    """A model with data, an optimizer and, if it has denoisers, their DenoiseLossHook.
 
     Args:
         name: One of :data:`SHAPES`.
-        batch: Images in a batch.
+        batch: Batch size.
         rank: A name in :data:`RANKS`; None for the plain model.
         amp: Whether to train in mixed precision.
     """
@@ -217,11 +217,11 @@ class Run:
         self.hook = None
 
     def start(self, mode: str) -> None:
-        """Makes the optimizer, and gives a denoised model its hook.
+        """Creates the optimizer, and the hook of a denoised model.
 
         Args:
-            mode: That of DenoiseLossHook; a plain model makes forwards without gradients instead of ``'label_free'``
-                steps.
+            mode: ``mode`` of DenoiseLossHook. Instead of ``'label_free'`` steps, a plain model runs forwards without
+                gradients.
         """
         import torch
         from mmengine.optim import AmpOptimWrapper, OptimWrapper
@@ -253,7 +253,7 @@ class Run:
         self.model.train_step(self.data, self.optimizer)
 
     def end(self) -> None:
-        """Lets the optimizer, the gradients and the hook go."""
+        """Deletes the optimizer, the gradients and the hook."""
         if self.hook is not None:
             self.hook.after_train(self.runner)
             self.hook = None
@@ -262,7 +262,7 @@ class Run:
 
 
 def train_twice(name: str, batch: int, way: str, amp: bool) -> None:
-    """Builds a model and makes two joint training steps; the second has the state of the optimizer from the start."""
+    """Builds a model and makes two joint training steps; the second one starts with the state of the optimizer."""
     run = Run(name, batch, None if way == PLAIN else way, amp)
     run.start('joint')
     run.step()
@@ -270,7 +270,7 @@ def train_twice(name: str, batch: int, way: str, amp: bool) -> None:
 
 
 def infer(model: 'nn.Module', inputs: dict[str, Any], amp: bool) -> None:
-    """Has a model predict on preprocessed images."""
+    """Runs the prediction of a model on preprocessed images."""
     import torch
 
     with torch.no_grad(), torch.autocast(inputs['inputs'].device.type, enabled=amp):
@@ -278,7 +278,7 @@ def infer(model: 'nn.Module', inputs: dict[str, Any], amp: bool) -> None:
 
 
 def make_denoisers_matter(model: 'nn.Module') -> None:
-    """Gives all denoisers random values of the size that training gives them."""
+    """Sets all denoisers to random values of the size after training."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -303,7 +303,7 @@ def make_batch(library: str, size: tuple[int, int], batch: int) -> dict[str, Any
 
 
 def seed_all() -> None:
-    """Resets the random numbers of Python, NumPy and torch."""
+    """Seeds the generators of Python, NumPy and torch with 0."""
     import torch
 
     random.seed(0)

@@ -1,7 +1,7 @@
-"""Exporters and int8 beside torch in float32: how far the outputs are apart, and how large the files are.
+"""Differences of exported and int8 models from torch in float32, and file sizes.
 
-Each model has random weights and gets random denoisers on every layer of its backbone, which are fused. Beside it
-stands the same model without them.
+Each model has random weights and random, fused denoisers on every layer of its backbone. It is compared with the same
+model without denoisers.
 """
 
 import argparse
@@ -27,10 +27,10 @@ MODELS = {
     'segformer_mit_scenes': 128,
     'mask-rcnn_swin_scenes': 128,
 }
-"""Names of configs, and the side of their images in pixels."""
+"""Side of the images in pixels by name of the config."""
 
 BATCHES = (1, 2, 3)
-"""Numbers of images that a file with a dynamic batch is tried with."""
+"""Batch sizes to try with a dynamic batch."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,13 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--strength',
         type=float,
         default=0.3,
-        help='how much of its input a random denoiser takes away, about (default: %(default)s)',
+        help='share of its input that a random denoiser removes, about (default: %(default)s)',
     )
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Returns the report, and its figures under ``rows``, one for each model."""
-    logging.getLogger().setLevel(logging.ERROR)  # onnxruntime warns of every integer tensor that it leaves alone
+    logging.getLogger().setLevel(logging.ERROR)  # onnxruntime warns of every integer tensor that it does not quantise
     rows = [compare(name, args.strength) for name in args.models]
     exports = list(rows[0]['exports'])
     lines = [
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         lines.append(f'| {row["model"]} | {" x ".join(map(str, row["image"]))} | {" | ".join(cells)} |')
     lines += [
         '',
-        '| model | int8 by | error fused | error vanilla | ratio | float32, fused and vanilla | int8, likewise |',
+        '| model | int8 by | error fused | error vanilla | ratio | float32, fused, vanilla | int8, fused, vanilla |',
         '|---|---|---|---|---|---|---|',
     ]
     for row in rows:
@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
                 f'| {ratio} | {" | ".join(sizes)} |'
             )
     note = (
-        'Exports of the fused model: largest difference over the largest output, in float32; a dynamic batch is tried '
-        f'with {BATCHES[0]} to {BATCHES[-1]} images, and the worst one counts. int8: root mean square of the error '
-        'over that of the output, 16 images.'
+        'Exports of the fused model: largest difference over the largest output, in float32; for a dynamic batch the '
+        f'largest over batches of {BATCHES[0]} to {BATCHES[-1]} images. int8: root mean square of the error over the '
+        'root mean square of the output, 16 images.'
     )
     return '\n'.join([*lines, '', note]), dict(rows=rows)
 
@@ -86,12 +86,13 @@ def compare(name: str, strength: float) -> dict[str, Any]:
     """Returns the figures of one model.
 
     Returns:
-        ``model``, ``image`` (C, H, W), ``exports``: the difference by exporter or the name of the error that it raised,
-        and ``int8``: ``error``, ``float32_bytes`` and ``int8_bytes`` of the fused and the vanilla model by quantiser.
+        ``model``, ``image`` (C, H, W), ``exports``: the difference, or the name of the raised error, by exporter, and
+        ``int8``: ``error``, ``float32_bytes`` and ``int8_bytes`` of the fused and the vanilla model by quantiser.
     """
     import torch
 
-    from mmdenoiserep.apis.export import export_onnx, largest_difference, random_images, run_onnx
+    from mmdenoiserep.apis.export import export_onnx, largest_difference, run_onnx
+    from mmdenoiserep.core.utils.randomness import random_images
 
     fused, vanilla, shape = build_pair(name, strength)
 
@@ -99,11 +100,11 @@ def compare(name: str, strength: float) -> dict[str, Any]:
         with TemporaryDirectory() as folder:
             path = Path(folder) / 'model.onnx'
             export_onnx(fused, shape, path, dynamic_batch, dynamo)
-            batches = [random_images(n, shape) for n in (BATCHES if dynamic_batch else (1,))]
+            batches = [random_images((n, *shape), seed=n) for n in (BATCHES if dynamic_batch else (1,))]
             return max(largest_difference(run_onnx(path, images), fused(images)) for images in batches)
 
     def by_export() -> float:
-        images = random_images(2, shape)
+        images = random_images((2, *shape), seed=2)
         return largest_difference(torch.export.export(fused, (images,)).module()(images), fused(images))
 
     with torch.no_grad():
@@ -119,7 +120,7 @@ def compare(name: str, strength: float) -> dict[str, Any]:
             },
             int8={
                 quantiser.__name__.removeprefix('by_'): {
-                    kind: quantiser(model, random_images(16, shape))
+                    kind: quantiser(model, random_images((16, *shape), seed=16))
                     for kind, model in (('fused', fused), ('vanilla', vanilla))
                 }
                 for quantiser in (by_torch, by_onnxruntime)
@@ -128,7 +129,7 @@ def compare(name: str, strength: float) -> dict[str, Any]:
 
 
 def attempt(function: Callable[..., float], *args: bool) -> float | str:
-    """Returns what a function returns, or the name of the error that it raises."""
+    """Returns the result of a function, or the name of the error that it raises."""
     try:
         return function(*args)
     except Exception as error:  # exporters fail in many ways
@@ -136,22 +137,21 @@ def attempt(function: Callable[..., float], *args: bool) -> float | str:
 
 
 def build_pair(name: str, strength: float) -> 'tuple[Deployed, Deployed, tuple[int, int, int]]':
-    """Returns a model with random denoisers, fused, the same without them, and the shape (C, H, W) of their images."""
+    """Returns a model with fused random denoisers, the same model without them, and the shape (C, H, W) of an image."""
     import torch
-    from mmengine.registry import MODELS as REGISTRY
 
-    import mmdenoiserep  # noqa: F401  (registers VMamba)
     from mmdenoiserep import apply_denoiserep, fuse_model
-    from mmdenoiserep.apis.config import load_config, set_default_scope
-    from mmdenoiserep.apis.export import Deployed, image_shape, random_images
+    from mmdenoiserep.apis.config import load_config
+    from mmdenoiserep.apis.export import Deployed, image_shape
+    from mmdenoiserep.apis.model import build_model
+    from mmdenoiserep.core.utils.randomness import random_images
 
     cfg = load_config(CONFIGS / f'{name}.py')
-    set_default_scope(cfg)
     torch.manual_seed(0)
-    vanilla = REGISTRY.build(cfg.model).eval()
+    vanilla = build_model(cfg)
     denoised = deepcopy(vanilla)
     shape = image_shape(cfg, vanilla, (MODELS[name], MODELS[name]))
-    apply_denoiserep(denoised.backbone, 'all', example_input=random_images(1, shape))
+    apply_denoiserep(denoised.backbone, 'all', example_input=random_images((1, *shape), seed=1))
     for key, parameter in denoised.named_parameters():
         if '.denoiser.' in key:
             torch.nn.init.normal_(parameter, std=strength / parameter.shape[-1] ** 0.5)
@@ -159,7 +159,7 @@ def build_pair(name: str, strength: float) -> 'tuple[Deployed, Deployed, tuple[i
 
 
 def by_torch(model: 'nn.Module', images: 'Tensor') -> dict[str, float]:
-    """Quantises the weights of all Linear layers with torch; their inputs are quantised image by image as they come."""
+    """Quantises the weights of all Linear layers with torch; their inputs are quantised dynamically."""
     import torch
 
     quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
@@ -194,5 +194,5 @@ def by_onnxruntime(model: 'Deployed', images: 'Tensor') -> dict[str, float]:
 
 
 def relative_error(actual: 'list[Tensor] | tuple[Tensor, ...]', expected: 'tuple[Tensor, ...]') -> float:
-    """Returns the root mean square of the error over that of the output, the largest of all outputs."""
+    """Returns the norm of the error over the norm of the output, the largest of all outputs."""
     return max(((a - e).norm() / e.norm()).item() for a, e in zip(actual, expected, strict=True))

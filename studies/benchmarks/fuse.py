@@ -1,6 +1,6 @@
-"""What fusing a checkpoint file costs beside loading and saving it, and how that grows with its size.
+"""Cost of fusing a checkpoint file against loading and saving it, by file size.
 
-Generated files of MLPs, 1024 to 4096 channels and back, random weights and denoisers of the default rank.
+Generated files of MLPs (1024 to 4096 channels and back) with random weights and denoisers of the default rank.
 """
 
 import argparse
@@ -15,7 +15,7 @@ SIZES = (75, 150, 300)
 """Parameters in millions."""
 
 GOALS = dict(seconds=1.5, memory=2.2)
-"""What fusing may take at most: seconds of a plain load and save, and bytes of the file."""
+"""Largest time of fusing over the time to load and save, and largest memory over the size of the file."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,16 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--sizes', type=int, nargs='+', default=SIZES, metavar='M', help='million parameters (default: 75 150 300)'
     )
     parser.add_argument('--repeats', type=int, default=5, help='timed runs of each (default: %(default)s)')
-    parser.add_argument('--folder', type=Path, help='where to write the files (default: a temporary folder)')
+    parser.add_argument('--folder', type=Path, help='folder for the files (default: a temporary folder)')
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Returns the report, and its figures under ``rows``, one for each size.
 
     Raises:
-        RuntimeError: The system does not tell the memory.
+        RuntimeError: The system does not report the memory.
     """
-    from studies.benchmarks.measure import exponent, ratio
+    from studies.benchmarks.measure import cost_ratio, exponent
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         rows = [measure(Path(folder), size, args.repeats) for size in args.sizes]
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         '|---|---|---|---|---|---|---|---|---|',
     ]
     for row in rows:
-        times = ratio(row['seconds']['fuse'], row['seconds']['load and save'])
+        times = cost_ratio(row['seconds']['fuse'], row['seconds']['load and save'])
         files = row['peak_mib'] / row['file_mib']
         verdicts = [
             f'{"met" if value <= goal else "missed"} (at most {goal})'
@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         )
     growth = exponent([row['parameters'] for row in rows], [median(row['seconds']['fuse']) for row in rows])
     note = (
-        f'Medians of {args.repeats} runs, which take turns. Load and save is torch.load, torch.save and fsync of the '
-        'same file; memory is what a fresh process grows by at its peak, the pages of the mapped file among it.'
+        f'Medians of {args.repeats} alternating runs. Load and save is torch.load, torch.save and fsync of the same '
+        'file; memory is the peak growth of a new process, with the pages of the mapped file.'
     )
     return '\n'.join([*lines, '', f'Seconds of fusing grow as parameters^{growth:.2f}. {note}']), dict(
         rows=rows, exponent=growth
@@ -102,7 +102,7 @@ def write_file(path: Path, millions: int) -> int:
 
 
 def load_and_save(source: Path, target: Path) -> None:
-    """Reads a file in the usual way and writes it again, down to the disk."""
+    """Loads a file with torch and saves it to disk."""
     import torch
 
     checkpoint = torch.load(source, map_location='cpu', weights_only=True)

@@ -1,6 +1,6 @@
-"""How the cost of calibrating grows with the images and with the parameters.
+"""Growth of the time of a calibration with the number of images and of parameters.
 
-Vision transformers of mmpretrain with random weights, patches of 16 pixels, a denoiser on every layer.
+Vision transformers of mmpretrain with random weights, patches of 16 pixels, and a denoiser on every layer.
 """
 
 import argparse
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 IMAGES = (32, 64, 128)
 WIDTHS = (96, 192, 384)
-"""Channels of the models; the last one is ViT-S."""
+"""Embedding dimensions of the models; the last one is ViT-S."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this benchmark."""
     parser.add_argument('--size', type=int, default=224, help='side of the images in pixels (default: %(default)s)')
     parser.add_argument('--layers', type=int, default=12, help='blocks of a model (default: %(default)s)')
-    parser.add_argument('--repeats', type=int, default=3, help='timed runs of each (default: %(default)s)')
+    parser.add_argument('--repeats', type=int, default=3, help='timed runs of each case (default: %(default)s)')
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -39,9 +39,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     def time(width: int, images: int) -> float:
         return median(seconds[f'{width} {images}'])
 
-    parameters = {
-        width: sum(p.numel() for k, p in m.named_parameters() if '.denoiser.' not in k) for width, m in models.items()
-    }
+    parameters = {width: count_parameters(model) for width, model in models.items()}
     by_images = exponent(IMAGES, [time(middle, images) for images in IMAGES])
     by_parameters = exponent(list(parameters.values()), [time(width, IMAGES[0]) for width in WIDTHS])
     lines = [
@@ -70,15 +68,13 @@ def build(width: int, layers: int, size: int) -> 'nn.Module':
 
 
 def count_parameters(model: 'nn.Module') -> int:
-    """Returns the number of parameters besides those of the denoisers."""
+    """Returns the number of parameters without denoisers."""
     return sum(p.numel() for name, p in model.named_parameters() if '.denoiser.' not in name)
 
 
 def fit(model: 'nn.Module', images: int, size: int) -> None:
     """Solves the denoisers of a model."""
-    import torch
-
     from mmdenoiserep import solve_denoisers
+    from mmdenoiserep.core.utils.randomness import random_images
 
-    batch = torch.randn(32, 3, size, size, generator=torch.Generator().manual_seed(0))
-    solve_denoisers(model, [batch] * (images // 32), every=16)
+    solve_denoisers(model, [random_images((32, 3, size, size))] * (images // 32), every=16)

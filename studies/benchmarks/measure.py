@@ -1,4 +1,4 @@
-"""Times of functions that take turns, and the memory that one needs at its peak."""
+"""Measures the times of functions in alternation, and the peak memory of a function."""
 
 import math
 import pickle
@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 
 
 def alternate(functions: dict[str, Callable[[], object]], warm_up: int, repeats: int) -> dict[str, list[float]]:
-    """Returns the seconds of every call of every function, ``repeats`` each, without the ``warm_up`` calls before.
+    """Returns the seconds of each call of each function.
 
-    The functions take turns, and the order reverses with every round, so that what changes slowly (clock, other load)
-    meets all of them alike. Work on a GPU that is in use is waited for.
+    The functions take turns, and every round reverses their order, so slow changes (clock, other load) affect all of
+    them equally. If a GPU is in use, the times include its work.
 
     Args:
-        functions: What to call, by name.
-        warm_up: Rounds that are not timed.
-        repeats: Rounds that are.
+        functions: The functions by name.
+        warm_up: Number of rounds before the timed ones.
+        repeats: Number of timed rounds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(warm_up + repeats):
@@ -37,8 +37,8 @@ def alternate(functions: dict[str, Callable[[], object]], warm_up: int, repeats:
     return seconds
 
 
-class Ratio(NamedTuple):
-    """Quartiles of what one thing takes over what another takes; prints as ``1.05 (1.04 to 1.07)``."""
+class CostRatio(NamedTuple):
+    """Quartiles of the ratio of two costs (seconds or MiB); prints as ``1.050 (1.040 to 1.070)``."""
 
     low: float
     median: float
@@ -48,33 +48,33 @@ class Ratio(NamedTuple):
         return f'{self.median:.3f} ({self.low:.3f} to {self.high:.3f})'
 
 
-def ratio(ours: Sequence[float], other: Sequence[float]) -> Ratio:
-    """Returns the quartiles of the ratios of two lists, pair by pair."""
+def cost_ratio(ours: Sequence[float], other: Sequence[float]) -> CostRatio:
+    """Returns the quartiles of the ratios of two lists of costs, pair by pair."""
     ratios = [a / b for a, b in zip(ours, other, strict=True)]
     if len(ratios) == 1:
-        return Ratio(*ratios * 3)
+        return CostRatio(*ratios * 3)
     low, middle, high = quantiles(ratios, n=4, method='inclusive')
-    return Ratio(low, middle, high)
+    return CostRatio(low, middle, high)
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """Returns p of the power law ``cost = a size^p`` that fits best (least squares of the logarithms)."""
+    """Returns the exponent p of the power law ``cost = a size^p``, by least squares of the logarithms."""
     return linear_regression([math.log(size) for size in sizes], [math.log(cost) for cost in costs]).slope
 
 
 def peak_memory(function: Callable, *args: Any, imports: Iterable[str] = ('torch', 'mmdenoiserep')) -> float:
-    """Returns the MiB by which the resident memory grew at its peak while ``function(*args)`` ran in a fresh process.
+    """Returns the peak memory of ``function(*args)`` in MiB: the growth of the resident memory of a new process.
 
-    Modules and arguments are there before and do not count; what the function imports by itself does. Where the
-    function used a GPU, the peak of its tensors there is returned instead. Linux only.
+    The modules of ``imports`` and the arguments do not count, imports inside the function do. If the function uses a
+    GPU, returns the peak memory of its tensors there. Needs Linux.
 
     Args:
-        function: A function at the top of a module, which the fresh process finds by its name.
-        *args: Handed to it, by pickle.
-        imports: Modules that the fresh process imports first, besides the function's own.
+        function: A top-level function of a module.
+        *args: Its arguments, which are pickled.
+        imports: Modules to import first, besides the module of the function.
 
     Raises:
-        RuntimeError: The system does not let a process reset its peak.
+        RuntimeError: The system can't reset or report the peak memory of a process.
     """
     call = pickle.dumps((function, args))  # by value: the pool would put tensors into shared memory
     with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
@@ -87,7 +87,7 @@ def _growth(call: bytes, imports: tuple[str, ...]) -> float:
     function, args = pickle.loads(call)
     del call
     try:
-        Path('/proc/self/clear_refs').write_text('5')  # makes the peak, VmHWM, what is resident now
+        Path('/proc/self/clear_refs').write_text('5')  # resets the peak, VmHWM, to the present memory
     except OSError as error:
         raise RuntimeError(f'peak memory needs Linux with a writable /proc/self/clear_refs ({error})') from None
     before = _status('VmRSS')
@@ -99,7 +99,7 @@ def _growth(call: bytes, imports: tuple[str, ...]) -> float:
 
 
 def _status(field: str) -> float:
-    """Returns a field of the process's status in MiB."""
+    """Returns a field of ``/proc/self/status`` in MiB."""
     match = re.search(rf'^{field}:\s+(\d+) kB$', Path('/proc/self/status').read_text(), re.MULTILINE)
     if not match:
         raise RuntimeError(f'peak memory needs {field} in /proc/self/status, which this system does not report')

@@ -1,6 +1,6 @@
-"""Where the time of a joint training step goes, beside a plain one: the operators that differ most.
+"""Times of the operators of a joint training step against a plain step: those that differ most.
 
-ViT-S/16 at 224 pixels, torch's own profiler; time in an operator itself, without those that it calls.
+ViT-S/16 at 224 pixels, torch's profiler; self time, without the operators that an operator calls.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Returns the report, and the milliseconds a step by way and operator under ``milliseconds``."""
+    """Returns the report, and the milliseconds of a step by rank and operator under ``milliseconds``."""
     from studies.benchmarks.cost import PLAIN, RANKS
 
     ways = [PLAIN, *RANKS]
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def profile(way: str, batch: int, steps: int) -> dict[str, float]:
-    """Returns the milliseconds in each operator, a step, on the GPU where there is one."""
+    """Returns the milliseconds of each operator in a step, on the GPU if there is one."""
     import torch
 
     from studies.benchmarks.cost import PLAIN, Run

@@ -1,6 +1,6 @@
-"""What a training step costs by width and rank: the loop of docs/own-model.md, beside a plain one.
+"""Cost of a training step by width and rank: the training loop of docs/own-model.md against a plain one.
 
-Four Linear layers of one width with GELU between them, random tokens, AdamW. It runs on the GPU where there is one.
+Four Linear layers of one width with GELU, random tokens, AdamW. Runs on the GPU if there is one.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Returns the report, and the quartiles of the ratios by width under ``widths``."""
     from mmdenoiserep.core import DEFAULT_RANK
-    from studies.benchmarks.measure import alternate, ratio
+    from studies.benchmarks.measure import alternate, cost_ratio
 
     ways = {
         f'rank {DEFAULT_RANK}, 128 tokens': (DEFAULT_RANK, 128),
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             steps = {'plain': make_step(stack, width, args.vectors)}
             steps |= {way: make_step(stack, width, args.vectors, *options) for way, options in ways.items()}
             seconds = alternate(steps, warm_up=3, repeats=args.repeats)
-        ratios = {way: ratio(seconds[way], seconds['plain']) for way in ways}
+        ratios = {way: cost_ratio(seconds[way], seconds['plain']) for way in ways}
         plain = f'{1000 * median(seconds["plain"]):.1f} ms'
         lines.append(f'| {width} | {plain} | {" | ".join(map(str, ratios.values()))} |')
         widths[width] = ratios
@@ -46,13 +46,13 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def make_step(stack: ExitStack, width: int, vectors: int, *denoising: int | None) -> Callable[[], None]:
-    """Returns a training step that works while the stack is open.
+    """Returns a function that makes a training step.
 
     Args:
-        stack: Ends the listening to the layers.
+        stack: Closes the context of the denoising losses; it must stay open for the steps.
         width: Channels of every layer.
-        vectors: Tokens in a batch.
-        *denoising: The rank and the number of tokens of the loss; nothing for a plain model.
+        vectors: Number of tokens in a batch.
+        *denoising: Rank, and number of tokens of the loss; nothing for a plain model.
     """
     import torch
     from torch import nn

@@ -1,7 +1,7 @@
-"""The re-identification metric beside loops over whole matrices.
+"""The re-identification metric against a loop over the queries.
 
-Random features with identities and cameras as in Market-1501. The other way is the usual one, such as torchreid's: all
-distances, all of them sorted, then one query after the other; it is written here in NumPy.
+Random features with identities and cameras as in Market-1501. The loop is the usual implementation, such as
+torchreid's, in NumPy: compute and sort all distances, then process one query after the other.
 """
 
 import argparse
@@ -24,18 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=3,
         default=MARKET,
         metavar=('QUERIES', 'GALLERY', 'CHANNELS'),
-        help=f'what to measure both ways at (default: {" ".join(map(str, MARKET))}, Market-1501)',
+        help=f'size to compare both at (default: {" ".join(map(str, MARKET))}, Market-1501)',
     )
     parser.add_argument('--repeats', type=int, default=3, help='timed runs of each (default: %(default)s)')
-    parser.add_argument('--msmt17', action='store_true', help="measure ours at MSMT17's size, too; takes minutes")
+    parser.add_argument('--msmt17', action='store_true', help='also measure ours at the size of MSMT17; takes minutes')
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Returns the report, and under ``rows`` its figures by size and way.
+    """Returns the report, and its figures by size and implementation under ``rows``.
 
     Raises:
-        ValueError: The two ways disagree.
-        RuntimeError: The system does not tell the memory.
+        ValueError: The two implementations disagree.
+        RuntimeError: The system does not report the memory.
     """
     rows = measure(args.size, args.repeats)
     if args.msmt17:
@@ -50,22 +50,22 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         seconds, peak = f'{median(row["seconds"]):.1f}', f'{row["peak_mib"]:,.0f} MiB'
         lines.append(f'| {size} | {row["way"]} | {seconds} | {peak} | {mean_precision} | {rank1} |')
     note = (
-        'Seconds: median of the runs, which take turns. Peak memory: what a process grows by in one run, besides the '
-        'libraries and the features.'
+        'Seconds: medians of alternating runs. Peak memory: growth of a process in one run, without the libraries and '
+        'the features.'
     )
     return '\n'.join([*lines, '', note]), dict(rows=rows)
 
 
 def measure(size: Sequence[int], repeats: int, loops: bool = True) -> list[dict[str, Any]]:
-    """Returns a row for each way: ``way``, ``size``, ``seconds`` of all runs, ``peak_mib`` and ``results``.
+    """Returns for each implementation ``way``, ``size``, ``seconds`` of all runs, ``peak_mib`` and ``results``.
 
     Args:
-        size: Queries, gallery and channels.
+        size: Numbers of queries, gallery images and channels.
         repeats: Runs of each.
-        loops: Whether to measure the loops, too.
+        loops: Whether to also measure the loop.
 
     Raises:
-        ValueError: The two ways disagree.
+        ValueError: The two implementations disagree.
     """
     import torch
 
@@ -75,7 +75,7 @@ def measure(size: Sequence[int], repeats: int, loops: bool = True) -> list[dict[
     case = make_case(*size)
     tensors = [torch.from_numpy(values) for values in case]
     results: dict[str, dict[str, float]] = {}
-    ways: dict[str, Callable] = {'ours': lambda: results.update(ours=rank_matches(*tensors).figures())}
+    ways: dict[str, Callable] = {'ours': lambda: results.update(ours=rank_matches(*tensors).metrics())}
     if loops:
         ways['loops'] = lambda: results.update(loops=rank_by_loops(*case))
     seconds = alternate(ways, 0, repeats)
@@ -91,9 +91,9 @@ def measure(size: Sequence[int], repeats: int, loops: bool = True) -> list[dict[
 
 
 def make_case(queries: int, gallery: int, channels: int) -> list[NDArray]:
-    """Returns features, identities and cameras, each of the queries and of the gallery, as Market-1501 has them.
+    """Returns random features, identities and cameras, each of queries and gallery, with the ratios of Market-1501.
 
-    That is 4.5 queries an identity and 6 cameras; a sixth of the gallery are distractors.
+    There are 4.5 queries for each identity and 6 cameras, and a sixth of the gallery are distractors.
     """
     generator = np.random.default_rng(0)
     ids = max(1, round(queries * 750 / 3368))
@@ -116,16 +116,7 @@ def rank_by_loops(
     query_camids: NDArray,
     gallery_camids: NDArray,
 ) -> dict[str, float]:
-    """Returns mAP, CMC and mINP as :meth:`~mmdenoiserep.evaluation.reid_ranking.Ranking.figures` does, the usual way.
-
-    Args:
-        query: Features, (Q, C), float32.
-        gallery: Features, (G, C).
-        query_pids: Identities, (Q,), integers.
-        gallery_pids: Identities, (G,).
-        query_camids: Cameras, (Q,), integers.
-        gallery_camids: Cameras, (G,).
-    """
+    """Returns mAP, CMC and mINP by a loop; see :func:`~mmdenoiserep.evaluation.reid_ranking.rank_matches`."""
     distances = np.square(query).sum(1)[:, None] + np.square(gallery).sum(1) - 2 * query @ gallery.T
     order = np.argsort(distances, axis=1)
     hits = gallery_pids[order] == query_pids[:, None]

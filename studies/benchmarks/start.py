@@ -1,4 +1,4 @@
-"""How long every tool takes to print its help."""
+"""Time of every tool to print its help."""
 
 import argparse
 import sys
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def find_tools() -> list[Path]:
-    """Returns the programs among the files in ``tools``: those that read a command line."""
+    """Returns the files in ``tools`` that read a command line."""
     return [
         path
         for path in sorted(TOOLS.rglob('*.py'))
@@ -46,6 +46,6 @@ def print_help(tool: Path) -> None:
     """Runs a tool with ``--help``.
 
     Raises:
-        CalledProcessError: It fails.
+        CalledProcessError: The tool fails.
     """
     run_process([sys.executable, str(tool), '--help'], stdout=DEVNULL, stderr=DEVNULL, check=True)

@@ -1,6 +1,6 @@
-"""VMamba-T beside Swin-T, and its scan beside a loop over the positions.
+"""VMamba-T against Swin-T, and the selective scan against a loop over the positions.
 
-The Swin-T is mmpretrain's; both have random weights and run in eval mode without gradients.
+Swin-T is mmpretrain's; both have random weights and run in eval mode without gradients.
 """
 
 import argparse
@@ -9,7 +9,7 @@ from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from studies.benchmarks.measure import cost_ratio
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,16 +18,16 @@ STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))
 """Channels of the scan and side of the map in the stages of VMamba-T at 224 pixels."""
 
 PROCESSES = 5
-"""Memory is the median over so many, since the allocator makes it vary by a tenth."""
+"""Number of processes for the median of the memory, which varies by a tenth."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this benchmark."""
     parser.add_argument('--size', type=int, default=224, help='side of the images in pixels (default: %(default)s)')
     parser.add_argument(
-        '--batch', type=int, nargs='+', default=[1, 4], metavar='N', help='images in a batch (default: 1 and 4)'
+        '--batch', type=int, nargs='+', default=[1, 4], metavar='N', help='batch sizes (default: 1 and 4)'
     )
-    parser.add_argument('--repeats', type=int, default=20, help='timed runs of each (default: %(default)s)')
+    parser.add_argument('--repeats', type=int, default=20, help='timed runs of each case (default: %(default)s)')
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     Raises:
         ValueError: The scan and the loop disagree.
-        RuntimeError: The system does not tell the memory.
+        RuntimeError: The system does not report the memory.
     """
     models = [compare_models(args.size, batch, args.repeats) for batch in args.batch]
     scans = [
@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         size = f'{row["length"]} positions, {row["channels"]} channels, {what}'
         lines.append(f'| {size} | {_times(row["seconds"], "chunks", "loop")} |')
     note = (
-        f'Median of {args.repeats} runs, which take turns; ratios are taken pair by pair. Memory: what a process grows '
-        'by at its peak in its first forward, besides the libraries, the weights and the images; '
+        f'Medians of {args.repeats} alternating runs; ratios are taken pair by pair. Memory: peak growth of a process '
+        'in its first forward, without the libraries, the weights and the images; '
         f'median of {PROCESSES} processes.'
     )
     return '\n'.join([*lines, '', note]), dict(models=models, scans=scans)
@@ -67,13 +67,13 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def compare_models(size: int, batch: int, repeats: int) -> dict[str, Any]:
     """Returns ``batch``, ``seconds`` of all runs and ``peak_mib``, both by name of the model."""
-    import torch
     from mmpretrain.models import SwinTransformer
 
+    from mmdenoiserep.core.utils.randomness import random_images
     from mmdenoiserep.models.vmamba import VMamba
     from studies.benchmarks.measure import alternate, peak_memory
 
-    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = random_images((batch, 3, size, size))
     models: dict[str, nn.Module] = {'VMamba-T': VMamba('tiny'), 'Swin-T': SwinTransformer('tiny', pad_small_map=True)}
     for model in models.values():
         model.eval()
@@ -97,10 +97,10 @@ def forward(model: 'nn.Module', images: 'Tensor') -> None:
 
 
 def compare_scans(channels: int, length: int, backward: bool, repeats: int) -> dict[str, Any]:
-    """Returns ``channels``, ``length``, ``backward`` and the ``seconds`` of all runs by way, for one image.
+    """Returns ``channels``, ``length``, ``backward`` and the ``seconds`` of all runs by implementation, for one image.
 
     Raises:
-        ValueError: The two ways disagree.
+        ValueError: The scan and the loop disagree.
     """
     import torch
 
@@ -123,7 +123,7 @@ def compare_scans(channels: int, length: int, backward: bool, repeats: int) -> d
 
 
 def make_scan(channels: int, length: int) -> 'list[Tensor]':
-    """Returns random arguments of ``selective_scan`` for one image, four directions and one state a channel."""
+    """Returns random arguments of ``selective_scan`` for one image, four directions and one state for each channel."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -140,10 +140,7 @@ def make_scan(channels: int, length: int) -> 'list[Tensor]':
 def scan_by_loop(
     u: 'Tensor', delta: 'Tensor', A: 'Tensor', B: 'Tensor', C: 'Tensor', D: 'Tensor', delta_bias: 'Tensor'
 ) -> 'Tensor':
-    """Returns what ``selective_scan`` does for one state a channel, with one step a position.
-
-    All but the recurrence is done for all positions at once, so this is a fast loop.
-    """
+    """Computes ``selective_scan`` for one state for each channel, with the recurrence as a loop over the positions."""
     import torch
     import torch.nn.functional as F
 
@@ -160,7 +157,5 @@ def scan_by_loop(
 
 
 def _times(seconds: dict[str, list[float]], ours: str, other: str) -> str:
-    ratios = [a / b for a, b in zip(seconds[ours], seconds[other], strict=True)]
-    low, middle, high = np.percentile(ratios, [25, 50, 75])
     milliseconds = (f'{1000 * median(seconds[name]):.1f} ms' for name in (ours, other))
-    return f'{" | ".join(milliseconds)} | {middle:.2f} ({low:.2f} to {high:.2f})'
+    return f'{" | ".join(milliseconds)} | {cost_ratio(seconds[ours], seconds[other])}'

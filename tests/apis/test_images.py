@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from helpers import ROOT
 from mmdenoiserep.apis import images as images_module
-from mmdenoiserep.apis.calibration import counted
+from mmdenoiserep.apis.calibration import with_progress_bar
 from mmdenoiserep.apis.config import load_config, use_tta
 from mmdenoiserep.apis.export import image_shape
 from mmdenoiserep.apis.folders import find_images
@@ -35,7 +35,7 @@ from mmdenoiserep.apis.images import (
     datasets_of,
     image_channels,
     open_images,
-    spread,
+    take_evenly,
 )
 from mmdenoiserep.apis.matches import _read_images
 from mmdenoiserep.apis.model import build_model
@@ -583,7 +583,7 @@ def test_empty_data_sets(root, kind, tmp_path):
     data = dict(type='Half', data_root=str(tmp_path), pipeline=PIPELINE)
     if kind:
         data = dict(type=kind, dataset=data, **(dict(times=2) if kind == 'RepeatDataset' else {}))
-    with pytest.raises(InputError, match='data set of train_dataloader is empty'):
+    with pytest.raises(InputError, match='data set of train_dataloader in the config is empty'):
         open_images(config(custom(root), data), 'train')
 
 
@@ -602,7 +602,7 @@ def test_files_that_cannot_be_read_are_named(root, tmp_path, content, step):
 
 
 def test_data_sets_that_cannot_be_read(root):
-    with pytest.raises(InputError, match='train_dataloader cannot be read'):
+    with pytest.raises(InputError, match='train_dataloader in the config cannot be read'):
         open_images(config(custom(root), custom('nowhere')), 'train')
     with pytest.raises(InputError, match='train_dataloader cannot be read.*NoSuch'):
         open_images(config(custom(root), dict(type='NoSuchDataset')), 'train')
@@ -744,7 +744,7 @@ def test_alternating_sizes_make_full_batches(tmp_path, capsys):
     assert sorted(batches.order) == list(range(11)) and batches.order[:4] == [0, 2, 4, 6]
     for number, image in zip(batches.order, (image for batch in found for image in batch), strict=True):
         assert np.array_equal(image.permute(1, 2, 0).numpy(), picture(number, (16 + 8 * (number % 2), 16, 3)))
-    with counted(batches, 2) as bar:
+    with with_progress_bar(batches, 2) as bar:
         assert len(list(bar)) == len(list(bar)) == 4
         assert bar.bar.n == bar.bar.total == 22
 
@@ -756,7 +756,7 @@ def test_images_of_many_sizes_do_not_pile_up(tmp_path, monkeypatch):
     images = open_images(config(custom(tmp_path)), folder=tmp_path, after_loading=lambda x, i: read.append(i) or x)
     for batch in Batches(Model(), images, 2):
         given += len(batch)
-        assert len(read) - given <= 2 * images_module.HELD + 2
+        assert len(read) - given <= 2 * images_module.MAX_WAITING + 2
     assert given == 30
 
 
@@ -770,7 +770,7 @@ def test_the_preprocessor_of_self_supervised_models_gets_images_not_views(root):
 
 
 def test_one_size_comes_in_the_order_of_the_data_set(root):
-    batches = Batches(Model(), spread(open_images(config(custom(root))), 5), 2)
+    batches = Batches(Model(), take_evenly(open_images(config(custom(root))), 5), 2)
     assert [len(batch) for batch in batches] == [2, 2, 1] and batches.order == [0, 1, 2, 3, 4]
 
 

@@ -1,4 +1,4 @@
-"""Loading: what a checkpoint gave a model, and which checkpoints are refused, for a start, a resumed run and a test."""
+"""LoadingCheck: which checkpoints are refused for a start, a resumed run and a test, and what a model lacks."""
 
 import copy
 
@@ -11,7 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from helpers import randomise
 from mmdenoiserep import apply_denoiserep
-from mmdenoiserep.apis.weights import Loading
+from mmdenoiserep.apis.weights import LoadingCheck
 from mmdenoiserep.core import InputError
 
 PURPOSES = ('start', 'resume', 'test', 'features')
@@ -39,12 +39,12 @@ def trained(classes=4, seed=0):
 
 def load(model, content, purpose):
     """Loads as the tools do: mmengine's function between what watches it."""
-    loading = Loading(model, 'in.pth', purpose)
+    loading = LoadingCheck(model, 'in.pth', purpose)
     content = copy.copy(content)
     loading.unwrap(content)
-    loading.see(content)
+    loading.check_content(content)
     _load_checkpoint_to_model(model, content, logger='silent')
-    loading.judge()
+    loading.check_model()
     return model
 
 

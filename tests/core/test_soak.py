@@ -11,15 +11,14 @@ from torch import nn
 
 from mmdenoiserep import apply_denoiserep, collect_moments, fit_domain, fuse_model, select_layers, solve_denoisers
 
-CYCLES = 300
-WARM_UP = 50
+CYCLES = 100
+WARM_UP = 30
 WIDTH = 128
-BOUND = 8.0
+BOUND = 2.0
 """MiB of growth; one tensor of the smallest layer, WIDTH^2 float32, at each cycle would take twice as much."""
 
 
 def resident():
-    """Returns the MiB of memory that the process has."""
     gc.collect()
     return int(re.search(r'VmRSS:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) / 1024
 

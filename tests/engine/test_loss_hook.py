@@ -2,7 +2,6 @@
 
 import builtins
 import copy
-from pathlib import Path
 
 import mmdet.models  # noqa: F401
 import mmpretrain.models  # noqa: F401
@@ -23,13 +22,15 @@ from engine_helpers import (
     TinyBackbone,
     TinyModel,
     assert_equal,
+    average_of,
     denoised,
     gradients,
     inner,
     is_denoiser,
+    log_of,
     make_runner,
     message,
-    runner_case,
+    refuse,
     snapshot,
     split,
     tiny_model,
@@ -41,22 +42,18 @@ from mmdenoiserep.core import DenoiseLayer
 from mmdenoiserep.core.method.sample import Sample
 from mmdenoiserep.engine.backbone import denoised_backbones
 from mmdenoiserep.engine.loss_hook import SOON, DenoiseLossHook
-from mmdenoiserep.engine.resume import allow_training_checkpoints
 
 JOINT = dict(type='DenoiseLossHook', mode='joint', weight=0.1, tokens=None)
 LABEL_FREE = dict(type='DenoiseLossHook', mode='label_free', tokens=None)
-CHECKPOINTING = (dict(), dict(activation_checkpointing=['backbone']))
 SWIN = TINY_SWIN | dict(type='mmdet.SwinTransformer', drop_path_rate=0.0)
 RESNET = dict(type='mmpretrain.ResNet', depth=18, stem_channels=8, base_channels=8, out_indices=(3,))
 CONVNEXT = dict(
     type='mmpretrain.ConvNeXt', arch=dict(depths=[1, 1, 1, 1], channels=[4, 8, 8, 12]), gap_before_final_norm=False
 )
+LITTLE = 1e-6
+"""Below the gradients of the base and of the denoisers, so that a clipping at it shows."""
 
-
-@pytest.fixture
-def case():
-    with runner_case() as case:
-        yield case
+both_modes = pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
 
 
 @HOOKS.register_module()
@@ -75,29 +72,25 @@ class Watch(Hook):
     priority = 'LOWEST'
 
     def before_train(self, runner):
-        self.losses, self.inputs, self.calls, open_ = [], [], {}, []
+        self.losses, self.inputs, self.calls, self.open = [], [], {}, False
         model = inner(runner)
-
-        def begin(module, args):
-            open_.append(True)
-            self.inputs.append({})
-
-        def end(module, args, output):
-            open_.clear()
-            self.losses.append(output)
-
-        def listen(name):
-            def hear(layer, args):
-                self.calls[name] = self.calls.get(name, 0) + 1
-                if open_:
-                    self.inputs[-1].setdefault(name, []).append(args[0].detach().clone())
-
-            return hear
-
-        model.register_forward_pre_hook(begin)
-        model.register_forward_hook(end)
+        model.register_forward_pre_hook(self.begin)
+        model.register_forward_hook(self.end)
         for name, layer in denoised_layers(model).items():
-            layer.register_forward_pre_hook(listen(name))
+            layer.register_forward_pre_hook(lambda layer, args, name=name: self.hear(name, args[0]))
+
+    def begin(self, module, args):
+        self.open = True
+        self.inputs.append({})
+
+    def end(self, module, args, output):
+        self.open = False
+        self.losses.append(output)
+
+    def hear(self, name, x):
+        self.calls[name] = self.calls.get(name, 0) + 1
+        if self.open:
+            self.inputs[-1].setdefault(name, []).append(x.detach().clone())
 
 
 def denoised_layers(model):
@@ -108,8 +101,16 @@ def find_hook(runner, kind):
     return next(hook for hook in runner.hooks if isinstance(hook, kind))
 
 
+def watched(case, model, hook, **changes):
+    runner = train(case, model, [hook, dict(type='Watch')], **changes)
+    return runner, find_hook(runner, Watch)
+
+
+def features_of(backbone, size=16, **options):
+    return dict(type='FeatureModel', backbone=denoised(backbone, image_size=size)) | options
+
+
 def token_rows(layer, inputs):
-    """Returns all tokens of several inputs of a layer as one input."""
     if isinstance(layer, nn.Linear):
         return torch.cat([x.flatten(0, -2) for x in inputs])
     rows = torch.cat([x.transpose(0, 1).flatten(1) for x in inputs], 1)
@@ -124,76 +125,60 @@ def expected_loss(model, inputs, weight=1.0):
 
 
 @pytest.mark.parametrize('views', [1, 2])
-@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+@both_modes
 def test_value_of_the_loss(case, hook, views):
-    """loss_denoise is the mean over layers of the loss over all tokens, also of layers that are called several times.
-
-    The model has Conv2d layers, a Linear on (B, H, W, C) that stands in two places, and a backbone that is called twice
-    on images of different sizes.
-    """
-    runner = train(case, tiny_model(views=views), [hook, dict(type='Watch')])
-    watch, model = find_hook(runner, Watch), inner(runner)
+    """The mean over layers of the loss over all tokens, also of layers that are called several times."""
+    runner, watch = watched(case, tiny_model(views=views), hook)
     inputs = watch.inputs[0]
     assert {name: len(seen) for name, seen in inputs.items()} == {
         'backbone.stem': views,
         'backbone.conv': views,
         'backbone.shared': 2 * views,
     }
-    losses = watch.losses[0]
-    own = {key: p.detach().clone() for key, p in model.named_parameters() if is_denoiser(key)}
-    # the step has moved the denoisers: go back to those that the loss was computed with
-    recorded, rate = runner.optim_wrapper.gradients[0], 0.1
-    for name, parameter in model.named_parameters():
-        if is_denoiser(name):
-            parameter.data.add_(recorded[id(parameter)], alpha=rate)
+    own = split(gradients(runner))[0]
     assert own
-    factor = hook.get('weight', 1)
-    torch.testing.assert_close(losses['loss_denoise'], expected_loss(model, inputs, factor), rtol=1e-4, atol=0)
-    assert losses['loss_denoise'] > 0
+    for name, gradient in own.items():  # back to the denoisers that the loss was computed with
+        inner(runner).get_parameter(name).data.add_(gradient, alpha=0.1)
+    loss = watch.losses[0]['loss_denoise']
+    torch.testing.assert_close(loss, expected_loss(inner(runner), inputs, hook.get('weight', 1)), rtol=1e-4, atol=0)
+    assert loss > 0
 
 
 def test_loss_is_logged_and_summed_like_any_other(case):
-    """The log holds loss_denoise, and the total of parse_losses holds it too."""
-    runner = train(case, tiny_model(), [JOINT, dict(type='Watch')])
+    runner, watch = watched(case, tiny_model(), JOINT)
     scalars = {key: buffer.current() for key, buffer in runner.message_hub.log_scalars.items()}
     assert scalars['train/loss'] == pytest.approx(scalars['train/loss_cls'] + scalars['train/loss_denoise'], rel=1e-6)
     assert scalars['train/loss_denoise'] > 0
-    total, logged = inner(runner).parse_losses(find_hook(runner, Watch).losses[0])
+    total, logged = inner(runner).parse_losses(watch.losses[0])
     assert logged['loss_denoise'].item() == pytest.approx(scalars['train/loss_denoise'])
     assert total.item() == pytest.approx(scalars['train/loss'])
-    text = Path(runner._log_dir, f'{runner.timestamp}.log').read_text()
-    assert 'loss_denoise: ' in text
+    assert 'loss_denoise: ' in log_of(runner)
 
 
 @pytest.mark.parametrize('backbone', [dict(type='TinyBackbone'), SWIN, CONVNEXT, RESNET])
 def test_joint_leaves_the_gradients_of_the_base_alone(case, backbone):
     """Bitwise the gradients of a run without the hook; the denoisers get the limited gradient of the weighted loss."""
-    runs = []
-    for hooks in ([dict(type='Unguard')], [JOINT, dict(type='Watch')], [JOINT | dict(weight=1e-9), dict(type='Watch')]):
-        model = dict(type='FeatureModel', backbone=denoised(backbone, image_size=32))
-        runs.append(train(case, model, hooks, size=32))
-    control, usual, tiny = [gradients(runner) for runner in runs]
+    model = features_of(backbone, 32)
+    control = gradients(train(case, model, [dict(type='Unguard')], size=32))
     base = split(control)[1]
     assert not split(control)[0]
     assert any(value.abs().max() > 0 for value in base.values())
-    for actual in (usual, tiny):
-        assert_equal(split(actual)[1], base)
-    for weight, actual, runner in zip((0.1, 1e-9), (usual, tiny), runs[1:], strict=True):
-        model = randomise(MODELS.build(dict(type='FeatureModel', backbone=denoised(backbone, image_size=32))))
-        expected_loss(model, find_hook(runner, Watch).inputs[0], weight).backward()
-        expected = {key: p.grad for key, p in model.named_parameters() if is_denoiser(key)}
+    for hook in (JOINT, JOINT | dict(weight=1e-9)):
+        runner, watch = watched(case, model, hook, size=32)
+        own, actual = split(gradients(runner))
+        assert_equal(actual, base)
+        fresh = randomise(MODELS.build(model))
+        expected_loss(fresh, watch.inputs[0], hook['weight']).backward()
+        expected = {key: p.grad for key, p in fresh.named_parameters() if is_denoiser(key)}
         scale = max(value.abs().max() for value in expected.values()).item()
         assert scale > 0
-        assert_equal(split(actual)[0], expected, rtol=1e-4, atol=1e-5 * scale)
+        assert_equal(own, expected, rtol=1e-4, atol=1e-5 * scale)
 
 
 def test_label_free_trains_the_denoisers_and_nothing_else(case):
     """After five steps with weight decay and momentum the base and all BatchNorm buffers are bitwise as before."""
-    changes = dict(
-        train_cfg=dict(by_epoch=False, max_iters=5),
-        optim_wrapper=dict(type='RecordingWrapper', optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=0.1)),
-    )
-    runner = make_runner(case, tiny_model(), [dict(type='Randomise'), LABEL_FREE], **changes)
+    optim = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=0.1))
+    runner = make_runner(case, tiny_model(), [dict(type='Randomise'), LABEL_FREE], iterations=5, optim=optim)
     before = snapshot(randomise(inner(runner)))
     runner.train()
     after = snapshot(inner(runner))
@@ -204,48 +189,43 @@ def test_label_free_trains_the_denoisers_and_nothing_else(case):
     assert all(p.grad is None for key, p in inner(runner).named_parameters() if not is_denoiser(key))
 
 
+@MODELS.register_module()
+class SeesGradient(TinyBackbone):
+    seen: list = []
+
+    def forward(self, x):
+        self.seen.append((torch.is_grad_enabled(), super().forward(x)[0].requires_grad))
+        if len(self.seen) > 5:
+            raise ArithmeticError
+        return super().forward(x)
+
+
 def test_label_free_needs_no_gradient_of_the_model(case):
     """The model's own forward keeps nothing for a backward pass; afterwards, and after an error, gradients are on."""
-
-    @MODELS.register_module(force=True)
-    class SeesGradient(TinyBackbone):
-        seen: list = []
-
-        def forward(self, x):
-            self.seen.append((torch.is_grad_enabled(), super().forward(x)[0].requires_grad))
-            if len(self.seen) > 5:
-                raise ArithmeticError
-            return super().forward(x)
-
-    backbone = dict(denoised(dict(type='SeesGradient')), image_size=9)
+    model = tiny_model(denoised(dict(type='SeesGradient')))
     for hook, expected in ((LABEL_FREE, (False, False)), (JOINT, (True, True))):
-        SeesGradient.seen = []
-        train(case, tiny_model(backbone), [hook])
+        SeesGradient.seen.clear()
+        train(case, model, [hook])
         assert SeesGradient.seen[-1] == expected and torch.is_grad_enabled()
-    SeesGradient.seen = []
+    SeesGradient.seen.clear()
     with pytest.raises(ArithmeticError):
-        train(case, tiny_model(backbone), [LABEL_FREE], train_cfg=dict(by_epoch=False, max_iters=6))
+        train(case, model, [LABEL_FREE], iterations=6)
     assert torch.is_grad_enabled()
 
 
 def test_a_part_of_the_tokens(case):
     """The tokens depend on the iteration alone; nothing else of the training changes by the choice."""
-    steps = dict(train_cfg=dict(by_epoch=False, max_iters=2))
-    runs = [
-        train(case, tiny_model(), [JOINT | dict(tokens=tokens), dict(type='Watch')], **steps)
-        for tokens in (5, 5, 6, None)
-    ]
-    losses = [[output['loss_denoise'].item() for output in find_hook(runner, Watch).losses] for runner in runs]
+    runs = [watched(case, tiny_model(), JOINT | dict(tokens=tokens), iterations=2) for tokens in (5, 5, 6, None)]
+    losses = [[output['loss_denoise'].item() for output in watch.losses] for _, watch in runs]
     assert losses[0] == losses[1]
     assert len({loss[0] for loss in losses}) == 3
-    bases = [split(gradients(runner))[1] for runner in runs]
-    for base in bases[1:]:
-        assert_equal(base, bases[0])
+    for runner, _ in runs[1:]:
+        assert_equal(split(gradients(runner))[1], split(gradients(runs[0][0]))[1])
 
     layers = denoised_layers(randomise(MODELS.build(tiny_model())))
     for seed in (0, 1):
         sample, expected = Sample(most=5, seed=seed), []
-        for name, seen in find_hook(runs[0], Watch).inputs[0].items():
+        for name, seen in runs[0][1].inputs[0].items():
             total = sum(x.numel() for x in seen)
             parts = [(sample(layers[name], x), x.numel() / total) for x in seen]
             expected.append(layers[name].denoise_loss_of(parts))
@@ -254,7 +234,6 @@ def test_a_part_of_the_tokens(case):
 
 
 def test_label_free_without_the_care_would_drift(case, monkeypatch):
-    """The counter-proof: without the eval mode, the running statistics of backbone and head move."""
     monkeypatch.setattr(DenoiseLossHook, 'before_train_iter', Hook.before_train_iter)
     runner = make_runner(case, tiny_model(), [dict(type='Randomise'), LABEL_FREE])
     before = snapshot(randomise(inner(runner)))
@@ -267,8 +246,6 @@ def test_label_free_without_the_care_would_drift(case, monkeypatch):
 
 @MODELS.register_module()
 class CachingBackbone(TinyBackbone):
-    """Reads in eval mode what only eval() makes, as LeViT does."""
-
     def train(self, mode=True):
         super().train(mode)
         self.__dict__.pop('cache', None)
@@ -281,65 +258,56 @@ class CachingBackbone(TinyBackbone):
 
 
 def test_label_free_calls_eval_of_the_backbone(case):
-    """Setting the flags alone would leave a backbone without what its eval() makes."""
     runner = train(case, tiny_model(denoised(dict(type='CachingBackbone'))), [LABEL_FREE])
     assert not inner(runner).backbone.training
     assert gradients(runner)
 
 
-def test_label_free_holds_running_statistics_of_any_norm(case):
-    """InstanceNorm with running statistics stands still too, inside and outside of the backbone."""
+@MODELS.register_module()
+class WithInstanceNorm(TinyModel):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.neck = nn.InstanceNorm2d(3, track_running_stats=True)
 
-    @MODELS.register_module(force=True)
-    class WithInstanceNorm(TinyModel):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            self.neck = nn.InstanceNorm2d(3, track_running_stats=True)
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        return super().forward(self.neck(torch.stack(inputs)), data_samples, mode)
 
-        def forward(self, inputs, data_samples=None, mode='tensor'):
-            return super().forward(self.neck(torch.stack(inputs)), data_samples, mode)
 
-    model = tiny_model() | dict(type='WithInstanceNorm')
-    runner = train(case, model, [LABEL_FREE], train_cfg=dict(by_epoch=False, max_iters=2))
-    assert torch.equal(inner(runner).neck.running_mean, torch.zeros(3))
-    runner = train(case, model, [JOINT])
-    assert not torch.equal(inner(runner).neck.running_mean, torch.zeros(3))
+@both_modes
+def test_label_free_holds_running_statistics_of_any_norm(case, hook):
+    runner = train(case, tiny_model() | dict(type='WithInstanceNorm'), [hook], iterations=2)
+    assert torch.equal(inner(runner).neck.running_mean, torch.zeros(3)) is (hook is LABEL_FREE)
 
 
 @pytest.mark.parametrize('backbone', [SWIN, RESNET, RESNET | dict(type='mmdet.ResNet', norm_eval=False)])
-@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+@both_modes
 def test_activation_checkpointing(case, backbone, hook):
     """with_cp runs layers twice, which changes neither the loss nor a gradient."""
-    runs = []
-    for with_cp in (False, True):
-        model = dict(type='FeatureModel', backbone=denoised(backbone | dict(with_cp=with_cp), image_size=16))
-        runs.append(train(case, model, [hook, dict(type='Watch')], size=16))
-    plain, checkpointed = runs
-    losses = [find_hook(runner, Watch).losses[0]['loss_denoise'] for runner in runs]
-    assert torch.equal(*losses)
+    (plain, first), (checkpointed, second) = (
+        watched(case, features_of(backbone | dict(with_cp=with_cp)), hook, size=16) for with_cp in (False, True)
+    )
+    assert torch.equal(first.losses[0]['loss_denoise'], second.losses[0]['loss_denoise'])
     assert_equal(gradients(checkpointed), gradients(plain))
-    calls = [find_hook(runner, Watch).calls for runner in runs]
-    twice = [name for name in calls[0] if calls[1][name] == 2 * calls[0][name]]
-    assert calls[0] == {name: 1 for name in calls[0]}
+    assert first.calls == {name: 1 for name in first.calls}
+    twice = [name for name in first.calls if second.calls[name] == 2]
     assert bool(twice) is (hook is JOINT)  # the test would show nothing if no layer ran twice
 
 
-@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+@both_modes
 def test_activation_checkpointing_of_the_runner(case, hook):
-    """mmengine's own activation_checkpointing, around the whole backbone, changes the loss as little."""
-    runs = [train(case, tiny_model(), [hook, dict(type='Watch')], **options) for options in CHECKPOINTING]
-    losses = [find_hook(runner, Watch).losses[0]['loss_denoise'] for runner in runs]
-    assert torch.equal(*losses)
-    own = [split(gradients(runner))[0] for runner in runs]
-    scale = max(value.abs().max() for value in own[0].values()).item()
-    assert_equal(own[1], own[0], rtol=1e-5, atol=1e-6 * scale)  # a shared layer's gradients add up in another order
+    (plain, first), (checkpointed, second) = (
+        watched(case, tiny_model(), hook, **options) for options in ({}, dict(activation_checkpointing=['backbone']))
+    )
+    assert torch.equal(first.losses[0]['loss_denoise'], second.losses[0]['loss_denoise'])
+    expected = split(gradients(plain))[0]
+    scale = max(value.abs().max() for value in expected.values()).item()
+    # a shared layer's gradients add up in another order
+    assert_equal(split(gradients(checkpointed))[0], expected, rtol=1e-5, atol=1e-6 * scale)
 
 
 def test_bf16_autocast(case):
     """Under autocast the layers see bf16, and the loss is computed in float32 from what they saw."""
-    optim_wrapper = dict(type='AutocastWrapper', optimizer=dict(type='SGD', lr=0.1))
-    runner = train(case, tiny_model(), [JOINT, dict(type='Watch')], optim_wrapper=optim_wrapper)
-    watch, model = find_hook(runner, Watch), inner(runner)
+    runner, watch = watched(case, tiny_model(), JOINT, optim=dict(type='AutocastWrapper'))
     inputs = watch.inputs[0]
     assert inputs['backbone.shared'][0].dtype == torch.bfloat16
     loss = watch.losses[0]['loss_denoise']
@@ -347,25 +315,16 @@ def test_bf16_autocast(case):
     fresh = randomise(MODELS.build(tiny_model()))
     torch.testing.assert_close(loss, expected_loss(fresh, inputs, 0.1), rtol=1e-5, atol=0)
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in gradients(runner).values())
-    assert set(split(gradients(runner))[0]) == {key for key, _ in model.named_parameters() if is_denoiser(key)}
+    assert set(split(gradients(runner))[0]) == {key for key, _ in fresh.named_parameters() if is_denoiser(key)}
 
 
-@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+@both_modes
 def test_gradient_accumulation(case, hook):
-    """Two half batches give the gradients of the whole one."""
     model = tiny_model(denoised(dict(type='TinyBackbone', norm=False)), norm=False)
-    optimizer = dict(type='SGD', lr=0.1)
-    whole = train(case, model, [hook], optim_wrapper=dict(type='RecordingWrapper', optimizer=optimizer))
+    whole = train(case, model, [hook])
     loader = dict(case.iter_based_cfg.train_dataloader.to_dict(), batch_size=2, dataset=dict(type='TinyDataset'))
     loader['sampler'] = dict(type='InfiniteSampler', shuffle=False)
-    halves = train(
-        case,
-        model,
-        [hook],
-        train_dataloader=loader,
-        train_cfg=dict(by_epoch=False, max_iters=2),
-        optim_wrapper=dict(type='RecordingWrapper', optimizer=optimizer, accumulative_counts=2),
-    )
+    halves = train(case, model, [hook], train_dataloader=loader, iterations=2, optim=dict(accumulative_counts=2))
     assert len(halves.optim_wrapper.gradients) == len(whole.optim_wrapper.gradients) == 1
     assert_equal(gradients(halves), gradients(whole), rtol=1e-4, atol=1e-6)
     assert split(gradients(whole))[0]
@@ -376,11 +335,8 @@ def distributed(tmp_path_factory):
     """Results of all scenarios of engine_distributed: of one process, and of each of two."""
     folder = tmp_path_factory.mktemp('distributed')
     torch.multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
-    alone = {
-        name: run_scenario(scenario, 1, str(folder / f'alone_{name}'))
-        for name, scenario in scenarios().items()
-        if name != 'refused'
-    }
+    names = [name for name in scenarios() if name != 'refused']
+    alone = {name: run_scenario(scenarios()[name], 1, str(folder / f'alone_{name}')) for name in names}
     ranks = [torch.load(folder / f'rank{rank}.pth', weights_only=True) for rank in range(WORLD)]
     return folder, alone, ranks
 
@@ -411,30 +367,23 @@ def test_label_free_on_two_processes_keeps_the_base(distributed):
 
 def test_sync_buffers_hook_in_joint_training(distributed):
     """The buffers differ from process to process until SyncBuffersHook averages them; denoisers have none."""
-    _, _, ranks = distributed
-    first, second = (rank['joint_synced']['state'] for rank in ranks)
-    assert_equal(first, second)
+    assert_equal(*(rank['joint_synced']['state'] for rank in distributed[2]))
     buffers = dict(MODELS.build(tiny_model()).named_buffers())
     assert buffers and not any(map(is_denoiser, buffers))
 
 
 def test_label_free_on_several_processes_needs_the_flag(distributed):
     """Without find_unused_parameters one sentence says so, on every rank, before anything is trained."""
-    _, _, ranks = distributed
-    for rank in ranks:
+    for rank in distributed[2]:
         assert 'add find_unused_parameters = True to the config' in rank['refused']['error']
         assert '\n' not in rank['refused']['error']
 
 
 def test_only_the_main_process_writes_fused_copies(distributed):
-    """Two processes, one copy of each checkpoint."""
     folder, _, ranks = distributed
-    assert ranks[0]['label_free_synced']['written'] == ['iter_1_fused.pth', 'iter_2_fused.pth']
-    assert ranks[1]['label_free_synced']['written'] == []
-    assert {path.name for path in (folder / 'label_free_synced').glob('*_fused.pth')} == {
-        'iter_1_fused.pth',
-        'iter_2_fused.pth',
-    }
+    copies = ['iter_1_fused.pth', 'iter_2_fused.pth']
+    assert [rank['label_free_synced']['written'] for rank in ranks] == [copies, []]
+    assert sorted(path.name for path in (folder / 'label_free_synced').glob('*_fused.pth')) == copies
 
 
 @pytest.mark.parametrize('order', [1, -1])
@@ -446,57 +395,46 @@ def test_ema_copy_holds_no_listeners(case, order):
         priority = 'LOWEST'
 
         def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-            average = next(hook for hook in runner.hooks if hasattr(hook, 'ema_model')).ema_model
-            listening = [sum(len(m._forward_pre_hooks) for m in x.modules()) for x in (average, inner(runner))]
-            seen.append((listening, [len(m._forward_hooks) for m in (average.module, inner(runner))]))
+            for model in (average_of(runner), inner(runner)):
+                seen.append((sum(len(m._forward_pre_hooks) for m in model.modules()), len(model._forward_hooks)))
 
-    runner = make_runner(
-        case, tiny_model(), [dict(type='Randomise'), *[dict(type='EMAHook', momentum=0.5), JOINT][::order]]
-    )
+    hooks = [dict(type='EMAHook', momentum=0.5), JOINT][::order]
+    runner = make_runner(case, tiny_model(), [dict(type='Randomise'), *hooks])
     runner.register_hook(Look())
     start = snapshot(inner(runner))
     runner.train()
-    assert seen == [([0, 5], [0, 3])]  # the live one: what opens the model's forward, its three layers, what closes it
-    average = next(hook for hook in runner.hooks if hasattr(hook, 'ema_model')).ema_model.module
-    key = 'backbone.conv.denoiser.weight'
+    assert seen == [(0, 0), (5, 3)]  # the live one: what opens the model's forward, its three layers, what closes it
+    average, key = average_of(runner), 'backbone.conv.denoiser.weight'
     assert not torch.equal(average.state_dict()[key], start[key])
     assert [record.has_loss for _, _, record in denoised_backbones(average)] == [False]
 
 
 @pytest.mark.parametrize('hook', [JOINT | dict(tokens=5), LABEL_FREE | dict(tokens=5)])
 @pytest.mark.parametrize('ema', [False, True])
-def test_resume_continues_identically(case, hook, ema, tmp_path, monkeypatch):
-    """Four iterations in one go, or two and a resume and two: bitwise the same weights and optimizer."""
-    allowed = torch.serialization.get_safe_globals()
-    allow_training_checkpoints()
+def test_resume_continues_identically(case, hook, ema, tmp_path, resumable):
     hooks = [hook, *([dict(type='EMAHook', momentum=0.3)] if ema else [])]
-    changes = dict(
-        optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=0.01), clip_grad=dict(max_norm=1.0)),
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1, by_epoch=False)),
-        param_scheduler=dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=4),
-    )
 
     def run(name, iterations, start, **more):
         runner = make_runner(
             case,
             tiny_model(views=2),
             [*hooks, *start],
+            iterations=iterations,
+            optim=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=0.01), clip_grad=dict(max_norm=1.0)),
             work_dir=str(tmp_path / name),
-            train_cfg=dict(by_epoch=False, max_iters=iterations),
-            **changes,
+            default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1, by_epoch=False)),
+            param_scheduler=dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=4),
             **more,
         )
         runner.train()
-        return snapshot(inner(runner)), runner.optim_wrapper.state_dict(), runner
+        assert runner.iter == iterations
+        return snapshot(inner(runner)), runner.optim_wrapper.state_dict()
 
     start = [dict(type='Randomise')]
-    weights, optimizer, _ = run('straight', 4, start)
-    early, _, _ = run('parts', 2, start)
+    weights, optimizer = run('straight', 4, start)
+    early, _ = run('parts', 2, start)
     checkpoint = str(tmp_path / 'parts' / 'iter_2.pth')
-    resumed_weights, resumed_optimizer, runner = run('parts', 4, [], load_from=checkpoint, resume=True)
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(allowed)
-    assert runner.iter == 4
+    resumed_weights, resumed_optimizer = run('parts', 4, [], load_from=checkpoint, resume=True)
     assert_equal(resumed_weights, weights)
     assert all(not torch.equal(early[key], weights[key]) for key in split(weights)[0])
     assert resumed_optimizer['param_groups'] == optimizer['param_groups']
@@ -509,49 +447,27 @@ def test_resume_continues_identically(case, hook, ema, tmp_path, monkeypatch):
     'backbone',
     [SWIN | dict(frozen_stages=1), RESNET | dict(frozen_stages=2), RESNET | dict(type='mmdet.ResNet', frozen_stages=1)],
 )
-@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+@both_modes
 def test_frozen_stages(case, backbone, hook):
     """Frozen layers keep their denoisers and have no part in the loss, also where train() is what freezes them."""
-    model = dict(type='FeatureModel', backbone=denoised(backbone, image_size=16))
-    runner = make_runner(case, model, [dict(type='Randomise'), hook, dict(type='Watch')], size=16)
-    before = snapshot(randomise(inner(runner)))
-    runner.train()
-    layers = denoised_layers(inner(runner))
+    model = features_of(backbone)
+    fresh = randomise(MODELS.build(model))
+    runner, watch = watched(case, model, hook, size=16)
+    layers, before, after = denoised_layers(inner(runner)), snapshot(fresh), snapshot(inner(runner))
     frozen = {name for name, layer in layers.items() if not layer.weight.requires_grad}
     assert frozen and frozen != set(layers)
-    after = snapshot(inner(runner))
     for name, layer in layers.items():
         for key, _ in layer.denoiser.named_parameters():
             full = f'{name}.denoiser.{key}'
             assert (full in gradients(runner)) is (name not in frozen)
             assert torch.equal(after[full], before[full]) is (name in frozen)
-    watch = find_hook(runner, Watch)
-    fresh = MODELS.build(model)
-    fresh.load_state_dict(before)
     inputs = {name: seen for name, seen in watch.inputs[0].items() if name not in frozen}
     expected = expected_loss(fresh, inputs, hook.get('weight', 1))
     torch.testing.assert_close(watch.losses[0]['loss_denoise'], expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize('backbone', [SWIN | dict(frozen_stages=2), RESNET | dict(frozen_stages=4)])
-def test_all_frozen(case, backbone):
-    """Where the backbone freezes every stage, label-free training is an error; joint training is that of the base."""
-    model = dict(type='FeatureModel', backbone=denoised(backbone, image_size=16))
-    runner = make_runner(case, model, [LABEL_FREE], size=16)
-    with pytest.raises(ValueError, match='all denoisers are frozen') as error:
-        runner.train()
-    message(error)
-    assert runner.iter == 0
-    runner = make_runner(case, model | dict(type='WithHead'), [JOINT, dict(type='Watch')], size=16)
-    runner.train()
-    assert find_hook(runner, Watch).losses[0]['loss_denoise'] == 0
-    assert 'all denoisers are frozen' in log_of(runner)
-
-
 @MODELS.register_module()
 class WithHead(FeatureModel):
-    """Has something to train beside a backbone that is all frozen."""
-
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.scale = nn.Parameter(torch.ones(()))
@@ -560,19 +476,20 @@ class WithHead(FeatureModel):
         return {key: loss * self.scale for key, loss in super().forward(*args, **kwargs).items()}
 
 
-def log_of(runner):
-    return Path(runner._log_dir, f'{runner.timestamp}.log').read_text()
+@pytest.mark.parametrize('backbone', [SWIN | dict(frozen_stages=2), RESNET | dict(frozen_stages=4)])
+def test_all_frozen(case, backbone):
+    """Where the backbone freezes every stage, label-free training is an error; joint training is that of the base."""
+    refuse(make_runner(case, features_of(backbone), [LABEL_FREE], size=16), 'all denoisers are frozen')
+    runner, watch = watched(case, features_of(backbone, type='WithHead'), JOINT, size=16)
+    assert watch.losses[0]['loss_denoise'] == 0
+    assert 'all denoisers are frozen' in log_of(runner)
 
 
 @pytest.mark.parametrize('iterations', [2, SOON + 1])
 def test_layer_that_training_does_not_call(case, iterations):
     """A layer that only runs in eval mode keeps its untrained denoiser: a warning names it, once."""
-    runner = train(
-        case,
-        tiny_model(denoised(dict(type='TinyBackbone', sometimes=True))),
-        [JOINT],
-        train_cfg=dict(by_epoch=False, max_iters=iterations),
-    )
+    backbone = denoised(dict(type='TinyBackbone', sometimes=True))
+    runner = train(case, tiny_model(backbone), [JOINT], iterations=iterations)
     warnings = [line for line in log_of(runner).splitlines() if 'have not been called in training' in line]
     assert len(warnings) == 1
     assert ' backbone.extra; ' in warnings[0] and 'exclude' in warnings[0]
@@ -600,23 +517,15 @@ class DroppingBackbone(TinyBackbone):
         return (x,)
 
 
-@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+@both_modes
 def test_layers_that_are_dropped_at_random(case, hook):
     """The loss of an iteration is that of the layers that ran in it, 0 if none did; all layers train."""
-    runner = make_runner(
-        case,
-        tiny_model(denoised(dict(type='DroppingBackbone'))),
-        [hook, dict(type='Watch')],
-        train_cfg=dict(by_epoch=False, max_iters=6),
-        optim_wrapper=dict(type='RecordingWrapper', optimizer=dict(type='SGD', lr=0.0)),
-    )
-    model = inner(runner)
-    runner.train()
-    watch = find_hook(runner, Watch)
+    optim = dict(optimizer=dict(type='SGD', lr=0.0))
+    runner, watch = watched(case, tiny_model(denoised(dict(type='DroppingBackbone'))), hook, iterations=6, optim=optim)
     ran = [len(inputs) for inputs in watch.inputs]
     assert ran == ([4, 4, 0, 4, 4, 0] if hook is JOINT else [5] * 6)  # label-free, the backbone drops nothing
     for inputs, losses in zip(watch.inputs, watch.losses, strict=True):
-        expected = expected_loss(model, inputs, hook.get('weight', 1)) if inputs else torch.tensor(0.0)
+        expected = expected_loss(inner(runner), inputs, hook.get('weight', 1)) if inputs else torch.tensor(0.0)
         torch.testing.assert_close(losses['loss_denoise'], expected, rtol=1e-5, atol=0)
     trained = {key for step in range(6) for key, value in gradients(runner, step).items() if value.any()}
     assert trained >= {f'backbone.branches.{i}.denoiser.weight' for i in range(2)}
@@ -625,8 +534,6 @@ def test_layers_that_are_dropped_at_random(case, hook):
 
 @HOOKS.register_module()
 class Unfreeze(Hook):
-    """Unfreezes the first layers of the backbone after some iterations."""
-
     def __init__(self, iterations):
         self.iterations = iterations
 
@@ -635,30 +542,42 @@ class Unfreeze(Hook):
             layer.requires_grad_(runner.iter >= self.iterations)
 
 
-@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+@both_modes
 @pytest.mark.parametrize('iterations', [1, 3])
 def test_stage_that_is_unfrozen_later(case, hook, iterations):
-    """A layer takes part from the iteration on in which it is unfrozen."""
-    hooks = [hook, dict(type='Unfreeze', iterations=iterations), dict(type='Watch')]
-    runner = train(case, tiny_model(), hooks, train_cfg=dict(by_epoch=False, max_iters=5))
+    runner = train(case, tiny_model(), [hook, dict(type='Unfreeze', iterations=iterations)], iterations=5)
     key = 'backbone.conv.denoiser.weight'
     assert [key in gradients(runner, step) for step in range(5)] == [step >= iterations for step in range(5)]
     assert inner(runner).backbone.conv.denoiser.weight.any()
 
 
-def test_a_loss_of_the_same_name(case):
-    """A model that returns a loss_denoise of its own is refused: it would be overwritten."""
+@MODELS.register_module()
+class Denoises(TinyModel):
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        losses = super().forward(inputs, data_samples, mode)
+        return dict(losses, loss_denoise=losses['loss_cls']) if mode == 'loss' else losses
 
-    @MODELS.register_module(force=True)
-    class Denoises(TinyModel):
-        def forward(self, inputs, data_samples=None, mode='tensor'):
-            losses = super().forward(inputs, data_samples, mode)
-            return dict(losses, loss_denoise=losses['loss_cls']) if mode == 'loss' else losses
 
-    runner = make_runner(case, tiny_model() | dict(type='Denoises'), [JOINT])
-    with pytest.raises(ValueError, match='loss_denoise') as error:
-        runner.train()
-    assert 'rename' in message(error)
+@MODELS.register_module()
+class GoesAround(TinyModel):
+    """Computes its losses without forward(mode='loss')."""
+
+    def train_step(self, data, optim_wrapper):
+        loss = self.backbone(torch.stack(data['inputs']))[0].square().mean()
+        optim_wrapper.update_params(loss)
+        return dict(loss=loss)
+
+
+@pytest.mark.parametrize(
+    ('model', 'error', 'words'),
+    [
+        (tiny_model() | dict(type='Denoises'), ValueError, 'rename'),
+        (tiny_model() | dict(type='GoesAround'), RuntimeError, "without calling it with mode='loss'"),
+        (tiny_model(dict(type='TinyBackbone')), ValueError, 'found no denoised layer'),
+    ],
+)
+def test_models_that_would_train_no_denoiser_are_refused(case, model, error, words):
+    refuse(make_runner(case, model, [JOINT]), words, error)
 
 
 @MODELS.register_module()
@@ -688,7 +607,7 @@ class CallsItself(FeatureModel):
         return logged
 
 
-@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+@both_modes
 @pytest.mark.parametrize('way', ['features', 'position', 'views'])
 def test_a_model_that_calls_itself(case, hook, way):
     """Calls of the model by itself are a part of its forward: the denoisers get the gradients of the plain way."""
@@ -710,8 +629,6 @@ def test_a_model_that_calls_itself(case, hook, way):
 
 @HOOKS.register_module()
 class Interrupt(Hook):
-    """Raises in the middle of the training."""
-
     priority = 'LOWEST'
 
     def __init__(self, error, place):
@@ -731,18 +648,13 @@ class Interrupt(Hook):
         raise self.error
 
 
-@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+@both_modes
 @pytest.mark.parametrize('error', [KeyboardInterrupt, ArithmeticError])
 @pytest.mark.parametrize('place', ['iteration', 'forward', 'start'])
 def test_interrupted_training_leaves_nothing_behind(case, hook, error, place):
-    """However the training ends: no hook listens, gradients are on, the guard is up and the clipping is back."""
-    optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1), clip_grad=dict(max_norm=0.01))
-    runner = make_runner(
-        case,
-        tiny_model(),
-        [hook, dict(type='Interrupt', error=error.__name__, place=place)],
-        optim_wrapper=optim_wrapper,
-    )
+    """However the training ends, no hook listens any more, gradients are on, the guard and the clipping are back."""
+    hooks = [hook, dict(type='Interrupt', error=error.__name__, place=place)]
+    runner = make_runner(case, tiny_model(), hooks, optim=dict(type='OptimWrapper', clip_grad=dict(max_norm=0.01)))
     with pytest.raises(error):
         runner.train()
     model = inner(runner)
@@ -751,31 +663,6 @@ def test_interrupted_training_leaves_nothing_behind(case, hook, error, place):
     assert not model._forward_hooks
     assert [record.has_loss for _, _, record in denoised_backbones(model)] == [False]
     assert runner.optim_wrapper.clip_func is nn.utils.clip_grad_norm_
-
-
-def test_train_step_that_goes_around_the_forward(case):
-    """A model that computes its losses without forward(mode='loss') would train no denoiser: an error, no silence."""
-
-    @MODELS.register_module(force=True)
-    class GoesAround(TinyModel):
-        def train_step(self, data, optim_wrapper):
-            loss = self.backbone(torch.stack(data['inputs']))[0].square().mean()
-            optim_wrapper.update_params(loss)
-            return dict(loss=loss)
-
-    runner = make_runner(case, tiny_model() | dict(type='GoesAround'), [JOINT])
-    with pytest.raises(RuntimeError, match="without calling it with mode='loss'") as error:
-        runner.train()
-    message(error)
-    assert runner.iter == 0
-
-
-def test_model_without_denoised_layers(case):
-    """The hook in a vanilla config says what to wrap."""
-    runner = make_runner(case, tiny_model(dict(type='TinyBackbone')), [JOINT])
-    with pytest.raises(ValueError, match='found no denoised layer') as error:
-        runner.train()
-    assert 'DenoiseRepBackbone' in message(error)
 
 
 @pytest.mark.parametrize(
@@ -790,14 +677,9 @@ def test_model_without_denoised_layers(case):
     ],
 )
 def test_bad_options(options, names):
-    """An unknown mode or a weight that trains nothing is refused at once."""
     with pytest.raises(ValueError, match=names) as error:
         HOOKS.build(dict(type='DenoiseLossHook', **options))
     message(error)
-
-
-LITTLE = 1e-6
-"""Below the gradients of the base and of the denoisers, so that a clipping at it shows."""
 
 
 @pytest.mark.parametrize(
@@ -812,10 +694,8 @@ def test_clipping_treats_the_base_as_in_the_control(case, clip, function):
     """The base is clipped bitwise as in the vanilla model, and logged so; the denoisers are clipped by themselves."""
     runs = []
     for model, hooks in ((tiny_model(dict(type='TinyBackbone')), []), (tiny_model(), [JOINT])):
-        optim_wrapper = dict(type='RecordingWrapper', optimizer=dict(type='SGD', lr=0.1), clip_grad=dict(clip))
-        runner = make_runner(case, model, hooks, optim_wrapper=optim_wrapper)
-        runner.train()
-        runs.append(runner)
+        runs.append(make_runner(case, model, hooks, optim=dict(clip_grad=dict(clip))))
+        runs[-1].train()
     control, runner = runs
     own, base = split(gradients(runner))
     assert_equal(base, gradients(control))
@@ -834,28 +714,25 @@ def test_clipping_treats_the_base_as_in_the_control(case, clip, function):
 
 
 def test_clipping_in_label_free_mode(case):
-    """Where only the denoisers have gradients, those are clipped and their norm is logged."""
-    optim_wrapper = dict(type='RecordingWrapper', optimizer=dict(type='SGD', lr=0.1), clip_grad=dict(max_norm=LITTLE))
-    runner = train(case, tiny_model(), [LABEL_FREE], optim_wrapper=optim_wrapper)
+    runner = train(case, tiny_model(), [LABEL_FREE], optim=dict(clip_grad=dict(max_norm=LITTLE)))
     together = torch.cat([value.flatten() for value in gradients(runner).values()])
     assert LITTLE / 5 < together.norm().item() <= LITTLE  # torch divides by the norm plus 1e-6
     assert runner.message_hub.get_scalar('train/grad_norm').current() > LITTLE
 
 
+@MODELS.register_module()
+class TwoOptimizers(TinyModel):
+    def train_step(self, data, optim_wrapper):
+        losses = self._run_forward(self.data_preprocessor(data, True), mode='loss')
+        total, logged = self.parse_losses(losses)
+        total.backward()
+        for wrapper in optim_wrapper.optim_wrappers.values():
+            wrapper.step()
+            wrapper.zero_grad()
+        return logged
+
+
 def test_several_optimizers(case):
-    """With an OptimWrapperDict each of its wrappers clips the two groups separately."""
-
-    @MODELS.register_module(force=True)
-    class TwoOptimizers(TinyModel):
-        def train_step(self, data, optim_wrapper):
-            losses = self._run_forward(self.data_preprocessor(data, True), mode='loss')
-            total, logged = self.parse_losses(losses)
-            total.backward()
-            for wrapper in optim_wrapper.optim_wrappers.values():
-                wrapper.step()
-                wrapper.zero_grad()
-            return logged
-
     runner = make_runner(case, tiny_model() | dict(type='TwoOptimizers'), [JOINT])
     model = inner(runner)
     wrappers = {
@@ -869,7 +746,7 @@ def test_several_optimizers(case):
     assert wrappers['backbone'].clip_func is nn.utils.clip_grad_norm_
 
 
-@pytest.mark.parametrize('hook', [JOINT, LABEL_FREE])
+@both_modes
 def test_nothing_is_left_behind(case, hook):
     """After training no hook listens, the guard is up again, and the model fuses to a vanilla one."""
     runner = train(case, tiny_model(), [hook])
@@ -884,17 +761,12 @@ def test_nothing_is_left_behind(case, hook):
     fused = fuse_model(model)
     vanilla = MODELS.build(tiny_model(dict(type='TinyBackbone')))
     vanilla.load_state_dict(fused.state_dict(), strict=True)
-    model.eval()
-    vanilla.eval()
     images = torch.randn(2, 3, 9, 9)
-    torch.testing.assert_close(vanilla(images), model(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vanilla.eval()(images), model.eval()(images), rtol=1e-4, atol=1e-5)
 
 
 def test_validation_between_iterations_adds_nothing(case):
-    """Predicting neither computes a loss nor leaves inputs behind."""
-    runner = make_runner(case, tiny_model(), [JOINT, dict(type='Watch')], by_epoch=True, default_hooks=dict())
-    runner.train()
-    watch = find_hook(runner, Watch)
+    runner, watch = watched(case, tiny_model(), JOINT, by_epoch=True, default_hooks=dict())
     assert [type(output) for output in watch.losses] == ([dict] * 4 + [list] * 4) * 2
     assert all('loss_denoise' in output for output in watch.losses if isinstance(output, dict))
     assert not find_hook(runner, DenoiseLossHook).losses._inputs
@@ -920,18 +792,18 @@ def test_hook_on_a_model_converted_without_the_factory(case, monkeypatch):
     assert len(runner.message_hub.get_scalar('train/loss_denoise').data[0]) == 12
 
 
-def test_batchnorm_modes_in_both_modes(case):
+@both_modes
+def test_batchnorm_modes(case, hook):
     """Joint training leaves the modes of all modules alone; label-free has every BatchNorm in eval mode."""
-    for hook, expected in ((JOINT, True), (LABEL_FREE, False)):
-        modes = []
+    modes = []
 
-        class Look(Hook):
-            priority = 'LOWEST'
+    class Look(Hook):
+        priority = 'LOWEST'
 
-            def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None, modes=modes):
-                modes.extend(m.training for m in inner(runner).modules() if isinstance(m, _BatchNorm))
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            modes.extend(m.training for m in inner(runner).modules() if isinstance(m, _BatchNorm))
 
-        runner = make_runner(case, tiny_model(), [hook], train_cfg=dict(by_epoch=False, max_iters=2))
-        runner.register_hook(Look())
-        runner.train()
-        assert modes == [expected] * 6
+    runner = make_runner(case, tiny_model(), [hook], iterations=2)
+    runner.register_hook(Look())
+    runner.train()
+    assert modes == [hook is JOINT] * 6

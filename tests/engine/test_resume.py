@@ -14,42 +14,22 @@ from mmengine.logging import HistoryBuffer
 from mmengine.model import initialize
 from mmengine.runner import CheckpointLoader, load_checkpoint
 
-from engine_helpers import inner, make_runner, runner_case, snapshot, tiny_model
+from engine_helpers import inner, make_runner, snapshot, tiny_model
 from helpers import write_safetensors
 from mmdenoiserep.core import InputError
 from mmdenoiserep.engine.resume import allow_training_checkpoints
 
+pytestmark = pytest.mark.usefixtures('clean_allow_list')
+
 JOINT = dict(type='DenoiseLossHook')
-
-
-@pytest.fixture
-def case():
-    with runner_case() as case:
-        yield case
-
-
-@pytest.fixture(autouse=True)
-def clean_allow_list():
-    """Every test starts with torch's own list and leaves what it found."""
-    allowed = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    yield
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(allowed)
+SCHEDULE = dict(type='CosineAnnealingLR', by_epoch=False, T_max=4)
 
 
 @pytest.fixture
 def checkpoint(case):
     """A training checkpoint of mmengine, with optimizer, schedule and message hub."""
-    checkpoint = dict(type='CheckpointHook', interval=1, by_epoch=False)
-    runner = make_runner(
-        case,
-        tiny_model(),
-        [JOINT],
-        train_cfg=dict(by_epoch=False, max_iters=2),
-        default_hooks=dict(checkpoint=checkpoint),
-        param_scheduler=dict(type='CosineAnnealingLR', by_epoch=False, T_max=4),
-    )
+    saving = dict(checkpoint=dict(type='CheckpointHook', interval=1, by_epoch=False))
+    runner = make_runner(case, tiny_model(), [JOINT], iterations=2, default_hooks=saving, param_scheduler=SCHEDULE)
     runner.train()
     return Path(runner.work_dir, 'iter_2.pth'), runner
 
@@ -70,25 +50,16 @@ def test_training_checkpoint_loads_under_weights_only(checkpoint):
     assert len(values) == 2 and counts.tolist() == [1, 1]
     assert history.mean() == pytest.approx(values.mean())
     assert history.statistics('max', 2) == values.max()
-    assert {name: method for name, method in history._statistics_methods.items()} == {
-        name: getattr(HistoryBuffer, name) for name in ('min', 'max', 'current', 'mean')
-    }
+    statistics = {name: getattr(HistoryBuffer, name) for name in ('min', 'max', 'current', 'mean')}
+    assert dict(history._statistics_methods) == statistics
 
 
 def test_runner_resumes(checkpoint, case):
-    """The unchanged Runner goes on where it was; without the list, torch refuses the file."""
     path, first = checkpoint
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
-    runner = make_runner(
-        case,
-        tiny_model(),
-        [JOINT],
-        train_cfg=dict(by_epoch=False, max_iters=3),
-        param_scheduler=dict(type='CosineAnnealingLR', by_epoch=False, T_max=4),
-        load_from=str(path),
-        resume=True,
-    )
+    resume = dict(load_from=str(path), resume=True)
+    runner = make_runner(case, tiny_model(), [JOINT], iterations=3, param_scheduler=SCHEDULE, **resume)
     allow_training_checkpoints()
     runner.train()
     assert runner.iter == 3
@@ -97,7 +68,6 @@ def test_runner_resumes(checkpoint, case):
 
 
 def test_file_written_with_numpy_1(checkpoint, tmp_path):
-    """numpy 1 pickled the same functions as numpy.core, without the underscore."""
     path, _ = checkpoint
     old = tmp_path / 'old.pth'
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(old, 'w') as target:
@@ -113,8 +83,6 @@ def test_file_written_with_numpy_1(checkpoint, tmp_path):
 
 
 class Reduce:
-    """Pickles as a call."""
-
     def __init__(self, function, *args):
         self.call = (function, args)
 
@@ -155,16 +123,6 @@ def test_the_attack_would_run_without_weights_only(tmp_path):
     assert marker.exists()
 
 
-def test_real_getattr_is_never_on_the_list():
-    """What answers to builtins.getattr is a stand-in."""
-    allow_training_checkpoints()
-    entries = torch.serialization.get_safe_globals()
-    assert getattr not in entries
-    stand_in = [entry[0] for entry in entries if isinstance(entry, tuple) and entry[1] == 'builtins.getattr']
-    assert len(stand_in) == 1 and stand_in[0] is not getattr
-    assert stand_in[0](HistoryBuffer, 'mean') is HistoryBuffer.mean
-
-
 def test_numpy_before_its_module_was_renamed(checkpoint, monkeypatch):
     """numpy below 1.26 has no numpy._core, and no list of dtypes: neither is asked for."""
     path, _ = checkpoint
@@ -177,28 +135,29 @@ def test_numpy_before_its_module_was_renamed(checkpoint, monkeypatch):
     assert len(history.data[0]) == 2
 
 
-@pytest.mark.parametrize('kind', ['safetensors', 'model', 'web page'])
-def test_mmengine_reads_what_the_tools_read(kind, tmp_path):
-    """init_cfg and load_from take a safetensors file; one that is no checkpoint is named."""
+@pytest.mark.parametrize('write', [write_safetensors, lambda path, state: torch.save(state, path)])
+def test_mmengine_reads_what_the_tools_read(write, tmp_path):
     state = {'weight': torch.randn(2, 3), 'bias': torch.randn(2)}
-    path = tmp_path / 'weights.bin'
+    write(tmp_path / 'weights.bin', state)
     allow_training_checkpoints()
-    if kind == 'web page':
-        path.write_text('<html>Sign in</html>')
-        with pytest.raises(InputError, match='is a web page'):
-            load_checkpoint(torch.nn.Linear(3, 2), str(path))
-        return
-    if kind == 'safetensors':
-        write_safetensors(path, state)
-    else:
-        torch.save(state, path)
     model = torch.nn.Linear(3, 2)
-    initialize(model, dict(type='Pretrained', checkpoint=str(path)))
+    initialize(model, dict(type='Pretrained', checkpoint=str(tmp_path / 'weights.bin')))
     assert torch.equal(model.weight, state['weight']) and torch.equal(model.bias, state['bias'])
 
 
+def test_what_mmengine_cannot_read_is_named(tmp_path):
+    path = tmp_path / 'weights.bin'
+    path.write_text('<html>Sign in</html>')
+    allow_training_checkpoints()
+    with pytest.raises(InputError, match='is a web page'):
+        load_checkpoint(torch.nn.Linear(3, 2), str(path))
+
+
+class Mine:
+    """A class of the user."""
+
+
 def test_objects_that_the_user_allows(tmp_path):
-    """What the process allows besides stays allowed."""
     path = tmp_path / 'in.pth'
     torch.save(dict(state_dict={}, mine=Mine()), path)
     allow_training_checkpoints()
@@ -206,7 +165,3 @@ def test_objects_that_the_user_allows(tmp_path):
         CheckpointLoader.load_checkpoint(str(path))
     torch.serialization.add_safe_globals([Mine])
     assert type(CheckpointLoader.load_checkpoint(str(path))['mine']) is Mine
-
-
-class Mine:
-    """A class of the user."""

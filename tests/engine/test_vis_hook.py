@@ -8,7 +8,7 @@ import torch
 from mmengine.hooks import Hook
 from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator
 
-from engine_helpers import TinyBackbone, denoised, inner, make_runner, message, runner_case, tiny_model
+from engine_helpers import TinyBackbone, denoised, inner, make_runner, refuse, tiny_model
 from helpers import dense
 from mmdenoiserep.core import DenoiseLayer
 from mmdenoiserep.engine import DenoiseVisHook
@@ -17,12 +17,6 @@ LOCAL, BOARD = dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')
 LOSS, SHOW = dict(type='DenoiseLossHook', weight=0.1), dict(type='DenoiseVisHook', interval=2)
 LAYERS = {'backbone.stem': 3, 'backbone.conv': 6, 'backbone.shared': 8}
 """Layers of the tiny backbone, with their input channels."""
-
-
-@pytest.fixture
-def case():
-    with runner_case() as case:
-        yield case
 
 
 class Keep(Hook):
@@ -49,8 +43,8 @@ def run(case, backends, **options):
         tiny_model(denoised(**options)),
         [dict(type='Randomise'), LOSS, SHOW],
         visualizer=dict(type='Visualizer', vis_backends=backends),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=1e-3)),
-        train_cfg=dict(by_epoch=False, max_iters=5),
+        iterations=5,
+        optim=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-3)),
     )
     runner.register_hook(keep)
     runner.train()
@@ -112,7 +106,4 @@ def test_a_denoiser_that_is_not_finite_does_not_end_the_run(case):
 
 
 def test_a_model_without_denoisers_is_refused(case):
-    runner = make_runner(case, tiny_model(dict(type=TinyBackbone.__name__)), [SHOW])
-    with pytest.raises(ValueError) as error:
-        runner.train()
-    assert 'no denoisers' in message(error)
+    refuse(make_runner(case, tiny_model(dict(type=TinyBackbone.__name__)), [SHOW]), 'no denoisers')

@@ -58,7 +58,7 @@ def test_a_case_by_hand():
     result = by_hand()
     assert result.queries.tolist() == [0, 2] and result.first_rank.tolist() == [1, 2]
     assert result.average_precision.tolist() == pytest.approx([5 / 6, 23 / 36], abs=1e-15)
-    assert result.figures((1, 2)) == pytest.approx({name: float(value) for name, value in BY_HAND.items()}, abs=1e-15)
+    assert result.metrics((1, 2)) == pytest.approx({name: float(value) for name, value in BY_HAND.items()}, abs=1e-15)
 
 
 def test_the_nearest_entries_leave_out_what_is_removed():
@@ -118,7 +118,7 @@ def test_against_explicit_loops(chunk_size, dtype):
         for nearest, distances, right in zip(result.nearest, result.distances, ordered, strict=True):
             assert nearest[: len(right)].tolist() == right
             assert distances[: len(right)].isfinite().all() and distances[len(right) :].isinf().all()
-        figures = result.figures((1, 3))
+        figures = result.metrics((1, 3))
         assert figures['mAP'] == pytest.approx(np.mean(precision), abs=1e-12)
         assert figures['mINP'] == pytest.approx(np.mean(inverse), abs=1e-12)
         assert [figures[f'rank{k}'] for k in (1, 3)] == [np.mean(np.array(first) <= k) for k in (1, 3)]
@@ -147,7 +147,7 @@ def test_autocast_changes_nothing():
     expected = rank_matches(*case, num_nearest=9)
     with torch.autocast('cpu', torch.bfloat16):
         actual = rank_matches(*case, num_nearest=9)
-    assert torch.equal(actual.distances, expected.distances) and actual.figures() == expected.figures()
+    assert torch.equal(actual.distances, expected.distances) and actual.metrics() == expected.metrics()
 
 
 def test_distances_come_in_chunks_of_bounded_size(monkeypatch):
@@ -155,11 +155,11 @@ def test_distances_come_in_chunks_of_bounded_size(monkeypatch):
     sizes = []
     scores = ranking._scores
     monkeypatch.setattr(ranking, '_scores', lambda hits: sizes.append(hits.numel()) or scores(hits))
-    expected = rank_matches(*random_case(0)).figures()
+    expected = rank_matches(*random_case(0)).metrics()
     for bound, chunks in ((200, 8), (10, 23)):  # 3 rows and 1 row of 61
         sizes.clear()
         monkeypatch.setattr(ranking, 'CHUNK', bound)
-        assert rank_matches(*random_case(0)).figures() == expected
+        assert rank_matches(*random_case(0)).metrics() == expected
         assert len(sizes) == chunks and max(sizes) <= max(bound, 61)
 
 
@@ -219,10 +219,10 @@ def test_figures_in_percent():
 @pytest.mark.parametrize('normalize', [True, False])
 def test_features_are_normalised_unless_told_not_to(normalize):
     samples = make_samples()
-    expected = rank_matches(*arguments(samples, normalize)).figures()
+    expected = rank_matches(*arguments(samples, normalize)).metrics()
     assert evaluate(samples, normalize=normalize) == percent(expected)
     assert expected.keys() == {'mAP', 'rank1', 'rank5', 'rank10', 'mINP'}
-    assert expected != rank_matches(*arguments(samples, not normalize)).figures()
+    assert expected != rank_matches(*arguments(samples, not normalize)).metrics()
 
 
 def test_the_order_of_the_samples_does_not_matter():

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdenoiserep.models.selective_scan import (
     CHUNK,
-    DIRECT,
+    MAX_LOOP,
     cross_merge,
     cross_scan,
     cuda_kernel,
@@ -18,7 +18,7 @@ from mmdenoiserep.models.selective_scan import (
     selective_scan,
 )
 
-LENGTHS = [1, 2, CHUNK - 1, 49, DIRECT, DIRECT + 1, 3 * DIRECT + 2, CHUNK * DIRECT, CHUNK * DIRECT + 3, 784]
+LENGTHS = [1, 2, CHUNK - 1, 49, MAX_LOOP, MAX_LOOP + 1, 3 * MAX_LOOP + 2, CHUNK * MAX_LOOP, CHUNK * MAX_LOOP + 3, 784]
 
 
 def arguments(length, states=1, channels=3, directions=4, batch=2, dtype=torch.float64, step=-1.0):
@@ -123,12 +123,12 @@ class Watch(TorchDispatchMode):
 def test_memory_is_linear_and_time_logarithmic_in_the_length():
     """Long sequences need hardly more operations than short ones, and no result is larger than all states."""
     calls = {}
-    for length in (DIRECT, CHUNK**3 * DIRECT):
+    for length in (MAX_LOOP, CHUNK**3 * MAX_LOOP):
         with torch.no_grad(), Watch() as watch:
             selective_scan(*arguments(length, states=2))
         assert watch.largest == 2 * 12 * 2 * length
         calls[length] = watch.calls
-    assert calls[CHUNK**3 * DIRECT] < 2 * calls[DIRECT]
+    assert calls[CHUNK**3 * MAX_LOOP] < 2 * calls[MAX_LOOP]
 
 
 # The kernel of mamba-ssm

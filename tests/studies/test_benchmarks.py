@@ -61,7 +61,7 @@ def test_the_peak_of_memory(small):
 
 
 def test_statistics():
-    result = measure.ratio([2.0, 9.0, 5.0, 8.0, 3.0], [1.0, 3.0, 5.0, 2.0, 1.0])
+    result = measure.cost_ratio([2.0, 9.0, 5.0, 8.0, 3.0], [1.0, 3.0, 5.0, 2.0, 1.0])
     assert tuple(result) == (2.0, 3.0, 3.0) and str(result) == '3.000 (2.000 to 3.000)'
     assert measure.exponent([1, 2, 4, 8], [3.0 * n**1.7 for n in (1, 2, 4, 8)]) == pytest.approx(1.7)
 

@@ -14,7 +14,7 @@ from mmdenoiserep.core import InputError
 
 os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'
 
-from studies import measurement, robustness, robustness_report, study
+from studies import robustness, robustness_report, robustness_run, study
 
 CORRUPTIONS = ('clean', 'noise', 'blur', 'jpeg', 'contrast', 'occlusion', 'shot')
 NOTE = dict(
@@ -22,38 +22,38 @@ NOTE = dict(
 )
 
 
-@pytest.mark.parametrize('data', measurement.SEVERITIES)
+@pytest.mark.parametrize('data', robustness_run.SEVERITIES)
 @pytest.mark.parametrize('corruption', CORRUPTIONS[1:])
 def test_corruptions_are_drawn_by_seed_and_number(data, corruption):
     """The same seed gives the same image i, however many follow; every image is changed."""
     shape = (1, 28, 28) if data == 'fashion-mnist' else (3, 64, 48)
     images = torch.randint(40, 216, (6, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    severity = measurement.SEVERITIES[data][corruption]
+    severity = robustness_run.SEVERITIES[data][corruption]
     before = images.clone()
-    corrupted = measurement.corrupt(images, corruption, severity, seed=3)
+    corrupted = robustness_run.corrupt(images, corruption, severity, seed=3)
     assert corrupted.shape == images.shape and corrupted.dtype == torch.uint8 and torch.equal(images, before)
     assert (corrupted != images).flatten(1).any(1).all()
-    assert torch.equal(measurement.corrupt(images[:4], corruption, severity, seed=3), corrupted[:4])
+    assert torch.equal(robustness_run.corrupt(images[:4], corruption, severity, seed=3), corrupted[:4])
     if corruption in ('noise', 'occlusion', 'shot'):
-        assert not torch.equal(measurement.corrupt(images, corruption, severity, seed=4), corrupted)
+        assert not torch.equal(robustness_run.corrupt(images, corruption, severity, seed=4), corrupted)
 
 
 def test_corruptions_do_what_their_severity_says():
     """By hand, on images of one grey value."""
     grey = torch.full((20, 3, 50, 50), 120, dtype=torch.uint8)
-    noise = measurement.corrupt(grey, 'noise', 0.1, 0).float()
+    noise = robustness_run.corrupt(grey, 'noise', 0.1, 0).float()
     assert noise.mean() == pytest.approx(120, abs=0.5) and noise.std() == pytest.approx(25.5, rel=0.03)
-    assert (measurement.corrupt(grey, 'contrast', 0.3, 0) == 36).all()
-    occluded = measurement.corrupt(grey, 'occlusion', 0.4, 0)
+    assert (robustness_run.corrupt(grey, 'contrast', 0.3, 0) == 36).all()
+    occluded = robustness_run.corrupt(grey, 'occlusion', 0.4, 0)
     assert ((occluded == 0).flatten(1).float().mean(1) - 0.16).abs().max() < 1e-6
-    assert torch.equal(measurement.corrupt(grey, 'clean', 0, 0), grey)
+    assert torch.equal(robustness_run.corrupt(grey, 'clean', 0, 0), grey)
 
 
 def test_channels_keep_their_order():
     """JPEG spares brightness: a blue image (BGR) stays blue."""
     blue = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     blue[:, 0] = 200
-    corrupted = measurement.corrupt(blue, 'jpeg', 30, 0).float().mean((0, 2, 3))
+    corrupted = robustness_run.corrupt(blue, 'jpeg', 30, 0).float().mean((0, 2, 3))
     assert corrupted[0] > 150 and corrupted[1:].max() < 60
 
 
@@ -97,7 +97,7 @@ def write(work_dir, name, seed, run):
     """Writes a finished measurement."""
     folder = work_dir / f'{name}/seed_{seed}'
     folder.mkdir(parents=True)
-    (folder / measurement.RESULT).write_text(json.dumps(run))
+    (folder / robustness_run.RESULT).write_text(json.dumps(run))
 
 
 def test_goals_are_judged_by_what_was_measured(results):
@@ -157,7 +157,7 @@ def test_a_finished_measurement_is_not_made_again(tmp_path, monkeypatch):
 
     def run(title, *command, log):
         started.append(command)
-        (log.parent / measurement.RESULT).write_text('{}')
+        (log.parent / robustness_run.RESULT).write_text('{}')
 
     monkeypatch.setattr(study, 'train', train)
     monkeypatch.setattr(robustness, 'run', run)
@@ -202,7 +202,7 @@ def test_one_measurement(tmp_path):
     tool('prepare_fashion_mnist', '--source', 'demo/fashion-mnist')
     small = ['train_dataloader.dataset.indices=80', 'test_dataloader.dataset.indices=25']
     tool('robustness', '--one', 'resnet', '1', '--cfg-options', *small)
-    result = json.loads((folder / measurement.RESULT).read_text())
+    result = json.loads((folder / robustness_run.RESULT).read_text())
     assert result['images'] == dict(source=40, target=40, test=25) and list(result['table']) == list(CORRUPTIONS)
     methods = {'as trained', 'schedule', 'fine-tuned', 'fine-tuned on noise', 'mean', 'diagonal', 'BatchNorm'}
     methods |= {'all layers', 'early half', 'first layer', 'entropy, 0.001', 'entropy, 0.0001'}

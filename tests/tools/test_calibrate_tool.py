@@ -129,7 +129,11 @@ def test_a_model_whose_state_dict_leaves_weights_out_is_refused(tmp_path):
 def test_a_domain_fit_brings_the_first_features_home_in_the_unchanged_config(name, tmp_path, capsys):
     output = fit(name, tmp_path / 'fitted.pth', '--layers', 'all', '--fit', 'full', '--every', 1, '--prior', 0)
     shown = capsys.readouterr().out
-    assert 'takes exactly these weights' in shown and 'TOO LARGE' not in shown and 'in 1 pass' in shown
+    assert (
+        'the weights fit the config without denoising exactly' in shown
+        and 'TOO LARGE' not in shown
+        and 'in 1 pass' in shown
+    )
     assert output.with_suffix('.png').stat().st_size > 10_000
     before, after = (torch.load(path, weights_only=path == output) for path in (checkpoint(name), output))
     assert after.keys() == {'meta', 'state_dict'} and after['meta']['note'] == 'kept'
@@ -182,19 +186,23 @@ def test_a_folder_gives_what_the_data_set_gives(tmp_path):
 
 
 def test_a_folder_of_grey_images_for_a_grey_model(tmp_path):
+    images = tmp_path / 'images'
+    images.mkdir()
     for i in range(3):
-        cv2.imwrite(str(tmp_path / f'{i}.png'), np.random.default_rng(i).integers(0, 255, (28, 28), np.uint8))
-    out = fit('vit_fashion-mnist', tmp_path / 'grey.pth', '--images', tmp_path)
+        cv2.imwrite(str(images / f'{i}.png'), np.random.default_rng(i).integers(0, 255, (28, 28), np.uint8))
+    out = fit('vit_fashion-mnist', tmp_path / 'grey.pth', '--images', images)
     assert not torch.equal(
         *(state_of(p)['backbone.patch_embed.projection.weight'] for p in (out, checkpoint('vit_fashion-mnist')))
     )
 
 
 def test_images_of_different_sizes_take_a_pass_for_each_layer(tmp_path, capsys):
+    images = tmp_path / 'images'
+    images.mkdir()
     for i in range(4):
         image = np.random.default_rng(i).integers(0, 255, (64 + 32 * (i % 2), 96, 3), np.uint8)
-        cv2.imwrite(str(tmp_path / f'{i}.png'), image)
-    fit('mask-rcnn_swin_scenes', tmp_path / 'out.pth', '--images', tmp_path, '--layers', 'early', '--fit', 'mean')
+        cv2.imwrite(str(images / f'{i}.png'), image)
+    fit('mask-rcnn_swin_scenes', tmp_path / 'out.pth', '--images', images, '--layers', 'early', '--fit', 'mean')
     assert 'on 4 images in 18 passes' in capsys.readouterr().out
 
 
@@ -236,9 +244,9 @@ def test_a_domain_fit_folds_denoisers_first(tmp_path, capsys):
 
 def test_layers_that_the_first_image_does_not_reach_have_no_flow():
     layer = torch.nn.Sequential(torch.nn.Linear(3, 2))
-    assert calibration.measure_flows(layer, ['0'], torch.ones(1, 3)) == [
-        calibration.Flow(3, 1, 12),
-        calibration.Flow(2, 1, 8),
+    assert calibration.measure_activations(layer, ['0'], torch.ones(1, 3)) == [
+        calibration.ActivationSize(3, 1, 12),
+        calibration.ActivationSize(2, 1, 8),
     ]
     assert calibration.choose_every([], 100) == 16 and calibration.fits_memory([], 100, 0.0)
 
@@ -289,6 +297,18 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
 
 
 # Bad input
+
+
+def test_no_plot_is_written_among_the_images(tmp_path):
+    """The next run would read it as an image."""
+    images, name = tmp_path / 'images', 'vit_fashion-mnist'
+    (images / 'inner').mkdir(parents=True)
+    files = [DEMO / f'{name}.py', checkpoint(name)]
+    options = ['--source', source(name), '--images', images]
+    plot = 'lies among the images, so the next run would read it too; name a path outside'
+    assert f'inner/out.png {plot}' in sentence('calibrate', 'domain', *files, images / 'inner/out.pth', *options)
+    options += ['--plot', images / 'spectra.png']
+    assert f'spectra.png {plot}' in sentence('calibrate', 'domain', *files, tmp_path / 'out.pth', *options)
 
 
 def test_files_that_do_not_belong_together(tmp_path):

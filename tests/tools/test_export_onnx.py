@@ -14,8 +14,9 @@ import mmdenoiserep  # noqa: F401
 from helpers import ROOT, randomise, relative
 from mmdenoiserep import apply_denoiserep, fuse_checkpoint, fuse_model
 from mmdenoiserep.apis.config import load_config
-from mmdenoiserep.apis.export import Deployed, largest_difference, random_images
+from mmdenoiserep.apis.export import Deployed, largest_difference
 from mmdenoiserep.apis.model import build_model
+from mmdenoiserep.core.utils.randomness import random_images
 from studies.benchmarks import deployment as benchmark
 from tools_helpers import run_tool, sentence
 
@@ -207,7 +208,7 @@ def test_int8_costs_the_fused_model_what_it_costs_the_vanilla_one(quantiser, str
     """The same size to the byte, and about the same error: the weaker the denoisers, the closer."""
     *models, shape = benchmark.build_pair('vit_fashion-mnist', strength)
     with torch.no_grad():
-        fused, vanilla = (quantiser(model, random_images(16, shape)) for model in models)
+        fused, vanilla = (quantiser(model, random_images((16, *shape), seed=16)) for model in models)
     assert fused['int8_bytes'] == vanilla['int8_bytes'] < 0.7 * fused['float32_bytes']
     assert 0 < vanilla['error'] < 0.05
     assert 1 / factor < fused['error'] / vanilla['error'] < factor

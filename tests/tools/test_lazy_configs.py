@@ -10,7 +10,7 @@ from mmengine.config.lazy import LazyObject
 from test_tools import metrics, with_random_denoisers
 
 from helpers import ROOT
-from mmdenoiserep.apis.config import show_predictions, use_amp, use_tta, without_denoising
+from mmdenoiserep.apis.config import enable_visualization_hook, use_amp, use_tta, without_denoising
 from tiny_datasets import write_cifar10, write_coco
 from tools_helpers import run_process
 
@@ -149,7 +149,7 @@ def test_options_of_the_tools_know_objects_as_types():
         cfg = lazy(f'{name}_denoiserep')
         assert without_denoising(cfg.model) == lazy(f'{name}_baseline_ft').model
         use_amp(cfg)
-        show_predictions(cfg, 'drawn')
+        enable_visualization_hook(cfg, 'drawn')
         cfg.tta_model, cfg.tta_pipeline = dict(type=LazyObject('mmpretrain.models', 'AverageClsScoreTTA')), []
         use_tta(cfg)
         cfg = Config.fromstring(cfg.pretty_text, '.py')

@@ -262,9 +262,9 @@ def test_bad_arguments_of_the_picture():
         assert text in sentence('draw_matches', 'config.py', found, output)
     assert Path('there.png').read_text() == 'mine' and not Path('no.png').exists()
     text = sentence('draw_matches', 'config.py', 'matches.json', 'no.png', '--cfg-options', 'test_dataloader=None')
-    assert text == 'the config has no test_dataloader'
+    assert text == 'the config config.py has no test_dataloader'
     root = 'test_dataloader.dataset.type=Nothing'
-    assert 'the data set of test_dataloader cannot be read' in sentence(
+    assert 'the data set of test_dataloader in the config config.py cannot be read' in sentence(
         'draw_matches', 'config.py', 'matches.json', 'no.png', '--cfg-options', root
     )
 

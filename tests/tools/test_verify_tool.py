@@ -150,7 +150,7 @@ def test_a_wrong_fusion_is_found(folder, monkeypatch):
     def vanilla(state):
         return type(state)((key, value) for key, value in state.items() if '.denoiser.' not in key), {}
 
-    monkeypatch.setattr(fused, 'fold_state_dict', vanilla)
+    monkeypatch.setattr(fused, 'fuse_with_changes', vanilla)
     for kind in ('lora', 'masks at random'):
         config, checkpoint, _ = write(folder, *MODEL_KINDS[kind])
         message = run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config)

@@ -20,7 +20,7 @@ from mmdenoiserep.apis import visualization
 from mmdenoiserep.apis.config import load_config
 from mmdenoiserep.apis.corruptions import SEVERITIES, corrupt
 from mmdenoiserep.apis.folders import find_images
-from mmdenoiserep.apis.images import Folder, open_images
+from mmdenoiserep.apis.images import FolderImages, open_images
 from mmdenoiserep.apis.model import build_model
 from mmdenoiserep.apis.pixels import to_rgb
 from tiny_datasets import write_fashion_mnist, write_scenes
@@ -161,7 +161,7 @@ def test_images_are_corrupted_as_corrupt_images_does(tmp_path):
     run_tool('corrupt_images', tmp_path / 'images', tmp_path / 'noisy', 'noise', '--severity', 0.1, '--seed', 4)
     cfg = Config.fromfile(DEMO / 'mask-rcnn_swin_scenes.py')
     init_default_scope(cfg.default_scope)
-    folder = Folder(cfg, find_images(tmp_path / 'images'))
+    folder = FolderImages(cfg, find_images(tmp_path / 'images'))
     clean, spoiled = (
         visualization.CorruptedImages(folder, 'clean'),
         visualization.CorruptedImages(folder, 'noise', 0.1, 4),
@@ -232,9 +232,9 @@ class Draws(nn.Module):
 def test_a_backbone_that_draws_sees_equal_draws():
     """Otherwise the features of equal images would differ, and that would count as noise."""
     backbone, x = Draws(), torch.randn(2, 3, 8, 8)
-    one, two, other = (visualization.run(backbone, image)[0]['conv'] for image in (x, x, 2 * x))
+    one, two, other = (visualization.run_backbone(backbone, image)[0]['conv'] for image in (x, x, 2 * x))
     assert torch.equal(one, two) and not torch.equal(one, other)
-    (first, _), (second, _) = (visualization.watch(backbone, x[:1]) for _ in range(2))
+    (first, _), (second, _) = (visualization.inspect_backbone(backbone, x[:1]) for _ in range(2))
     assert first and all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -279,7 +279,7 @@ def test_attention_is_that_of_the_last_block(with_cls_token):
         nn.init.normal_(p, 0, 0.5)
     found = []
     backbone.layers[1].attn.qkv.register_forward_hook(lambda layer, args, out: found.append(out))
-    stages, attention = visualization.watch(backbone, torch.randn(1, 3, 32, 48))
+    stages, attention = visualization.inspect_backbone(backbone, torch.randn(1, 3, 32, 48))
     q, k = (found[0].reshape(-1, 3, 2, 8)[:, i].transpose(0, 1) for i in range(2))
     weights = (q @ k.mT / 8**0.5).softmax(-1).mean(0)
     row = weights[0, 1:] if with_cls_token else weights.mean(0)
@@ -294,10 +294,10 @@ def test_attention_with_masks_scales_and_in_torch_modules():
     torch.testing.assert_close(visualization.attention_weights(query, key, key, mask, scale=0.3), expected)
     torch.manual_seed(0)
     module, x = nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(1, 6, 8)
-    with torch.no_grad(), visualization.AttentionWatch() as watched:
+    with torch.no_grad(), visualization.AttentionRecorder() as watched:
         _, weights = module(x, x, x)
     torch.testing.assert_close(watched.found, weights[0])
-    with visualization.AttentionWatch() as windows:
+    with visualization.AttentionRecorder() as windows:
         torch.randn(4, 2, 9, 9).softmax(-1), F.softmax(torch.randn(1, 10), -1)
     assert windows.found is None
 
@@ -339,6 +339,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path):
     pictures.mkdir()
     cv2.imwrite(str(pictures / 'a.png'), np.zeros((28, 28), np.uint8))
     assert 'one image is not enough' in sentence('visualize', *good, '--images', pictures)
+    assert 'out lies among the images' in sentence(
+        'visualize', *good[:3], '--out', pictures / 'out', '--images', pictures
+    )
     (pictures / 'broken.png').write_bytes(b'no picture')
     assert 'broken.png cannot be read' in sentence('visualize', *good, '--images', pictures)
     assert 'pass --overwrite' in sentence('visualize', config, weights, weights, '--out', pictures)

@@ -1,8 +1,8 @@
-"""Copies a folder of images with one corruption: noise, blur and the like, drawn from a seed.
+"""Writes a corrupted copy of a folder of images: noise, blur, JPEG artefacts and more.
 
-Image i of the sorted paths depends on the seed and on i alone. Names, formats, channels, bits, alpha and the EXIF of a
-JPEG file stay, so that annotations still fit; a JPEG file is written at its best quality. What can't stay is refused:
-palettes, CMYK, floats, several pages. Values of 16 bits count as shares of 65,535.
+Image i of the sorted paths depends on the seed and on i alone. The copies keep name, format, channels, bit depth, alpha
+and the EXIF of JPEG files, so annotations still fit; JPEG files are written at the best quality. Images that can't be
+kept so are refused: palettes, CMYK, floats, several pages.
 """
 
 import argparse
@@ -16,17 +16,17 @@ CORRUPTIONS = ('noise', 'blur', 'jpeg', 'contrast', 'occlusion', 'shot')
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('images', type=Path, help='folder of images; folders in it are searched too')
-    parser.add_argument('output', metavar='OUT', type=Path, help='folder to write, with the same folders in it')
-    parser.add_argument('corruption', choices=CORRUPTIONS, help='what is done to them')
+    parser.add_argument('images', type=Path, help='folder of images; its subfolders are searched too')
+    parser.add_argument('output', metavar='OUT', type=Path, help='folder to write, with the same subfolders')
+    parser.add_argument('corruption', choices=CORRUPTIONS, help='corruption of the images')
     parser.add_argument(
         '--severity',
         type=float,
-        help='noise: standard deviation, 0 to 1; blur: standard deviation in pixels; jpeg: quality, 1 to 100; '
-        'contrast: factor; occlusion: side of a black rectangle, 0 to 1; shot: scale, 0 to 1 '
+        help='noise: standard deviation, for values from 0 to 1; blur: standard deviation in pixels; jpeg: quality, '
+        '1 to 100; contrast: factor; occlusion: side of a black rectangle over that of the image; shot: scale, 0 to 1 '
         '(default: noise 0.16, blur 2, jpeg 10, contrast 0.5, occlusion 0.4, shot 0.05)',
     )
-    parser.add_argument('--seed', type=int, default=0, help='of what is drawn (default: %(default)s)')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the corruption (default: %(default)s)')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT if it exists')
     args = parser.parse_args()
     if args.seed < 0:
@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Copies the images."""
+    """Writes the corrupted copy."""
     args = parse_args()
     from mmdenoiserep.apis.corruptions import SEVERITIES, corrupt_folder
 

@@ -1,7 +1,7 @@
-"""Draws queries beside their nearest gallery images, from the file that ReIDMetric(matches_file=...) writes.
+"""Draws queries and their nearest gallery images, from a file of ReIDMetric(matches_file=...).
 
-A row is a query, in a grey frame, and what was found for it, nearest first: in a green frame where it shows the same
-identity, in a red one where it does not. Below an image stand its squared distance, identity and camera.
+Each row shows a query in a grey frame and its gallery images, nearest first: the same identity in a green frame, others
+in a red one. The labels give average precision or squared distance, identity and camera.
 """
 
 import argparse
@@ -13,13 +13,13 @@ from denoiserep_commands import launch
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config of the evaluation: its test data set has the images')
-    parser.add_argument('matches', type=Path, help='what ReIDMetric wrote')
+    parser.add_argument('config', help='config of the evaluation; its test data set has the images')
+    parser.add_argument('matches', type=Path, help='matches_file of ReIDMetric')
     parser.add_argument('output', type=Path, help='picture to write, OUT.png')
-    parser.add_argument('--queries', type=int, default=8, help='number of queries (default: %(default)s)')
+    parser.add_argument('--queries', type=int, default=8, help='number of queries to draw (default: %(default)s)')
     which = parser.add_mutually_exclusive_group()
-    which.add_argument('--seed', type=int, default=0, help='of the random choice of queries (default: %(default)s)')
-    which.add_argument('--hardest', action='store_true', help='take those with the lowest average precision')
+    which.add_argument('--seed', type=int, default=0, help='seed of the choice of queries (default: %(default)s)')
+    which.add_argument('--hardest', action='store_true', help='draw the queries with the lowest average precision')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
     parser.add_argument('--overwrite', action='store_true', help='replace the output if it exists')
     args = parser.parse_args()

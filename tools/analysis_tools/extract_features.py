@@ -1,6 +1,6 @@
-"""Writes the features of all images in a folder: what a re-identification model compares, before normalisation.
+"""Extracts the features of all images in a folder with a re-identification model, before normalisation.
 
-The file has ``features`` (N, C), float32, and ``paths`` (N,), relative to the folder with ``/``, in sorted order.
+The file has ``features``, (N, C), float32, and the sorted ``paths``, (N,), relative to the folder, with ``/``.
 """
 
 import argparse
@@ -13,11 +13,13 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='config with a re-identification head and a test pipeline')
-    parser.add_argument('checkpoint', help='its checkpoint, denoised or fused as the config is')
-    parser.add_argument('images', type=Path, help='folder of images; folders in it are searched too')
+    parser.add_argument(
+        'checkpoint', help='checkpoint for the config: denoised, or fused for a config without denoising'
+    )
+    parser.add_argument('images', type=Path, help='folder of images; its subfolders are searched too')
     parser.add_argument('output', type=Path, help='file to write, OUT.npz')
-    parser.add_argument('--batch-size', type=int, default=64, help='images at a time (default: %(default)s)')
-    parser.add_argument('--device', help='such as cpu or cuda:1 (default: cuda where there is one)')
+    parser.add_argument('--batch-size', type=int, default=64, help='batch size (default: %(default)s)')
+    parser.add_argument('--device', help='device to compute on, such as cpu or cuda:1 (default: GPU if there is one)')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
     parser.add_argument('--overwrite', action='store_true', help='replace the output if it exists')
     args = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Converts a checkpoint that others released, for the configs of this project and for all of its tools.
+"""Converts a released checkpoint to the parameter names of mmpretrain.
 
-transreid: a ViT of TransReID-SSL or TransReID, pretrained or trained for re-identification, to the names of mmpretrain.
-vmamba:    a VMamba trained on ImageNet, with its classifier, to the names of mmpretrain.
-plain:     weights that keep their names: a safetensors file, or of several dicts of weights the one that --key names.
+transreid: a ViT of TransReID-SSL or TransReID, pretrained or trained for re-identification
+vmamba:    an ImageNet classifier of VMamba
+plain:     weights that keep their names, from a safetensors file or from one of several state dicts (--key)
 """
 
 import argparse
@@ -14,18 +14,18 @@ from denoiserep_commands import launch
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('format', choices=['transreid', 'vmamba', 'plain'], help='whose names the input has')
+    parser.add_argument('format', choices=['transreid', 'vmamba', 'plain'], help='format of the input')
     parser.add_argument('input', type=Path, help='released file, such as vit_small_cfs_lup.pth')
     parser.add_argument('output', type=Path, help='file to write')
     parser.add_argument(
         '--key',
-        help='plain: where the weights lie in the input, such as teacher or state_dict_ema; a dot leads into a dict',
+        help='plain: key of the weights, such as teacher or state_dict_ema; dots separate the keys of nested dicts',
     )
     parser.add_argument('--overwrite', action='store_true', help='replace the output if it exists')
     parser.add_argument(
         '--allow-pickle',
         action='store_true',
-        help='read any pickle, which runs code that the input brings; only for files you trust',
+        help='read any pickle, which can run arbitrary code; only for files you trust',
     )
     args = parser.parse_args()
     if args.key and args.format != 'plain':

@@ -1,4 +1,4 @@
-"""CUB-200-2011 in crops of 256 pixels, cut as mmpretrain cuts those of 384."""
+"""CUB-200-2011 in crops of 256 pixels, with the crops of mmpretrain's config for 384."""
 
 _base_ = 'mmpretrain::_base_/datasets/cub_bs8_384.py'
 

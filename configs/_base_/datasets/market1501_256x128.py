@@ -2,7 +2,7 @@
 
 meta_keys = ('sample_idx', 'img_path', 'pid', 'camid', 'is_query')
 data_preprocessor = dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5], to_rgb=True)
-# RandomErasing fills with what is standard normal noise to the model.
+# RandomErasing fills with noise that is standard normal after normalisation.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(128, 256), interpolation='bicubic'),

@@ -22,7 +22,7 @@ train_pipeline = [
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackDetInputs'),
 ]
-# A factor of 1 changes no pixel. The heads read it to map boxes to the original image.
+# A factor of 1 keeps all pixels; the heads need scale_factor to map boxes to the original image.
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale_factor=1.0),

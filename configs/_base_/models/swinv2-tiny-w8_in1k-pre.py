@@ -1,4 +1,4 @@
-"""SwinV2-T with windows of 8 from its ImageNet-1k weights; to train as a classifier of few images, without Mixup."""
+"""SwinV2-T with windows of 8 from its ImageNet-1k weights; for small data sets, without Mixup."""
 
 _base_ = 'mmpretrain::_base_/models/swin_transformer_v2/tiny_256.py'
 

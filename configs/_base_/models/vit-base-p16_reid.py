@@ -1,4 +1,4 @@
-"""ViT-B/16 from ImageNet weights, for pictures of 256 x 128 pixels."""
+"""ViT-B/16 from ImageNet weights, for images of 256 x 128 pixels."""
 
 checkpoint = (
     'https://download.openmmlab.com/mmclassification/v0/vit/finetune/'

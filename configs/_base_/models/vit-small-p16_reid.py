@@ -1,4 +1,4 @@
-"""ViT-S/16 of TransReID-SSL for pictures of 256 x 128 pixels, from its weights pretrained on LUPerson.
+"""ViT-S/16 of TransReID-SSL for images of 256 x 128 pixels, from its weights pretrained on LUPerson.
 
 The released vit_small_cfs_lup.pth becomes the file below by
 ``python tools/model_converters/convert_checkpoint.py transreid vit_small_cfs_lup.pth

@@ -1,4 +1,4 @@
-"""mmpretrain's cub_bs64 schedule with AdamW, as its swin-large_8xb8_cub-384px.py has it but for the higher rate."""
+"""mmpretrain's cub_bs64 schedule with AdamW, as in its swin-large_8xb8_cub-384px.py, with a higher learning rate."""
 
 _base_ = 'mmpretrain::_base_/schedules/cub_bs64.py'
 

@@ -1,6 +1,6 @@
 """Training from scratch for 1,000 iterations, for small models on a CPU."""
 
-# The validation interval is never reached, so that validation runs once, after the last iteration.
+# The validation interval is never reached, so validation runs once, after the last iteration.
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=1000, val_interval=10**9)
 val_cfg = dict()
 test_cfg = dict()

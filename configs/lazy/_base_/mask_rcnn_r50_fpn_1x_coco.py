@@ -1,4 +1,4 @@
-"""mmdet's mask-rcnn_r50_fpn_1x_coco.py, with classes in place of their names.
+"""mmdet's mask-rcnn_r50_fpn_1x_coco.py, with classes instead of their names.
 
 'RoIAlign' and 'nms' stay names. A run writes classes as paths into its own copy of the config (``mmcv.ops.RoIAlign``);
 what mmdet looks up itself it does not find by a path, so that copy could not be used again.
@@ -36,7 +36,7 @@ from mmengine.visualization import LocalVisBackend
 from torch.nn import BatchNorm2d
 from torch.optim import SGD
 
-default_scope = None  # nothing is looked up by its name in one library
+default_scope = None  # no default scope: classes are not looked up by name
 
 model = dict(
     type=MaskRCNN,

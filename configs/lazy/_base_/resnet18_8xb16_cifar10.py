@@ -1,4 +1,4 @@
-"""mmpretrain's resnet18_8xb16_cifar10.py, with classes in place of their names."""
+"""mmpretrain's resnet18_8xb16_cifar10.py, with classes instead of their names."""
 
 from mmengine.dataset import DefaultSampler
 from mmengine.hooks import CheckpointHook, DistSamplerSeedHook, IterTimerHook, LoggerHook, ParamSchedulerHook
@@ -11,7 +11,7 @@ from mmpretrain.models import CrossEntropyLoss, GlobalAveragePooling, ImageClass
 from mmpretrain.visualization import UniversalVisualizer
 from torch.optim import SGD
 
-default_scope = None  # nothing is looked up by its name in one library
+default_scope = None  # no default scope: classes are not looked up by name
 
 model = dict(
     type=ImageClassifier,

@@ -1,1 +1,1 @@
-"""Files: reading those of strangers without running their code, writing them all or nothing, fusing them."""
+"""Reads files without running their code, writes files atomically, and fuses checkpoint files."""

@@ -1,4 +1,4 @@
-"""Writes a file or a folder atomically; refuses to replace what nobody asked to replace."""
+"""Writes a file or a folder atomically; refuses to replace an existing one unless told to."""
 
 import os
 import tempfile
@@ -11,20 +11,21 @@ from ..utils.errors import CheckpointError
 
 
 def check_output(target: Path, overwrite: bool, *, suffix: str = '', source: Path | None = None) -> None:
-    """Refuses a file that must not or can't be written, before anything is computed.
+    """Checks before any computation that a file can be written.
 
     Args:
         target: File to write.
-        overwrite: Whether it may exist.
-        suffix: What its name has to end with.
-        source: A file that is read, and must stay.
+        overwrite: Whether the file may exist.
+        suffix: Suffix that the name must have, such as ``'.pth'``.
+        source: An input file, which the target must not be.
 
     Raises:
-        CheckpointError: The target is a folder, the source, there already, in no folder, or has another suffix.
+        CheckpointError: The target is a folder, is the source, exists, is in a folder that does not exist, or has
+            another suffix.
     """
     if target.suffix != suffix and suffix:
         raise CheckpointError(f'{target} must end with {suffix}')
-    try:
+    with _os_errors_as_input_errors(target):  # a name that is too long, a folder without permission
         if target.is_dir():
             raise CheckpointError(f'{target} is a folder; name the file to write, such as {target / "out"}{suffix}')
         if target.exists():
@@ -34,27 +35,23 @@ def check_output(target: Path, overwrite: bool, *, suffix: str = '', source: Pat
                 raise CheckpointError(f'{target} exists; name another file, or pass --overwrite')
         if not target.parent.is_dir():
             raise CheckpointError(f'the folder {target.parent} does not exist; create it first')
-    except OSError as error:  # a name that is too long, a folder that is closed
-        raise CheckpointError(f'{target} cannot be written: {error.strerror}') from None
 
 
 def check_folder(target: Path, is_ours: Callable[[Path], bool], overwrite: bool) -> None:
-    """Refuses a folder that must not or can't be written, before anything is computed.
+    """Checks before any computation that a folder can be written.
 
     Args:
         target: Folder to write.
-        is_ours: Whether a path in the folder is something that the program writes, and may replace.
-        overwrite: Whether it may.
+        is_ours: Whether a path in the folder is an output of the program, which it may replace.
+        overwrite: Whether the folder may hold such outputs.
 
     Raises:
-        CheckpointError: The target is no folder, can't be read, or holds what may not be replaced.
+        CheckpointError: The target is no folder, can't be read, or holds a path that must not be replaced.
     """
-    try:
+    with _os_errors_as_input_errors(target):
         if target.exists() and not target.is_dir():
             raise CheckpointError(f'{target} is not a folder')
         found = list(target.iterdir()) if target.exists() else []
-    except OSError as error:  # a name that is too long, a folder that is closed
-        raise CheckpointError(f'{target} cannot be written: {error.strerror}') from None
     if found and not overwrite:
         raise CheckpointError(f'{target} exists and is not empty; name another folder, or pass --overwrite')
     if others := [path.name for path in found if not is_ours(path)]:
@@ -63,28 +60,25 @@ def check_folder(target: Path, is_ours: Callable[[Path], bool], overwrite: bool)
 
 @contextmanager
 def write_file(target: Path) -> Iterator[BinaryIO]:
-    """Gives a file that becomes the target at the end, or is removed on any error; see :func:`whole_file`.
+    """Opens a file for writing, as :func:`atomic_file` does.
 
     Raises:
-        CheckpointError: The folder or disk does not take the file.
+        CheckpointError: The file can't be written.
     """
-    try:
-        with whole_file(target) as file:
-            yield file
-    except OSError as error:
-        raise CheckpointError(f'{target} cannot be written: {error.strerror or error}') from None
+    with _os_errors_as_input_errors(target), atomic_file(target) as file:
+        yield file
 
 
 @contextmanager
 def write_folder(target: Path) -> Iterator[Path]:
-    """Gives an empty folder beside the target, which replaces the target at the end, or is removed on any error.
+    """Yields an empty folder beside the target, which replaces the target at the end; on an error it is removed.
 
     Raises:
-        CheckpointError: The disk does not take the folder.
+        CheckpointError: The folder can't be written.
     """
-    try:
+    with _os_errors_as_input_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        # a part of the name, for it may be as long as a name can be
+        # the prefix is cut, because the whole name may have the maximal length already
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f'.{target.name[:32]}.') as scratch:
             new, old = Path(scratch, 'new'), Path(scratch, 'old')
             new.mkdir()
@@ -97,24 +91,22 @@ def write_folder(target: Path) -> Iterator[Path]:
                 if old.exists() and not target.exists():
                     old.rename(target)
                 raise
-    except OSError as error:
-        raise CheckpointError(f'{target} cannot be written: {error.strerror or error}') from None
 
 
 @contextmanager
-def whole_file(target: Path) -> Iterator[BinaryIO]:
-    """Gives a new file in the folder of the target, which takes its name at the end, or is removed on any error.
+def atomic_file(target: Path) -> Iterator[BinaryIO]:
+    """Opens a temporary file for writing, which is renamed to the target at the end; on an error it is removed.
 
-    Until then it is hidden and ends with ``.part``; no other writer has the same. What a killed process leaves is one
-    such file, and the target as it was.
+    The temporary file is hidden, lies in the folder of the target, ends with ``.part`` and belongs to one writer. A
+    killed process leaves it behind, and the target unchanged.
 
     Args:
-        target: File to write, with the permissions of any other new file; an older one, or a link, is replaced.
+        target: File to write, with the default permissions; an existing file or link is replaced.
 
     Raises:
-        OSError: The folder or disk does not take the file.
+        OSError: The file can't be written.
     """
-    # a part of the name, for it may be as long as a name can be, and a character takes up to four bytes
+    # the prefix is cut, because the whole name may have the maximal length already; a character takes up to 4 bytes
     handle, temporary = tempfile.mkstemp(prefix=f'.{target.name[:32]}.', suffix='.part', dir=target.parent)
     try:
         with os.fdopen(handle, 'wb') as file:
@@ -128,3 +120,11 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def _os_errors_as_input_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f'{target} cannot be written: {error.strerror or error}') from None

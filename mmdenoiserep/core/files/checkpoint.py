@@ -1,4 +1,4 @@
-"""Reads and writes checkpoint files; no code of a file runs."""
+"""Reads checkpoint files without running their code, and writes them."""
 
 import errno
 import os
@@ -14,27 +14,26 @@ import torch
 from torch import nn
 
 from ..utils.errors import CheckpointError
-from .atomic import whole_file
+from .atomic import atomic_file
 from .file_kinds import describe_kind, is_safetensors, pickle_protocol, read_safetensors
 from .stand_ins import STAND_INS, Inert
 
 
 def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint file on the CPU: one of ``torch.save``, or a safetensors file.
+    """Reads a file of ``torch.save`` or a safetensors file on the CPU.
 
-    By default only tensors and plain data are read (``weights_only=True``); the other objects of a training
-    checkpoint, which :data:`~mmdenoiserep.core.files.stand_ins.STAND_INS` names, become inert placeholders, so no code
-    of the file runs.
+    By default no code of the file runs: tensors and plain data are read (``weights_only=True``), and placeholders of
+    :data:`~mmdenoiserep.core.files.stand_ins.STAND_INS` replace the other objects of training checkpoints.
 
     Args:
         path: The file.
-        allow_pickle: Reads any pickle, which runs code that the file brings; only for files you trust.
+        allow_pickle: Whether to read any pickle, which runs code of the file; only for files you trust.
 
     Returns:
-        The dict in the file; that of a safetensors file has its tensors under ``state_dict``.
+        The dict in the file. The tensors of a safetensors file are under ``state_dict``.
 
     Raises:
-        CheckpointError: The file is missing, truncated, no checkpoint, or needs code.
+        CheckpointError: The file is missing, truncated or no checkpoint, or can only be read by running its code.
     """
     with _only_stand_ins():
         return load_file(path, allow_pickle=allow_pickle, mmap=True)
@@ -43,53 +42,47 @@ def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict
 def load_file(
     path: str | os.PathLike, map_location: Any = 'cpu', *, allow_pickle: bool = False, mmap: bool = False
 ) -> dict[str, Any]:
-    """Reads a file as :func:`read_checkpoint` does, with the globals that the process allows.
+    """Reads a file as :func:`read_checkpoint` does, but with the process's own ``torch.serialization`` safe globals.
 
     Args:
         path: The file.
         map_location: See ``torch.load``.
         allow_pickle: See :func:`read_checkpoint`.
-        mmap: Leaves the tensors on the disk until they are read; the file must stay as it is until then.
+        mmap: Maps the tensors into memory instead of reading them; the file must not change while they are used.
 
     Raises:
         CheckpointError: See :func:`read_checkpoint`.
     """
     path = Path(path)
     try:
-        exists, is_file = path.exists(), path.is_file()
-    except OSError as error:  # a name that is too long, a folder that is closed
-        raise CheckpointError(f'{path} cannot be read: {error.strerror}') from None
-    if not exists:
-        raise CheckpointError(f'{path} does not exist')
-    if not is_file:
-        raise CheckpointError(f'{path} is not a file')
-    try:
+        if not path.is_file():
+            raise CheckpointError(f'{path} is not a file' if path.exists() else f'{path} does not exist')
         if is_safetensors(path):
             return dict(state_dict=read_safetensors(path))
         mmap = mmap and zipfile.is_zipfile(path)
         content = torch.load(path, map_location=map_location, weights_only=not allow_pickle, mmap=mmap)
     except CheckpointError:
         raise
-    except Exception as error:  # a damaged file may break the reader anywhere, and make it seek to impossible places
+    except Exception as error:  # a damaged file may raise any error in the reader
         raise CheckpointError(f'{path} {_reason(path, error, allow_pickle)}') from None
     if isinstance(content, nn.Module):
         raise CheckpointError(f'{path} holds a whole model ({type(content).__name__}); save its state_dict() instead')
     if not isinstance(content, Mapping):
         raise CheckpointError(f'{path} holds a {type(content).__name__}, not a checkpoint with a state_dict')
-    return content if isinstance(content, dict) else dict(content)  # a bare state dict knows its _metadata
+    return content if isinstance(content, dict) else dict(content)  # a bare state dict keeps its _metadata
 
 
 def _reason(path: Path, error: Exception, allow_pickle: bool) -> str:
-    """Returns why a file can't be read, and what to do, after its name."""
+    """Returns the end of an error message: why a file can't be read, and what to do."""
+    convert = (
+        'if you trust whoever made it, write a file that all tools take: '
+        f'tools/model_converters/convert_checkpoint.py plain {path} OUT --allow-pickle'
+    )
     if isinstance(error, OSError) and error.errno != errno.EINVAL:
         return f'cannot be read: {error.strerror or error}'
     needs_code = re.search(r'(?i)unsupported (?:global|class|type):? (?:global )?([\w.]+)', str(error))
     if isinstance(error, pickle.UnpicklingError) and needs_code:
-        return (
-            f'can only be read by running code that it brings ({needs_code[1]}); '
-            'if you trust whoever made it, write a file that all tools take: '
-            f'tools/model_converters/convert_checkpoint.py plain {path} OUT --allow-pickle'
-        )
+        return f'can only be read by running code that it brings ({needs_code[1]}); {convert}'
     if allow_pickle and isinstance(error, ImportError | AttributeError):
         return f'needs what is not installed here: {error}'
     if kind := describe_kind(path):
@@ -97,22 +90,23 @@ def _reason(path: Path, error: Exception, allow_pickle: bool) -> str:
     if not allow_pickle and (protocol := pickle_protocol(path) or 0) > 2:
         return (
             f'was saved with pickle protocol {protocol}, which can only be read by running code that it brings; '
-            'save it again without pickle_protocol, or if you trust whoever made it, write a file that all tools take: '
-            f'tools/model_converters/convert_checkpoint.py plain {path} OUT --allow-pickle'
+            f'save it again without pickle_protocol, or {convert}'
         )
     return 'is truncated or no PyTorch checkpoint; copy or download it again'
 
 
 def write_atomically(content: Any, target: Path) -> None:
-    """Saves with ``torch.save`` under a temporary name in the same folder, then renames.
+    """Saves a file with ``torch.save``, atomically; equal contents give equal bytes.
 
-    The bytes depend on the content alone, not on the name or the time.
+    Args:
+        content: What to save.
+        target: File to write; an existing one is replaced.
 
     Raises:
-        CheckpointError: The folder or disk does not take the file; nothing is left behind.
+        CheckpointError: The file can't be written; nothing is left behind.
     """
     try:
-        with whole_file(target) as file:
+        with atomic_file(target) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         reason = getattr(error, 'strerror', None) or 'the disk is full or took only a part of it'
@@ -121,7 +115,7 @@ def write_atomically(content: Any, target: Path) -> None:
 
 @contextmanager
 def _only_stand_ins() -> Iterator[None]:
-    """Lets ``torch.load`` know :data:`STAND_INS` alone; what the process allows besides is inert."""
+    """Makes :data:`STAND_INS` the safe globals of ``torch.load``, and the safe globals of the process inert."""
     allowed = torch.serialization.get_safe_globals()
     names = [entry[1] if isinstance(entry, tuple) else f'{entry.__module__}.{entry.__qualname__}' for entry in allowed]
     stand_ins = {**dict.fromkeys(names, Inert), **STAND_INS}

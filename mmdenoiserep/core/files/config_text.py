@@ -1,28 +1,27 @@
-"""The text of a config without denoising, from that of the training run; nothing of it is executed."""
+"""Removes denoising from the text of a config, without executing it."""
 
 import ast
-from collections.abc import Iterator
 
-HOOKS = ('DenoiseLossHook', 'DenoiseFusionHook', 'DenoiseVisHook')
 PACKAGE = 'mmdenoiserep'
+HOOKS = ('DenoiseLossHook', 'DenoiseFusionHook', 'DenoiseVisHook')
 REGISTERED = ('VMamba',)
-"""What importing the package registers besides, which a config without denoising may use."""
+"""Classes that the package registers and that a config without denoising may use."""
 
 
 def vanilla_text(text: str) -> str:
-    """Returns the text of the config without denoising.
+    """Returns the text of a config without denoising.
 
-    Every ``DenoiseRepBackbone`` becomes the backbone in it; its hooks, the settings of ``.denoiser.`` parameters and
-    the import of this package go, unless the config needs the package for something else.
+    Replaces every ``DenoiseRepBackbone`` by its inner backbone. Drops the hooks of this package, the settings of
+    ``.denoiser.`` parameters, and the import of this package unless the config needs it for something else.
 
     Args:
-        text: What mmengine writes into ``meta['cfg']``: a Python file.
+        text: The Python file that mmengine writes into ``meta['cfg']``.
 
     Returns:
-        The text; statements that do not change stay as they are, to the letter.
+        The text; unchanged statements keep their formatting.
 
     Raises:
-        ValueError: The text speaks of denoising and is no Python file.
+        ValueError: The text mentions denoising and is no Python file.
     """
     if 'denoise' not in text.lower():
         return text
@@ -51,7 +50,7 @@ def _needs_package(module: ast.Module) -> bool:
 
 
 def _drop_import(module: ast.Module) -> None:
-    """Drops this package from ``custom_imports``, and ``custom_imports`` where nothing else is in it."""
+    """Drops this package from ``custom_imports``, which is removed if nothing else is left in it."""
     for statement in list(module.body):
         if not isinstance(statement, ast.Assign) or ast.unparse(statement.targets[0]) != 'custom_imports':
             continue
@@ -68,36 +67,32 @@ class _Vanilla(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Replaces ``dict(type='DenoiseRepBackbone', backbone=...)``; drops the hooks in ``default_hooks``."""
         self.generic_visit(node)
-        node.keywords = [keyword for keyword in node.keywords if _kind(keyword.value) not in HOOKS]
+        node.keywords = [keyword for keyword in node.keywords if _type_name(keyword.value) not in HOOKS]
         return self._unwrap(node)
 
     def visit_Dict(self, node: ast.Dict) -> ast.AST:
-        """Likewise in ``{...}``, and drops ``'.denoiser.'`` from the settings of parameters."""
+        """Does the same for ``{...}``, and drops the key ``'.denoiser.'``."""
         self.generic_visit(node)
         items = [
             (key, value)
             for key, value in zip(node.keys, node.values, strict=True)
-            if not (isinstance(key, ast.Constant) and key.value == '.denoiser.') and _kind(value) not in HOOKS
+            if not (isinstance(key, ast.Constant) and key.value == '.denoiser.') and _type_name(value) not in HOOKS
         ]
         node.keys, node.values = [key for key, _ in items], [value for _, value in items]
         return self._unwrap(node)
 
-    def visit_List(self, node: ast.List) -> ast.AST:
+    def visit_List(self, node: ast.List | ast.Tuple) -> ast.AST:
         """Drops the hooks."""
         self.generic_visit(node)
-        node.elts = [item for item in node.elts if _kind(item) not in HOOKS]
+        node.elts = [item for item in node.elts if _type_name(item) not in HOOKS]
         return node
 
-    def visit_Tuple(self, node: ast.Tuple) -> ast.AST:
-        """Drops the hooks."""
-        self.generic_visit(node)
-        node.elts = [item for item in node.elts if _kind(item) not in HOOKS]
-        return node
+    visit_Tuple = visit_List
 
     @staticmethod
     def _unwrap(node: ast.Call | ast.Dict) -> ast.AST:
         fields = _fields(node)
-        if _kind(node) != 'DenoiseRepBackbone' or 'backbone' not in fields:
+        if _type_name(node) != 'DenoiseRepBackbone' or 'backbone' not in fields:
             return node
         inner, pretrained = fields['backbone'], fields.get('pretrained')
         if pretrained is None or (isinstance(pretrained, ast.Constant) and pretrained.value is None):
@@ -111,23 +106,19 @@ class _Vanilla(ast.NodeTransformer):
 
 def _fields(node: ast.AST) -> dict[str, ast.expr]:
     """Returns the items of ``dict(a=1)``, ``{'a': 1}`` or ``dict({'a': 1})``."""
-    return dict(_items(node))
-
-
-def _items(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+    fields = {}
     if isinstance(node, ast.Dict):
         for key, value in zip(node.keys, node.values, strict=True):
             if isinstance(key, ast.Constant) and isinstance(key.value, str):
-                yield key.value, value
+                fields[key.value] = value
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict':
         for argument in node.args:
-            yield from _items(argument)
-        for keyword in node.keywords:
-            if keyword.arg:
-                yield keyword.arg, keyword.value
+            fields.update(_fields(argument))
+        fields.update({keyword.arg: keyword.value for keyword in node.keywords if keyword.arg})
+    return fields
 
 
-def _kind(node: ast.AST) -> str | None:
-    """Returns the bare name of what a config builds; lazy configs are written with the whole one."""
+def _type_name(node: ast.AST) -> str | None:
+    """Returns the name of the class in ``type``, without its module (lazy configs give the full name)."""
     kind = _fields(node).get('type')
     return kind.value.rpartition('.')[2] if isinstance(kind, ast.Constant) and isinstance(kind.value, str) else None

@@ -1,4 +1,4 @@
-"""What a checkpoint file holds: the weights by the names of the model, and ``meta`` as plain data."""
+"""Finds the weights and ``meta`` in a checkpoint file."""
 
 import os
 from collections import OrderedDict
@@ -15,18 +15,18 @@ from .config_text import vanilla_text
 from .plain import LEFT_OUT, is_dense, to_plain
 
 EXTRA_STATE = '_extra_state'
-"""End of the names under which torch keeps what a module itself puts into a state dict, a tensor or not."""
+"""Suffix of the keys of ``nn.Module.get_extra_state``; their values need not be tensors."""
 
 
 @dataclass(frozen=True)
-class Content:
-    """The content of a checkpoint file.
+class Checkpoint:
+    """The weights and ``meta`` of a checkpoint file.
 
     Attributes:
         source: The file.
-        weights: Tensors by name without the prefixes of wrappers, and ``_extra_state`` of any kind.
-        meta: Plain data.
-        notes: A sentence about each thing that was stripped or left out.
+        weights: The state dict, whose keys have no prefixes of wrappers.
+        meta: Plain data, see :func:`~.plain.to_plain`.
+        notes: Sentences about what was stripped or left out.
     """
 
     source: Path
@@ -34,8 +34,8 @@ class Content:
     meta: dict[str, Any]
     notes: tuple[str, ...]
 
-    def without_denoising(self) -> 'Content':
-        """Returns the same content with the config without denoising in ``meta['cfg']``."""
+    def without_denoising(self) -> 'Checkpoint':
+        """Returns a copy whose ``meta['cfg']`` is the config without denoising."""
         text = self.meta.get('cfg')
         if not isinstance(text, str):
             return self
@@ -45,28 +45,25 @@ class Content:
         except ValueError as error:
             del meta['cfg']
             notes += (f'left out of meta: cfg, which cannot be read ({error}); give the inferencers a config file',)
-        return Content(self.source, self.weights, meta, notes)
+        return Checkpoint(self.source, self.weights, meta, notes)
 
 
-def open_checkpoint(path: str | os.PathLike, allow_pickle: bool = False, key: str | None = None) -> Content:
+def open_checkpoint(path: str | os.PathLike, allow_pickle: bool = False, key: str | None = None) -> Checkpoint:
     """Reads a checkpoint file and finds the weights in it.
 
     Args:
         path: The file.
         allow_pickle: See :func:`read_checkpoint`.
-        key: Where the weights lie, such as ``'teacher'``; dots lead into dicts. None takes ``state_dict``, or the file
-            itself, or the only dict of tensors in it, such as ``model``.
-
-    Returns:
-        Its :class:`Content`.
+        key: Key of the weights, such as ``'teacher'``; dots separate the keys of nested dicts. None takes
+            ``state_dict``, the file itself if it is a state dict, or else the only state dict in it, such as ``model``.
 
     Raises:
-        CheckpointError: The file can't be read, or has no state dict, or several.
+        CheckpointError: The file can't be read, or has no state dict or several.
     """
     source = Path(path)
     checkpoint = read_checkpoint(source, allow_pickle)
     notes: list[str] = []
-    weights = _clean_keys(find_weights(checkpoint, source, notes, key), source, notes)
+    weights = _clean_state_dict(find_weights(checkpoint, source, notes, key), source, notes)
     given = checkpoint.get('meta')
     meta: dict[str, Any] = {}
     left_out: list[str] = []
@@ -79,48 +76,48 @@ def open_checkpoint(path: str | os.PathLike, allow_pickle: bool = False, key: st
         notes.append(f'left out of meta, because it is no plain data: {", ".join(sorted(set(left_out)))}')
     if 'ema_state_dict' in checkpoint:
         notes.append('the run kept averaged weights (EMA); they are what its state_dict holds')
-    return Content(source, weights, meta, tuple(notes))
+    return Checkpoint(source, weights, meta, tuple(notes))
 
 
 def find_weights(
     checkpoint: Mapping[str, Any], source: Path, notes: list[str], key: str | None = None
 ) -> Mapping[str, Any]:
-    """Returns the state dict in a checkpoint, see :func:`open_checkpoint`; ``notes`` gets where it lies.
+    """Returns the state dict in a checkpoint, see :func:`open_checkpoint`; ``notes`` gets an unusual key of it.
 
     Raises:
-        CheckpointError: There is none, or there are several.
+        CheckpointError: There is no state dict, or there are several.
     """
     if key is not None:
         found: Any = checkpoint
         for part in [key] if key in checkpoint else key.split('.'):
             found = found.get(part) if isinstance(found, Mapping) else None
         if found is None:
-            raise CheckpointError(f'{source} has no {key}; it has {_first(checkpoint)}')
-        return _weights_in(found)
+            raise CheckpointError(f'{source} has no {key}; it has {_names(checkpoint)}')
+        return _unwrap(found)
     if 'state_dict' in checkpoint:
-        return _weights_in(checkpoint['state_dict'])
-    if _is_state(checkpoint):
+        return _unwrap(checkpoint['state_dict'])
+    if _is_state_dict(checkpoint):
         return checkpoint
-    wrapped = [name for name, value in checkpoint.items() if isinstance(name, str) and _is_state(_weights_in(value))]
+    wrapped = [name for name, value in checkpoint.items() if isinstance(name, str) and _is_state_dict(_unwrap(value))]
     if len(wrapped) == 1:
         notes.append(f'the weights lie under {wrapped[0]}')
-        return _weights_in(checkpoint[wrapped[0]])
+        return _unwrap(checkpoint[wrapped[0]])
     if wrapped:
         raise CheckpointError(
             f'{source} has weights under {", ".join(wrapped)}; choose one of them with '
             f'tools/model_converters/convert_checkpoint.py plain {source} OUT --key {wrapped[0]}'
         )
     if any(isinstance(value, Tensor) for value in checkpoint.values()):
-        return checkpoint  # a state dict with something else in it
-    raise CheckpointError(f'{source} has no state_dict, and no dict of tensors by name; it has {_first(checkpoint)}')
+        return checkpoint  # a state dict with other values beside the tensors
+    raise CheckpointError(f'{source} has no state_dict, and no dict of tensors by name; it has {_names(checkpoint)}')
 
 
-def _weights_in(value: Any) -> Any:
+def _unwrap(value: Any) -> Any:
     return value.state_dict() if isinstance(value, nn.Module) else value
 
 
-def _is_state(value: Any) -> bool:
-    """Whether a value is a state dict: tensors by the names of parameters."""
+def _is_state_dict(value: Any) -> bool:
+    """Whether a value is a non-empty dict of tensors by name."""
     return (
         isinstance(value, Mapping)
         and bool(value)
@@ -129,12 +126,13 @@ def _is_state(value: Any) -> bool:
     )
 
 
-def _first(names: Mapping[Any, Any]) -> str:
+def _names(names: Mapping[Any, Any]) -> str:
     first = ', '.join(map(str, list(names)[:5]))
     return f'{first}, ...' if len(names) > 5 else first or 'nothing'
 
 
-def _clean_keys(state: Any, source: Path, notes: list[str]) -> 'OrderedDict[str, Any]':
+def _clean_state_dict(state: Any, source: Path, notes: list[str]) -> 'OrderedDict[str, Any]':
+    """Returns a state dict without the prefixes of wrappers, with plain extra states."""
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(f'{source} has no state_dict; its keys are not the names of parameters')
     others = sorted(key for key, value in state.items() if not is_dense(value) and not key.endswith(EXTRA_STATE))
@@ -148,7 +146,7 @@ def _clean_keys(state: Any, source: Path, notes: list[str]) -> 'OrderedDict[str,
         name = key.replace('_orig_mod.', '')
         if isinstance(value, Tensor):
             clean[name] = value
-        elif (plain := to_plain(value, name, left_out)) is not LEFT_OUT:  # the state of a module, of any kind
+        elif (plain := to_plain(value, name, left_out)) is not LEFT_OUT:  # extra state
             clean[name] = plain
     if left_out:
         notes.append(f'left out of the weights, because it is no plain data: {", ".join(left_out)}')

@@ -1,4 +1,4 @@
-"""What a file is that is no PyTorch checkpoint, told by its first bytes, and the reader of safetensors files."""
+"""Recognises files that are no PyTorch checkpoints, and reads safetensors files."""
 
 import json
 import pickletools
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..utils.errors import CheckpointError
 
-KINDS = (
+SIGNATURES = (
     (b'version https://git-lfs', 'is a pointer of git-lfs, not the file itself; run git lfs pull in its repository'),
     (b'\x89HDF\r\n\x1a\n', 'is an HDF5 file, as Keras writes it; convert it to a PyTorch state dict'),
     (b'GGUF', 'is a GGUF file; take the PyTorch or the safetensors file of the same model'),
@@ -26,31 +26,31 @@ KINDS = (
     (b'\x89PNG', 'is a picture; take the file with the weights'),
     (b'\xff\xd8\xff', 'is a picture; take the file with the weights'),
 )
-"""First bytes, and what a file is that begins with them."""
+"""First bytes of a file, and the end of the error message."""
 
-PAGES = (b'<!doctype', b'<html', b'<head')
-ONNX = (b'\x12', b'"', b'*', b'2', b':')
-"""Tags of the fields that may follow the version in an ONNX file: producer, domain, model version, text, graph."""
+HTML_TAGS = (b'<!doctype', b'<html', b'<head')
+ONNX_TAGS = (b'\x12', b'"', b'*', b'2', b':')
+"""Protobuf tags that may follow the version in an ONNX file: producer, domain, model version, doc string, graph."""
 
 
 def describe_kind(path: Path) -> str | None:
-    """Returns what a file is that ``torch.load`` refused, and what to do, after its name; None if nobody knows."""
+    """Returns the end of an error message that says what a file is and what to do; None if the kind is unknown."""
     with path.open('rb') as file:
         head = file.read(512)
         file.seek(max(0, path.stat().st_size - 1))
         last = file.read(1)
     if not head:
         return 'is empty; copy or download it again'
-    for beginning, sentence in KINDS:
+    for beginning, sentence in SIGNATURES:
         if head.startswith(beginning):
             return sentence
-    if head.lstrip().lower().startswith(PAGES):
+    if head.lstrip().lower().startswith(HTML_TAGS):
         return 'is a web page, not the file; the address needs a login, or is that of a page about the file'
     if head[257:262] == b'ustar':
         return 'is a tar archive; unpack it, and take the file in it'
     if head.startswith(b'{') and last in b'}\n':
         return _describe_json(path)
-    if path.suffix == '.onnx' or (head[:1] == b'\x08' and 0 < head[1] < 32 and head[2:3] in ONNX):
+    if path.suffix == '.onnx' or (head[:1] == b'\x08' and 0 < head[1] < 32 and head[2:3] in ONNX_TAGS):
         return 'is an ONNX model; take the PyTorch checkpoint that it was exported from'
     if zipfile.is_zipfile(path):
         return _describe_archive(path)
@@ -112,7 +112,7 @@ def _describe_archive(path: Path) -> str | None:
 
 
 def pickle_protocol(path: Path) -> int | None:
-    """Returns the protocol of the pickle in a file of ``torch.save``, in its zip format; None if there is none."""
+    """Returns the pickle protocol of a zip file of ``torch.save``; None for other files."""
     try:
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if name.endswith('/data.pkl'))
@@ -135,23 +135,24 @@ DTYPES = {
     'F32': torch.float32,
     'F64': torch.float64,
 }
-"""Dtypes of safetensors files, by their names there."""
-LARGEST_HEADER = 10**8
+"""Dtypes by their names in safetensors files."""
+
+MAX_HEADER_BYTES = 10**8
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins with the length of a JSON text that fits into it, and the text."""
+    """Whether a file begins with the length of a header that fits into the file, and with JSON."""
     size = path.stat().st_size
     with path.open('rb') as file:
         length = int.from_bytes(file.read(8), 'little')
-        return 2 <= length <= min(size - 8, LARGEST_HEADER) and file.read(1) == b'{'
+        return 2 <= length <= min(size - 8, MAX_HEADER_BYTES) and file.read(1) == b'{'
 
 
 def read_safetensors(path: Path) -> 'OrderedDict[str, Tensor]':
-    """Reads a safetensors file: a length of 8 bytes, JSON with dtype, shape and place of each tensor, and their bytes.
+    """Reads a safetensors file: the length of the header (8 bytes), the header (JSON), the bytes of the tensors.
 
     Raises:
-        CheckpointError: The file is damaged, or has a dtype that is not supported.
+        CheckpointError: The file is damaged or has an unsupported dtype.
     """
     state: OrderedDict[str, Tensor] = OrderedDict()
     size = path.stat().st_size

@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..fusing.fuse import FusionError, fold_state_dict
+from ..fusing.fuse import FusionError, fuse_with_changes
 from ..utils.errors import CheckpointError, printable
 from .atomic import check_output
 from .checkpoint import write_atomically
-from .content import Content, open_checkpoint
+from .content import Checkpoint, open_checkpoint
 
 STAMP = 'denoiserep'
-"""Key in the ``meta`` of a fused file."""
+"""Key in ``meta`` that marks a fused file."""
 
 
 @dataclass(frozen=True)
 class FusedCheckpoint:
-    """A fused checkpoint; ``print`` it for what was changed.
+    """A fused checkpoint; ``print`` it for a summary of the changes.
 
     Attributes:
         weights: The vanilla state dict.
-        meta: ``meta`` of the file.
-        layers: Relative change of the weight, ``|W' - W| / |W|`` (Frobenius norm), by layer name.
-        notes: Sentences about what was stripped, dropped or may surprise.
+        meta: ``meta`` of the fused file.
+        layers: By layer name, the relative change of the weight, ``|W' - W| / |W|`` (Frobenius norm).
+        notes: Sentences about what was stripped or left out, and about weights that did not change.
     """
 
     weights: 'OrderedDict[str, Any]'
@@ -49,11 +49,11 @@ class FusedCheckpoint:
 def fuse_checkpoint(
     source: str | os.PathLike, target: str | os.PathLike, *, overwrite: bool = False, allow_pickle: bool = False
 ) -> FusedCheckpoint:
-    """Reads a checkpoint with denoisers and writes the vanilla one; the source is not changed.
+    """Reads a checkpoint with denoisers and writes the fused, vanilla checkpoint atomically.
 
-    The output holds ``meta`` and ``state_dict``, and loads with ``weights_only=True``. Its ``meta`` is that of the
-    source as plain data, with the config without denoising in ``meta['cfg']`` and the stamp ``meta['denoiserep']``:
-    the libraries' inferencers take such a file alone. It appears under its name when it is complete, or not at all.
+    The output holds ``meta`` and ``state_dict`` and loads with ``weights_only=True``. Its ``meta`` is the source's as
+    plain data, with the config without denoising in ``meta['cfg']`` and the mark ``meta['denoiserep']``. The
+    inferencers of the libraries need no other file.
 
     Args:
         source: Checkpoint with ``denoiser.*`` keys; prefixes of DDP and ``torch.compile`` are stripped.
@@ -61,8 +61,11 @@ def fuse_checkpoint(
         overwrite: Whether the target may exist.
         allow_pickle: See :func:`read_checkpoint`.
 
+    Returns:
+        What was written, and how it differs from the source.
+
     Raises:
-        CheckpointError: Anything that keeps the file from being read, fused or written.
+        CheckpointError: The source can't be read or fused, or the target can't be written.
     """
     check_output(Path(target), overwrite, source=Path(source))
     fused = fuse_content(open_checkpoint(source, allow_pickle))
@@ -70,8 +73,11 @@ def fuse_checkpoint(
     return fused
 
 
-def fuse_content(content: Content) -> FusedCheckpoint:
-    """Folds the denoisers of a checkpoint into its weights; nothing is written.
+def fuse_content(content: Checkpoint) -> FusedCheckpoint:
+    """Folds the denoisers of a checkpoint into its weights; writes nothing.
+
+    Args:
+        content: The checkpoint; it is not changed.
 
     Raises:
         CheckpointError: The checkpoint is fused already, or can't be fused.
@@ -81,7 +87,7 @@ def fuse_content(content: Content) -> FusedCheckpoint:
             f'{content.source} is fused already (its meta says so); it loads into the vanilla config as it is'
         )
     try:
-        weights, changes = fold_state_dict(content.weights)
+        weights, changes = fuse_with_changes(content.weights)
     except (FusionError, NotImplementedError) as error:  # float8 lacks most operations
         raise CheckpointError(f'{content.source} cannot be fused: {error}') from None
     vanilla = content.without_denoising()

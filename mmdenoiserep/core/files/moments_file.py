@@ -1,4 +1,4 @@
-"""Files of moments: those of a training domain, which later fits are carried to."""
+"""Reads and writes moments, for example of a training domain."""
 
 import hashlib
 import os
@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from ..calibration.moments import Moments
-from .checkpoint import CheckpointError, read_checkpoint, write_atomically
+from ..utils.errors import CheckpointError
+from .checkpoint import read_checkpoint, write_atomically
 
-KIND = 'moments'
-"""Key of the moments in such a file, beside ``meta``."""
+MOMENTS = 'moments'
+"""Key of the moments in a file, beside ``meta``."""
 
 
 def fingerprint(state: Mapping[str, Any]) -> str:
-    """Returns a checksum of names and values, by which moments know the weights that they were gathered with.
+    """Returns a SHA-256 checksum of a state dict, which tells whether moments were collected with the same weights.
 
     Args:
-        state: A state dict; what is no tensor in it (``_extra_state``) does not count.
+        state: A state dict; values that are no tensors (``_extra_state``) are ignored.
     """
     checksum = hashlib.sha256()
     for name in sorted(name for name, value in state.items() if isinstance(value, Tensor)):
@@ -31,19 +32,19 @@ def fingerprint(state: Mapping[str, Any]) -> str:
 
 
 def save_moments(moments: Mapping[str, Moments], path: str | os.PathLike, meta: Mapping[str, Any]) -> None:
-    """Writes moments by layer name, whole or not at all.
+    """Writes moments atomically; an existing file is replaced.
 
-    Of a layer, the file has the mean and :meth:`Moments.root`, from which the covariance follows: a fit needs the root,
-    and finding it takes as long as the rest of a fit. The root is symmetric, so C channels take half of C^2 float32
-    numbers; their rounding of 1e-7 is far below the ridge.
+    Stores the mean and the lower triangle of :meth:`Moments.root`, C (C + 1) / 2 numbers for C channels, in float32:
+    the rounding of 1e-7 is far below the ridge. The covariance follows from the root, which a fit would otherwise have
+    to find.
 
     Args:
         moments: Moments by layer name.
         path: File to write.
-        meta: Plain data about them.
+        meta: Plain data to store with the moments.
 
     Raises:
-        CheckpointError: The folder or disk does not take the file.
+        CheckpointError: The file can't be written.
     """
     layers = {}
     for name, seen in moments.items():
@@ -54,22 +55,22 @@ def save_moments(moments: Mapping[str, Moments], path: str | os.PathLike, meta: 
             mean=seen.mean.cpu(),
             root=root[:, rows, columns],
         )
-    write_atomically({'meta': dict(meta), KIND: layers}, Path(path))
+    write_atomically({'meta': dict(meta), MOMENTS: layers}, Path(path))
 
 
 def load_moments(path: str | os.PathLike) -> tuple['MomentsFile', dict[str, Any]]:
-    """Reads what :func:`save_moments` wrote, without running any code of the file.
+    """Reads a file of :func:`save_moments` without running its code.
 
     Returns:
-        The moments by layer name, and ``meta``.
+        The moments by layer name; ``meta``.
 
     Raises:
-        CheckpointError: The file is missing, damaged, or holds no moments.
+        CheckpointError: The file is missing or damaged, or holds no moments.
     """
     content = read_checkpoint(path)
-    if not isinstance(content.get(KIND), Mapping) or not isinstance(content.get('meta'), Mapping):
+    if not isinstance(content.get(MOMENTS), Mapping) or not isinstance(content.get('meta'), Mapping):
         raise CheckpointError(f'{path} holds no moments; write them with collect_moments and save_moments')
-    return MomentsFile(path, content[KIND]), dict(content['meta'])
+    return MomentsFile(path, content[MOMENTS]), dict(content['meta'])
 
 
 class MomentsFile(Mapping[str, Moments]):
@@ -105,7 +106,8 @@ class MomentsFile(Mapping[str, Moments]):
 
 
 def _unpack(layer: Mapping[str, Tensor]) -> Moments:
-    mean, packed, count = layer['mean'], layer['root'], int(layer['count'])
+    mean, packed = layer['mean'], layer['root']  # (groups, size), (groups, size (size + 1) / 2)
+    count = int(layer['count'])
     size = mean.shape[1]
     rows, columns = torch.tril_indices(size, size, device='cpu')
     root = torch.zeros(*mean.shape, size, dtype=torch.float32, device='cpu')

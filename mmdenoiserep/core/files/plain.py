@@ -1,4 +1,4 @@
-"""Plain data: what every reader of a file understands, without code of the file or a library."""
+"""Converts the content of a file to plain data, which can be read without code of a library."""
 
 import argparse
 import collections
@@ -12,50 +12,46 @@ from torch import Tensor
 
 from .stand_ins import InertArray
 
-DEPTH = 100
-"""Containers within containers; deeper ones could not be written again."""
+MAX_DEPTH = 100
+"""Largest depth of nested containers; pickle can't write much deeper ones."""
 
-
-class _LeftOut:
-    pass
-
-
-LEFT_OUT = _LeftOut()
+LEFT_OUT = object()
+"""Stands for a value that has no plain form."""
 
 
 def is_dense(value: Any) -> bool:
-    """Whether a value is a tensor as large as its data in the file; with strides of zero it would seem of any size."""
+    """Whether a value is a dense tensor no larger than its storage; an expanded one could claim any size."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta:
         return False
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def to_plain(value: Any, name: str, left_out: list[str]) -> Any:
-    """Returns a value as plain data, item by item.
+    """Converts a value to plain data, recursively.
 
-    Dicts of all kinds and namespaces become dicts, arrays become nested lists, sets become sorted lists (so that a
-    file does not depend on the order of a set), paths and dates become text; dense tensors stay.
+    Subclasses of dict and namespaces become dicts, arrays become nested lists, sets become sorted lists (equal sets
+    give equal files), paths, dates and dtypes become strings. Dense tensors stay tensors.
 
     Args:
-        value: What a checkpoint holds.
-        name: What it is called there.
-        left_out: Gets the dotted name of each item that is no plain data. A list that holds one is left out whole.
+        value: A value in a checkpoint.
+        name: Name of the value.
+        left_out: Gets the dotted name of each item that has no plain form. A list with such an item is left out whole.
 
     Returns:
         The plain value, or :data:`LEFT_OUT`.
     """
-    return _Cleaner(left_out).convert(value, name, 0)
+    return _Converter(left_out).convert(value, name, 0)
 
 
-class _Cleaner:
+class _Converter:
     def __init__(self, left_out: list[str]) -> None:
         self.left_out = left_out
-        # a file of a few bytes may hold one list at any number of places, or a list in itself
+        # by id, the value and its plain form, which is computed once: a small file may hold one list in many places
         self.done: dict[int, tuple[Any, Any]] = {}
 
     def convert(self, value: Any, name: str, depth: int) -> Any:
         if id(value) not in self.done:
-            self.done[id(value)] = value, LEFT_OUT  # as long as it is open; the value is held, so that its id is too
+            self.done[id(value)] = value, LEFT_OUT  # for a value that contains itself; holding it keeps its id unique
             self.done[id(value)] = value, self._convert(value, name, depth)
         plain = self.done[id(value)][1]
         if plain is LEFT_OUT and name not in self.left_out:
@@ -64,14 +60,14 @@ class _Cleaner:
 
     def _convert(self, value: Any, name: str, depth: int) -> Any:
         if isinstance(value, bytes) and not value:
-            return LEFT_OUT  # the only plain value that torch can't read with weights_only
+            return LEFT_OUT  # torch.load can't read it with weights_only
         if value is None or type(value) in (bool, int, float, complex, str, bytes):
             return value
-        if depth > DEPTH:
+        if depth > MAX_DEPTH:
             return LEFT_OUT
         if isinstance(value, str):
             return str.__str__(value)
-        for kind in (int, float, complex, bytes):  # numbers of numpy and enumerations are subclasses of these
+        for kind in (int, float, complex, bytes):  # subclasses, such as numpy's float64 and enums
             if isinstance(value, kind):
                 return kind(value)  # type: ignore[arg-type]
         if isinstance(value, argparse.Namespace | types.SimpleNamespace):
@@ -95,7 +91,7 @@ class _Cleaner:
 
     def _convert_dict(self, value: dict, name: str, depth: int) -> Any:
         plain, before = {}, len(self.left_out)
-        for key, item in dict.items(value):  # lazy stays lazy
+        for key, item in dict.items(value):  # not the method of a subclass, which may build lazy objects
             key = key if isinstance(key, tuple) else self.convert(key, f'keys of {name}', depth + 1)
             if not _is_key(key):
                 self.left_out.append(f'keys of {name}')

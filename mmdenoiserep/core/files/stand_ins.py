@@ -1,7 +1,7 @@
-"""What a training checkpoint may hold besides tensors and plain data, by name, and what stands in for it.
+"""Inert replacements for the classes and functions that training checkpoints refer to.
 
-:data:`STAND_INS` is the one list for every reader: reading a file to fuse or to fit takes it as it is, and reading one
-to train or to test replaces those entries that mmengine needs as they were (``mmdenoiserep.engine.resume``).
+To read a file for training or testing, ``mmdenoiserep.engine.resume`` replaces the entries of :data:`STAND_INS` that
+mmengine needs by the originals.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 
 
 class Inert:
-    """Stands in for classes and functions that training checkpoints refer to; does nothing with what it is given."""
+    """Replaces classes and functions whose values no reader needs; ignores all arguments."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -26,10 +26,10 @@ class Inert:
 
 
 class InertDtype:
-    """Stands in for ``numpy.dtype``.
+    """Replaces ``numpy.dtype``.
 
     Attributes:
-        code: Kind and size in bytes, such as ``'f8'``; the length in characters for ``'U'``.
+        code: Kind and size in bytes, such as ``'f8'``; for the kind ``'U'``, the length in characters.
         order: ``'<'``, ``'>'`` or ``'|'``.
     """
 
@@ -43,7 +43,7 @@ class InertDtype:
 
 
 class InertArray:
-    """Stands in for ``numpy.ndarray``, so that a palette is read where numpy is not installed."""
+    """Replaces ``numpy.ndarray``, so that arrays can be read without numpy."""
 
     def __init__(self, *args: Any) -> None:
         self.state: Any = None
@@ -55,7 +55,7 @@ class InertArray:
         """Returns the values as nested lists.
 
         Raises:
-            ValueError: They are of a kind that a list can't hold, or damaged.
+            ValueError: The array is damaged or has a dtype that is no plain data.
         """
         try:
             _, shape, dtype, is_fortran, data = self.state
@@ -68,50 +68,36 @@ class InertArray:
         return _nest(values, shape, strides) if values else []
 
 
-FORMATS = dict(b1='?', i1='b', u1='B', i2='h', u2='H', i4='i', u4='I', i8='q', u8='Q', f2='e', f4='f', f8='d')
-"""Numbers of numpy, as the module ``struct`` calls them."""
+STRUCT_FORMATS = dict(b1='?', i1='b', u1='B', i2='h', u2='H', i4='i', u4='I', i8='q', u8='Q', f2='e', f4='f', f8='d')
+"""Format characters of the module ``struct`` by the code of a numpy dtype."""
 
 
 def _decode(dtype: InertDtype, data: bytes) -> Sequence[Any]:
+    """Returns the numbers or strings in the bytes of an array."""
     order = dtype.order.replace('|', '<')
     kind, size = dtype.code[:1], dtype.code[1:]
     if kind == 'U' and size.isdigit():
         width, encoding = 4 * int(size) or 1, 'utf-32-le' if order == '<' else 'utf-32-be'
         return [data[i : i + width].decode(encoding).rstrip('\0') for i in range(0, len(data), width)]
-    if dtype.code not in FORMATS:
+    if dtype.code not in STRUCT_FORMATS:
         raise ValueError(f'values of kind {dtype.code!r} are no plain data')
-    return struct.unpack(f'{order}{len(data) // int(size)}{FORMATS[dtype.code]}', data)
+    return struct.unpack(f'{order}{len(data) // int(size)}{STRUCT_FORMATS[dtype.code]}', data)
 
 
 def _nest(values: Sequence[Any], shape: Sequence[int], strides: Sequence[int], start: int = 0) -> Any:
-    """Returns nested lists of a shape; the value at index (i, j, ...) is ``values[i * strides[0] + j * ...]``."""
+    """Returns nested lists of a shape; item (i, j, ...) is ``values[start + i * strides[0] + j * ...]``."""
     if not shape:
         return values[start]
     return [_nest(values, shape[1:], strides[1:], start + i * strides[0]) for i in range(shape[0])]
 
 
 def read_scalar(dtype: Any = None, data: Any = b'') -> Any:
-    """Stands in for numpy's ``scalar``; returns the Python number or text, or an :class:`Inert`."""
+    """Replaces numpy's ``scalar``; returns a Python number or string, or an :class:`Inert` if it can't."""
     try:
         (value,) = _decode(dtype, data)
     except (ValueError, TypeError, AttributeError, struct.error):
         return Inert()
     return value
-
-
-def new_dict(*args: Any) -> 'OrderedDict[Any, Any]':
-    """Stands in for ``collections.defaultdict``, whose entries follow; the factory is not needed to read them."""
-    return OrderedDict()
-
-
-def new_list(*args: Any) -> list:
-    """Stands in for ``collections.deque``, whose entries follow."""
-    return []
-
-
-def new_bytes(*args: Any) -> bytes:
-    """Stands in for ``bytes``, which pickles name where they are empty; of a number it would be as long."""
-    return b''
 
 
 DICTS = (
@@ -127,7 +113,7 @@ DICTS = (
     'lightning.fabric.utilities.data.AttributeDict',
     'lightning_fabric.utilities.data.AttributeDict',
 )
-"""Dicts with attributes, which settings are kept in; an OrderedDict stands in, for only a dict can."""
+"""Subclasses of dict that hold settings; pickle needs a dict to add their entries to."""
 
 INERT = (
     'mmengine.logging.history_buffer.HistoryBuffer',
@@ -155,27 +141,21 @@ INERT = (
     'numpy.random._pcg64.PCG64',
     'numpy.random.bit_generator.SeedSequence',
     'numpy.random.bit_generator.__pyx_unpickle_SeedSequence',
-    # as factories of a defaultdict, or as types; never called, for range(10**12) in a list would fill the memory
+    # factories of a defaultdict, or types; never called, because range(10**12) in a list would fill the memory
     *(f'builtins.{kind}' for kind in ('bool', 'int', 'float', 'str', 'list', 'tuple', 'dict', 'range', 'slice')),
 )
-"""What no reader needs."""
-
-NUMPY: dict[str, Callable] = {
-    'numpy.ndarray': InertArray,
-    'numpy.memmap': InertArray,
-    'numpy.matrix': InertArray,
-    'numpy.dtype': InertDtype,
-    **{f'numpy.{core}.multiarray._reconstruct': InertArray for core in ('core', '_core')},  # numpy 1, numpy 2
-    **{f'numpy.{core}.multiarray.scalar': read_scalar for core in ('core', '_core')},
-}
+"""Names whose values no reader needs."""
 
 STAND_INS: Mapping[str, Callable] = {
     **dict.fromkeys(INERT, Inert),
     **dict.fromkeys(DICTS, OrderedDict),
-    **NUMPY,
-    'collections.defaultdict': new_dict,
-    'collections.deque': new_list,
-    'builtins.bytes': new_bytes,
+    **{f'numpy.{kind}': InertArray for kind in ('ndarray', 'memmap', 'matrix')},
+    'numpy.dtype': InertDtype,
+    **{f'numpy.{core}.multiarray._reconstruct': InertArray for core in ('core', '_core')},  # numpy 1, numpy 2
+    **{f'numpy.{core}.multiarray.scalar': read_scalar for core in ('core', '_core')},
+    'collections.defaultdict': lambda *_: OrderedDict(),  # pickle adds the entries afterwards
+    'collections.deque': lambda *_: [],
+    'builtins.bytes': lambda *_: b'',  # pickle calls it for empty bytes; bytes(10**12) would fill the memory
     'builtins.frozenset': frozenset,
     'argparse.Namespace': argparse.Namespace,
     'types.SimpleNamespace': types.SimpleNamespace,
@@ -184,11 +164,11 @@ STAND_INS: Mapping[str, Callable] = {
     'datetime.time': datetime.time,
     'datetime.timedelta': datetime.timedelta,
     'datetime.timezone': datetime.timezone,
-    **{  # Python 3.13 pickles them by the second name; the pure ones exist on every system
+    **{  # 'pathlib._local' is of Python 3.13; pure paths exist on every system
         f'{module}.{prefix}{system}Path': getattr(pathlib, f'Pure{system}Path')
         for module in ('pathlib', 'pathlib._local')
         for prefix in ('', 'Pure')
         for system in ('Posix', 'Windows')
     },
 }
-"""What ``torch.load(weights_only=True)`` may find besides tensors and plain data: stand-in by name."""
+"""Replacements by full name, for ``torch.load(weights_only=True)``."""

@@ -1,1 +1,1 @@
-"""Folds denoisers into weights, and compares what comes out."""
+"""Fuses models and state dicts, and compares fused models with denoised ones."""

@@ -1,7 +1,4 @@
-"""Folds denoisers into the weights of their layers: ``W' = W - W B``, ``b' = b - W b~``.
-
-One function on state dicts serves live models, checkpoint files and the training hook.
-"""
+"""Folds the denoisers of a model or a state dict into the weights: ``W' = W - W B``, ``b' = b - W b~``."""
 
 import copy
 import re
@@ -10,42 +7,40 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..method.convert import MERGERS, fuse_before_deploy
+from ..method.convert import REPARAMETERIZATIONS, refuse_reparameterization
 from ..method.fold import FusionError, fold_layer
-from ..method.layers import DenoiseLayer, forget_denoising, restore_layer
+from ..method.layers import find_denoise_layers, forget_denoising, make_vanilla
 from ..utils.storage import Storages, shared_parameters, storage_of
 
 DENOISER_KEY = re.compile(r'(?P<layer>(?:.*\.)?)denoiser\.(?P<name>[^.]+)')
-"""Matches a whole state-dict key that may be one of a denoiser; ``layer`` is the prefix of the layer's own keys."""
+"""Matches a whole key that may belong to a denoiser; ``layer`` is the prefix of the keys of its layer."""
 
 DIMENSIONS = dict(weight=3, scale=1, up=3, down=3, bias=1)
-"""Names of what a denoiser holds, and how many dimensions each has."""
+"""Number of dimensions of each parameter of a denoiser."""
 
 
 def fuse_state_dict(state: Mapping[str, Tensor]) -> 'OrderedDict[str, Tensor]':
     """Returns the vanilla state dict with every denoiser folded in; the input is not changed.
 
-    Everything is computed in float64 on the CPU and cast once to the dtype of the stored weight. Nothing is random:
-    the same input gives the same bits.
+    Computes in float64 on the CPU and rounds once, to the dtype of the stored weight. Equal inputs give equal bits.
 
     Args:
-        state: Parameters by name, with ``<layer>.denoiser.*`` beside ``<layer>.weight`` and ``<layer>.bias``.
+        state: A state dict with ``<layer>.denoiser.*`` beside ``<layer>.weight`` and ``<layer>.bias``.
 
     Returns:
-        A new dict in the same order, without the denoisers; the entries of other layers are shared with the input.
+        A new dict in the same order, without the denoisers; the tensors of other layers are shared with the input.
 
     Raises:
         FusionError: There is no denoiser, a shape does not fit, a weight is shared with another layer, or a value is
             not finite.
     """
-    return fold_state_dict(state)[0]
+    return fuse_with_changes(state)[0]
 
 
-def fold_state_dict(state: Mapping[str, Tensor]) -> 'tuple[OrderedDict[str, Tensor], dict[str, float]]':
-    """Does the same as :func:`fuse_state_dict`.
+def fuse_with_changes(state: Mapping[str, Tensor]) -> 'tuple[OrderedDict[str, Tensor], dict[str, float]]':
+    """Fuses a state dict, see :func:`fuse_state_dict`, and measures the changes.
 
     Returns:
         The vanilla state dict; the relative change of each weight, ``|W' - W| / |W|`` (Frobenius norm), by layer name.
@@ -61,7 +56,7 @@ def fold_state_dict(state: Mapping[str, Tensor]) -> 'tuple[OrderedDict[str, Tens
     changes = {}
     for layer, parameters in denoisers.items():
         if foreign := [key for key in fused if key.startswith(f'{layer}denoiser.')]:
-            raise FusionError(f'{foreign[0]} is nothing that a denoiser of this package holds')
+            raise FusionError(f'{foreign[0]} is no parameter of a denoiser of this package')
         name = layer.rstrip('.') or 'the model'
         weight, bias = state.get(f'{layer}weight'), state.get(f'{layer}bias')
         if not isinstance(weight, Tensor):
@@ -70,7 +65,7 @@ def fold_state_dict(state: Mapping[str, Tensor]) -> 'tuple[OrderedDict[str, Tens
         fused[f'{layer}weight'] = weight
         if bias is not None:
             fused[f'{layer}bias'] = bias
-    if hasattr(state, '_metadata'):  # versions of the modules, which torch keeps beside the entries
+    if hasattr(state, '_metadata'):  # torch's versions of the modules
         gone = {f'{layer}denoiser' for layer in denoisers}
         versions = ((key, value) for key, value in state._metadata.items() if key not in gone)
         fused._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
@@ -78,15 +73,15 @@ def fold_state_dict(state: Mapping[str, Tensor]) -> 'tuple[OrderedDict[str, Tens
 
 
 def find_denoisers(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """Returns the denoisers in a state dict: for the prefix of each layer, the tensors of its denoiser by name.
+    """Returns the denoisers in a state dict.
 
-    A module of the user's own may be called ``denoiser`` as well. Ours stands beside the weight of a Linear layer or a
-    convolution, and holds matrices for groups of channels: a weight of any but three dimensions is the user's, and so
-    are kernels of ``nn.Conv1d``. Where the weight of the layer is missing, what looks like ours throughout is ours, so
-    that a damaged file is not taken for a vanilla one.
+    A model may have other modules called ``denoiser``, which are left out, see :func:`_is_denoiser`.
 
     Args:
-        state: Values by name, of which not all need to be tensors.
+        state: A state dict; values need not be tensors.
+
+    Returns:
+        By prefix of each layer, such as ``'head.'``, the tensors of its denoiser by name.
     """
     groups: dict[str, dict[str, Any]] = {}
     for key, value in state.items():
@@ -101,32 +96,36 @@ def find_denoisers(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
 
 
 def denoiser_keys(state: Mapping[str, Any]) -> set[str]:
-    """Returns the keys of a state dict that :func:`find_denoisers` finds; empty where it has no denoiser."""
+    """Returns the keys of all denoisers in a state dict, see :func:`find_denoisers`."""
     return {f'{layer}denoiser.{name}' for layer, group in find_denoisers(state).items() for name in group}
 
 
 def _is_denoiser(weight: Any, entries: Mapping[str, Tensor]) -> bool:
-    """Whether entries called ``denoiser.*`` are ours, damaged or not, and not those of a module of the user's."""
+    """Whether the entries ``denoiser.*`` of a layer come from a :class:`Denoiser`, complete or not.
+
+    A :class:`Denoiser` belongs to a layer with a weight of 2 or 4 dimensions, and its own weight is a stack of square
+    matrices. Without the weight of the layer, as in a damaged file, all entries must have the dimensions of a denoiser:
+    such a file must not pass for a vanilla one.
+    """
     matrix = entries.get('weight')
     if matrix is not None and (
         matrix.dim() in (1, 2, 4, 5) or (matrix.dim() == 3 and matrix.shape[1] != matrix.shape[2])
     ):
-        return False  # a norm, a Linear layer, a convolution
+        return False  # the weight of a norm, a Linear layer or a convolution
     if isinstance(weight, Tensor):
         return weight.dim() in (2, 4) or matrix is not None or {'up', 'down'} <= set(entries)
-    # without its layer: all of it has to look like ours
     if any(value.dim() != DIMENSIONS[name] for name, value in entries.items()):
         return False
     if matrix is not None:
-        groups, size, _ = matrix.shape  # of nn.Conv1d, the bias would have one number for each of the first dimension
+        groups, size, _ = matrix.shape  # an nn.Conv1d would have a bias of length `groups`
         return len(entries) == 1 or ('bias' in entries and size > 1 and len(entries['bias']) == groups * size)
     return {'up', 'down'} <= set(entries)
 
 
 def _refuse_shared(state: Mapping[str, Any], denoisers: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raises a FusionError where a weight that is about to change is, in the same memory, that of another layer too.
+    """Raises a FusionError if a weight or bias that fusing changes shares memory with another entry.
 
-    One layer under two names is fine: there the denoisers are the same memory as well.
+    A layer with two names is allowed: its denoisers share memory too.
     """
     storages = Storages(state.items())
     memory = {layer: {key: storage_of(value) for key, value in group.items()} for layer, group in denoisers.items()}
@@ -140,20 +139,21 @@ def _refuse_shared(state: Mapping[str, Any], denoisers: Mapping[str, Mapping[str
 def fuse_model(module: nn.Module) -> nn.Module:
     """Returns a vanilla copy of a denoised model with the denoisers folded into its weights.
 
-    The copy has the classes, names, shapes and dtypes of the model before :func:`apply_denoiserep`. What its state dict
-    holds plays no part: that of a LoRA model lacks most weights.
+    The copy has the classes, names, shapes and dtypes of the model before :func:`apply_denoiserep`. The state dict of
+    the model need not be complete, and is not with LoRA.
 
     Args:
         module: A model with denoisers; it is not changed.
 
     Raises:
-        FusionError: The model has no denoiser, a layer was pruned or parametrised since or shares its weight with
-            another one, a forward was replaced by a function that holds the model, or a value is not finite.
+        FusionError: The model has no denoiser, a layer was pruned or parametrised after the conversion or shares its
+            weight with another layer, a forward was replaced by a function that holds the model, or a value is not
+            finite.
     """
-    layers = {name: child for name, child in module.named_modules() if isinstance(child, DenoiseLayer)}
+    layers = find_denoise_layers(module)
     if not layers:
         raise FusionError('there is no denoiser in the model, so there is nothing to fuse')
-    folded = {}
+    fused_parameters = {}
     shared = shared_parameters(module)
     for name, layer in layers.items():
         if any(id(parameter) in shared for parameter in layer.parameters(recurse=False)):
@@ -161,20 +161,16 @@ def fuse_model(module: nn.Module) -> nn.Module:
                 f'the weight or bias of {name or "the model"} is shared with another layer; '
                 'exclude both from the targets'
             )
-        folded[name] = layer.folded(name or 'the model')
+        fused_parameters[name] = layer.fused_parameters(name or 'the model')
     fused = _copy(module)
-    for name, values in folded.items():
-        twin = fused.get_submodule(name)
-        restore_layer(twin)  # type: ignore[arg-type]
-        with torch.no_grad():
-            for key, value in values.items():
-                twin.get_parameter(key).copy_(value)
+    for name, layer in find_denoise_layers(fused).items():
+        make_vanilla(layer, fused_parameters[name])
     for name, child in fused.named_modules():
-        for method in MERGERS:
-            if child.__dict__.get(method) is fuse_before_deploy:
+        for method in REPARAMETERIZATIONS:
+            if child.__dict__.get(method) is refuse_reparameterization:
                 delattr(child, method)
         forget_denoising(child)
-        if _calls_the_original(child.__dict__.get('forward')):
+        if _holds_denoise_layers(child.__dict__.get('forward')):
             raise FusionError(
                 f'the forward of {name or "the model"} was replaced by a function that holds the denoised model, which '
                 'no copy can leave; fuse its state dict (fuse_state_dict) and load that into the vanilla model'
@@ -183,7 +179,7 @@ def fuse_model(module: nn.Module) -> nn.Module:
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """Returns a deep copy, also of a model with pruned or weight-normed layers, which hold results of operations."""
+    """Returns a deep copy of a model that may hold non-leaf tensors, as pruned and weight-normed layers do."""
     results = [
         value
         for part in module.modules()
@@ -193,11 +189,10 @@ def _copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(value): value.detach().clone() for value in results})
 
 
-def _calls_the_original(forward: Any) -> bool:
-    """Whether a function holds a module with denoisers, of which a fused model has none."""
+def _holds_denoise_layers(forward: Any) -> bool:
+    """Whether the closure of a function holds a module with denoisers, which only the original model has."""
     held = []
     for cell in getattr(forward, '__closure__', None) or ():
-        with suppress(ValueError):  # a cell that is empty
+        with suppress(ValueError):  # an empty cell
             held.append(cell.cell_contents)
-    held = [value for value in held if isinstance(value, nn.Module)]
-    return any(isinstance(part, DenoiseLayer) for module in held for part in module.modules())
+    return any(find_denoise_layers(value) for value in held if isinstance(value, nn.Module))

@@ -1,1 +1,1 @@
-"""The method: the schedule, the denoiser of a layer and its loss, which layers get one, and the conversion."""
+"""The method: the noise schedule, the denoiser of a layer with its loss, the target layers, the conversion."""

@@ -1,4 +1,4 @@
-"""Puts denoisers onto the target layers of a model, in place, and reports what was done."""
+"""Gives the target layers of a model denoisers, in place."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -9,18 +9,18 @@ from torch import nn
 
 from ..utils.table import format_table
 from .denoiser import DEFAULT_RANK
-from .layers import DenoiseLayer, convert_layer, restore_layer
+from .layers import DenoiseLayer, convert_layer, find_denoise_layers, restore_layer
 from .schedule import NoiseSchedule
 from .select import find_layers
 from .targets import Targets
 
-MERGERS = ('switch_to_deploy', 'merge_kernel', 'local_inject', 'reparameterize', 'fuse')
-"""Methods that merge the weights of branches and norms, and make new layers of them."""
+REPARAMETERIZATIONS = ('switch_to_deploy', 'merge_kernel', 'local_inject', 'reparameterize', 'fuse')
+"""Methods of backbones that replace branches and norms by new layers with merged weights."""
 
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """One row of the report: a layer that got a denoiser."""
+    """A layer that got a denoiser: its vanilla class, the shape of its weight, and the parameters of the denoiser."""
 
     name: str
     type: str
@@ -31,14 +31,14 @@ class ConvertedLayer:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What :func:`apply_denoiserep` did.
+    """The result of :func:`apply_denoiserep`; ``print`` it for a table.
 
     Attributes:
         layers: The converted layers, first executed first.
-        skipped: Name and reason of every layer that was matched by a target and left as it is.
-        order: ``'execution'``, or ``'registration'`` where the model could not be run on the dummy image.
-        probe_failure: Why it could not, else empty.
-        parameters: Parameters of the model before the conversion.
+        skipped: By layer name, why a layer that a target matches was not converted.
+        order: ``'execution'``, or ``'registration'`` if the model did not run on the example input.
+        probe_failure: Why the model did not run, or an empty string.
+        parameters: Number of parameters of the model before the conversion.
     """
 
     layers: tuple[ConvertedLayer, ...]
@@ -49,7 +49,7 @@ class ConversionReport:
 
     @property
     def extra_parameters(self) -> int:
-        """Parameters that the denoisers add until they are fused."""
+        """Number of parameters that the denoisers add until they are fused."""
         return sum(layer.extra_parameters for layer in self.layers)
 
     def __str__(self) -> str:
@@ -85,29 +85,30 @@ def apply_denoiserep(
 ) -> ConversionReport:
     """Gives every target layer of a model a denoiser on its input, in place.
 
-    Timesteps count down in execution order: the first of N layers gets t = N, the last one t = 1. The order comes from
-    one run on a dummy image, which also finds the layers that are never called or whose weight a parent reads by
-    itself (``nn.MultiheadAttention``, SwinV2's ``qkv``): those can't be fused exactly and are skipped, as is every
-    layer that is not plainly one of its class.
+    Timesteps count down in execution order: the first of N layers gets t = N, the last one t = 1. One forward pass
+    shows the order. It also finds layers that are never called, and layers whose weight another module reads
+    (``nn.MultiheadAttention``, SwinV2's ``qkv``). These layers are skipped, as are layers of classes that may compute
+    something else than ``nn.Linear`` or ``nn.Conv2d``, because their denoisers would not fuse exactly.
 
     Args:
         module: The model; it stays the same object, and every parameter keeps its name.
         targets: A preset (``'mlp'``, ``'linear'``, ``'conv2d'``, ``'all'``), a regular expression that must match the
             whole name of a module, ``dict(pattern=..., rank=..., bias=...)``, or a list of these; the first entry that
             matches a layer decides its options.
-        exclude: Regular expressions for names that stay as they are.
-        rank: Rank of the denoisers, None for full; where a group has no more channels, it is full.
-        bias: None gives a denoiser a bias wherever that fuses exactly, False nowhere, True everywhere or not at all.
-        schedule: Defaults to the official :class:`NoiseSchedule`.
-        example_input: What to call the module with; None takes one random image, (1, 3, 224, 224).
+        exclude: Regular expressions for the names of layers to leave out.
+        rank: Rank of the denoisers; None, or a rank of at least the channels of a group, gives full rank.
+        bias: True gives every denoiser a bias, and raises where it can't be fused exactly; None gives one only where it
+            can; False gives none.
+        schedule: The noise schedule; None takes the default :class:`NoiseSchedule`.
+        example_input: Input of the forward pass; None takes one random image, (1, 3, 224, 224).
 
     Returns:
-        A :class:`ConversionReport`; ``print`` it for a table.
+        A :class:`ConversionReport`.
 
     Raises:
-        ValueError: The module has denoisers already or lazy parameters, an entry of targets or exclude is malformed, an
-            entry of targets matches no convertible layer or one of exclude no layer at all, an option does not fit a
-            layer, or there are more layers than timesteps. The model is then as it was.
+        ValueError: The module has denoisers or lazy parameters, an entry of targets or exclude is malformed or matches
+            no layer that it could, an option does not fit a layer, or there are more layers than timesteps. The model
+            is then unchanged.
     """
     schedule = schedule or NoiseSchedule()
     selection = find_layers(module, targets, exclude, example_input)
@@ -131,37 +132,37 @@ def apply_denoiserep(
         converted.append(denoised)
         extra = sum(p.numel() for p in denoised.denoiser.parameters())
         rows.append(ConvertedLayer(name, kind, tuple(denoised.weight.shape), timestep, extra))
-    _refuse_merging(module)
+    _guard_reparameterizations(module)
     order = 'registration' if selection.failure else 'execution'
     return ConversionReport(tuple(rows), selection.skipped, order, selection.failure, parameters)
 
 
-def _refuse_merging(module: nn.Module) -> None:
+def _guard_reparameterizations(module: nn.Module) -> None:
     for child in module.modules():
-        if not isinstance(child, DenoiseLayer) and any(isinstance(part, DenoiseLayer) for part in child.modules()):
-            for name in MERGERS:
-                if _takes_nothing(getattr(child, name, None)):
-                    child.__dict__[name] = fuse_before_deploy
+        if not isinstance(child, DenoiseLayer) and find_denoise_layers(child):
+            for name in REPARAMETERIZATIONS:
+                if _needs_no_argument(getattr(child, name, None)):
+                    child.__dict__[name] = refuse_reparameterization
 
 
-def _takes_nothing(method: Any) -> bool:
-    """Whether a method works without an argument: a forward may call one of the same name that takes features."""
+def _needs_no_argument(method: Any) -> bool:
+    """Whether a method can be called without an argument; one that needs features may be a part of the forward."""
     try:
         return callable(method) and all(
             p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
             for p in inspect.signature(method).parameters.values()
         )
-    except ValueError:  # it is not written in Python
+    except ValueError:  # not written in Python
         return False
 
 
-def fuse_before_deploy(*args, **kwargs) -> None:
-    """Stands in for :data:`MERGERS` of a denoised model: merging branches would drop the denoisers.
+def refuse_reparameterization(*args, **kwargs) -> None:
+    """Replaces :data:`REPARAMETERIZATIONS` of a denoised model, which would drop the denoisers.
 
     Raises:
         RuntimeError: Always.
     """
     raise RuntimeError(
-        f'this model has denoisers that merging its layers ({", ".join(MERGERS)}) would drop; '
+        f'this model has denoisers that merging its layers ({", ".join(REPARAMETERIZATIONS)}) would drop; '
         'call fuse_model(model) first'
     )

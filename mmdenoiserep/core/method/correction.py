@@ -1,7 +1,7 @@
 """The correction of one layer: ``x' = x - (B x + b~)``, at full and at low rank, with its loss and its fold."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,26 +12,26 @@ from .schedule import ReverseStep
 
 @dataclass(frozen=True, eq=False)
 class Correction:
-    """``B x + b~``, with B block-diagonal: one block for each group of channels.
+    """``B x + b~`` with ``b~ = bias`` and a block-diagonal B, one block for each group of channels.
 
-    Full:     ``B = weight``             weight (groups, C/g, C/g)
-    Low rank: ``B = scale I + up down``  scale (groups,), up (groups, C/g, rank), down (groups, rank, C/g)
+        full rank:  ``B = weight``
+        low rank:   ``B = scale I + up down``
 
-    and b~ is ``bias`` (C,), or None. This class alone tells the two apart.
+    Only this class distinguishes the two forms.
     """
 
-    weight: Tensor | None = None
-    scale: Tensor | None = None
-    up: Tensor | None = None
-    down: Tensor | None = None
-    bias: Tensor | None = None
+    weight: Tensor | None = None  # (groups, C/g, C/g)
+    scale: Tensor | None = None  # (groups,)
+    up: Tensor | None = None  # (groups, C/g, rank)
+    down: Tensor | None = None  # (groups, rank, C/g)
+    bias: Tensor | None = None  # (C,)
 
     @staticmethod
     def of(parameters: Mapping[str, Tensor]) -> 'Correction':
-        """Returns the correction that the parameters of a :class:`Denoiser` describe, by their names.
+        """Returns the correction with the parameters of a :class:`Denoiser`, given by name.
 
         Raises:
-            ValueError: They are not those of a full or of a low-rank one.
+            ValueError: The names fit neither form.
         """
         if parameters.keys() - {'bias'} not in ({'weight'}, {'scale', 'up', 'down'}):
             raise ValueError(f'is incomplete: it has only {", ".join(sorted(parameters))}')
@@ -40,8 +40,7 @@ class Correction:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     @property
     def rank(self) -> int | None:
@@ -49,51 +48,52 @@ class Correction:
         return None if self.up is None else self.up.shape[-1]
 
     def to(self, *args: Any, **kwargs: Any) -> 'Correction':
-        """Returns the same correction in another dtype or on another device, as ``Tensor.to``."""
+        """Applies ``Tensor.to`` to every tensor."""
         return Correction(**{name: value.to(*args, **kwargs) for name, value in self.tensors.items()})
 
     def matrix(self) -> Tensor:
         """Returns B, (groups, C/g, C/g), differentiable."""
         if self.weight is not None:
             return self.weight
-        scale, up, down = self._low_rank
-        low_rank = up @ down
+        scale, up, down = self._factors
+        low_rank = up @ down  # (groups, C/g, C/g)
         identity = torch.eye(low_rank.shape[-1], device=low_rank.device, dtype=low_rank.dtype)
         return scale[:, None, None] * identity + low_rank
 
-    def apply(self, x: Tensor, project: Callable[..., Tensor], scale: Callable[..., Tensor]) -> Tensor:
-        """Returns ``B x + b~`` for features in the layout of a layer.
+    def apply(self, x: Tensor, project: Callable[..., Tensor], channel_shape: tuple[int, ...]) -> Tensor:
+        """Returns ``B x + b~`` in the layout of a layer's features.
 
         Args:
             x: Features.
-            project: ``project(x, matrix, bias)`` applies (groups, out/g, in/g) and a bias to the channels of x.
-            scale: ``scale(x, factors)`` multiplies the channels of each group by a number, (groups,).
+            project: ``project(x, matrix, bias)`` applies a block-diagonal matrix, (groups, out/g, in/g), and a bias to
+                the channels of x.
+            channel_shape: Shape in which one number for each channel, (C,), multiplies x.
         """
         if self.weight is not None:
             return project(x, self.weight, self.bias)
-        factors, up, down = self._low_rank
+        scale, up, down = self._factors
         low_rank = project(project(x, down, None), up, self.bias)
-        return scale(x, factors) + low_rank
+        return x * scale.repeat_interleave(up.shape[1]).reshape(channel_shape) + low_rank  # (groups,) -> (C,)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Returns ``W' = W - W B`` and ``b' = b - W b~``, differentiable, in the dtype of what it is given.
+        """Returns ``W' = W - W B`` and ``b' = b - W b~``, differentiable, in the dtype of the arguments.
 
         Args:
             weight: W of a Linear layer, (O, C), or of a convolution, (O, C/g, kernel height, kernel width).
             bias: b, (O,), or None.
         """
-        columns = self._columns
+        columns = self._left_factor
         groups, size, count = columns.shape
         if self.bias is not None:
-            columns = torch.cat([columns, self.bias.reshape(groups, size, 1)], 2)
+            columns = torch.cat([columns, self.bias.reshape(groups, size, 1)], 2)  # (groups, C/g, count + 1)
         taps = weight.reshape(groups, weight.shape[0] // groups, size, -1).mT  # (groups, O/g, taps, C/g)
         rows = taps.reshape(groups, -1, size)  # (groups, O/g * taps, C/g)
-        # W B or W up, and W b~, of all rows: (groups, count + 1, rows); in float64 twice as fast as rows @ columns
-        products = columns.mT @ rows.mT
+        # (W B)^T or (W up)^T, and in the last row W b~; in float64 twice as fast as rows @ columns
+        products = columns.mT @ rows.mT  # (groups, count + 1, O/g * taps)
         if self.weight is not None:
             folded = rows - products[:, :count].mT
         else:
-            scale, _, down = self._low_rank
+            scale, _, down = self._factors
             folded = rows * (1 - scale[:, None, None])
             folded.baddbmm_(products[:, :count].mT, down, alpha=-1)
         if self.bias is not None and bias is not None:
@@ -102,20 +102,20 @@ class Correction:
         return folded.reshape(weight.shape), bias
 
     def loss(self, vectors: Tensor, step: ReverseStep) -> Tensor:
-        """Returns the error of predicting the noise in features, with the noise integrated out.
+        """Returns the expected squared error of the predicted noise, per channel and averaged over the features x.
 
             ``L = E_eps |eps - (D x_t + d)|^2 / C,   x_t = sqrt(abar) x + sqrt(1 - abar) eps``
-            ``  = ( |sqrt(abar) D x + d|^2 + |I - sqrt(1 - abar) D|_F^2 ) / C``, averaged over the vectors x
+            ``  = ( |sqrt(abar) D x + d|^2 + |I - sqrt(1 - abar) D|_F^2 ) / C``
 
-        with ``D = (B + (c3 - 1) I) / c1`` and ``d = b~ / c1``: no sampling of noise, so no variance. No C x C matrix is
-        built at low rank: ``|a I - U V|_F^2 = a^2 C - 2 a tr(U V) + sum(U^T U * V V^T)``.
+        with ``D = (B + (c3 - 1) I) / c1`` and ``d = b~ / c1``. The expectation over the noise eps is exact: no noise is
+        sampled. At low rank, ``|a I - U V|_F^2 = a^2 C - 2 a tr(U V) + sum(U^T U * V V^T)`` needs no C x C matrix.
 
         Args:
-            vectors: Features x, (groups, C/g, n), in the dtype of the correction. Without any the loss is 0.
+            vectors: Features x, (groups, C/g, n), in the dtype of the correction.
             step: The constants of the layer's timestep.
 
         Returns:
-            A scalar.
+            A scalar; 0 for n = 0.
         """
         if vectors.numel() == 0:
             return torch.stack([value.sum() * 0 for value in self.tensors.values()]).sum()
@@ -127,50 +127,48 @@ class Correction:
             correction = self.weight @ x
             residual = (identity - noise * (self.weight + step.c3_minus_1 * identity)).square().sum()
         else:
-            scale, up, down = self._low_rank
-            correction = torch.baddbmm(x * scale[:, None, None], up, down @ x)
-            rest = 1 - noise * (scale + step.c3_minus_1)
-            trace = noise * (up * down.mT).sum((1, 2))
-            square = noise**2 * ((up.mT @ up) * (down @ down.mT)).sum((1, 2))
+            scale, up, down = self._factors
+            correction = torch.baddbmm(x * scale[:, None, None], up, down @ x)  # B x, (groups, C/g, n)
+            rest = 1 - noise * (scale + step.c3_minus_1)  # a, (groups,)
+            trace = noise * (up * down.mT).sum((1, 2))  # tr(U V), (groups,)
+            square = noise**2 * ((up.mT @ up) * (down @ down.mT)).sum((1, 2))  # |U V|_F^2, (groups,)
             residual = (rest.square() * size - 2 * rest * trace + square).sum()
         if self.bias is not None:
             correction = correction + self.bias.reshape(groups, size, 1)
-        prediction = torch.add(correction, x, alpha=step.c3_minus_1) / step.c1
+        prediction = torch.add(correction, x, alpha=step.c3_minus_1) / step.c1  # sqrt(abar) D x + d
         return prediction.square().mean() + residual / (groups * size)
 
     @torch.no_grad()
     def curvature(self, vectors: Tensor, step: ReverseStep) -> Tensor:
-        """Returns a bound of the largest curvature of :meth:`loss` in the parameters.
+        """Returns an upper bound of the curvature of :meth:`loss` in the parameters, the largest over the groups.
 
-        The loss is a sum of squares ``|r|^2``, so its curvature near the minimum is that of ``2 J^T J``, with J the
-        derivative of r. Per group,
+            full rank:  ``2 / (C c1^2) * (q + 1)``
+            low rank:   ``2 / (C c1^2) * (q (1 + |up|^2 + |down|^2) + 1)``,   ``q = abar E|x|^2 + (1 - abar) C/g``
 
-            full:      ``2 / (C c1^2) * (q + 1)``
-            low rank:  ``2 / (C c1^2) * (q (1 + |up|^2 + |down|^2) + 1)``,   ``q = abar E|x|^2 + (1 - abar) C/g``
-
-        where q is the trace of the second moment of the noised features, which bounds its largest eigenvalue, and the
-        1 is the bias, if there is one. The largest over the groups counts.
+        It bounds the Gauss-Newton matrix ``2 J^T J`` of the loss ``|r|^2``, where J is the derivative of r. The trace q
+        of the second moment of the noised features bounds the largest eigenvalue of that moment. The summand 1 comes
+        from the bias, and is 0 without one.
 
         Args:
             vectors: Features x, (groups, C/g, n), in the dtype of the correction.
             step: The constants of the layer's timestep.
 
         Returns:
-            A scalar, 0 without vectors.
+            A scalar; 0 for n = 0.
         """
         if vectors.numel() == 0:
             return vectors.new_zeros(())
         groups, size, _ = vectors.shape
         trace = step.signal**2 * vectors.square().sum(1).mean(1) + step.noise**2 * size  # q, (groups,)
         if self.weight is None:
-            trace = trace * (1 + sum(factor.square().sum((1, 2)) for factor in self._low_rank[1:]))
+            trace = trace * (1 + sum(factor.square().sum((1, 2)) for factor in self._factors[1:]))
         return 2 / (groups * size * step.c1**2) * (trace.amax() + (self.bias is not None))
 
     def fits(self, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether the shapes are those of a correction for this layer; a Linear layer has one group."""
-        if self._columns.dim() != 3 or not len(self._columns) or weight.dim() not in (2, 4):
+        """Whether the shapes fit each other and a layer with this weight and bias; a Linear layer has one group."""
+        if self._left_factor.dim() != 3 or not len(self._left_factor) or weight.dim() not in (2, 4):
             return False
-        groups, size, rank = self._columns.shape
+        groups, size, rank = self._left_factor.shape
         shapes = dict(weight=(groups, size, size), scale=(groups,), up=(groups, size, rank), down=(groups, rank, size))
         shapes['bias'] = (groups * size,)
         return (
@@ -184,14 +182,15 @@ class Correction:
     @property
     def groups(self) -> int:
         """Number of blocks of B."""
-        return len(self._columns)
+        return len(self._left_factor)
 
     @property
-    def _columns(self) -> Tensor:
-        """What the weight of the layer is multiplied by in a fold, (groups, C/g, C/g or rank)."""
-        return self._low_rank[1] if self.weight is None else self.weight
+    def _left_factor(self) -> Tensor:
+        """``weight`` or ``up``, (groups, C/g, C/g or rank)."""
+        return self._factors[1] if self.weight is None else self.weight
 
     @property
-    def _low_rank(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``scale``, ``up`` and ``down`` of the low-rank form."""
         assert self.scale is not None and self.up is not None and self.down is not None
         return self.scale, self.up, self.down

@@ -1,4 +1,4 @@
-"""The linear denoiser of one layer: the parameters of its correction."""
+"""The module that holds the parameters of a layer's correction."""
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +10,24 @@ DEFAULT_RANK = 16
 
 
 class Denoiser(nn.Module):
-    """The correction ``B x + b~`` of one layer, held as raw parameters that start at zero.
+    """The linear denoiser of one layer: the parameters of its correction ``B x + b~``, which is zero at the start.
 
-    Full:     ``B = weight``             weight (groups, C/g, C/g)
-    Low rank: ``B = scale I + up down``  scale (groups,), up (groups, C/g, rank), down (groups, rank, C/g)
+        full rank:  ``B = weight``             weight (groups, C/g, C/g)
+        low rank:   ``B = scale I + up down``  scale (groups,), up (groups, C/g, rank), down (groups, rank, C/g)
 
-    B is block-diagonal with one block a group. Raw parameters instead of an ``nn.Linear``, because backbones
-    re-initialise every ``nn.Linear`` they find; no buffers, because hooks average and synchronise them.
+    B is block-diagonal, with one block for each group; b~ is ``bias``, (C,). The parameters are no ``nn.Linear``,
+    which backbones would re-initialise, and no buffers, which hooks would average and synchronise.
 
     Args:
         channels: C, the input channels of the layer.
         groups: The groups of the layer, which must divide C.
-        rank: Rank of ``up down``; None or at least C/g stores the full B.
-        bias: Whether there is a ``b~``, shape (C,).
+        rank: Rank of ``up down``; None, or a rank of at least C/g, stores the full B.
+        bias: Whether to have b~.
         device: Device of the parameters.
         dtype: Floating dtype of the parameters.
+
+    Raises:
+        ValueError: The rank is no integer of at least 1.
     """
 
     def __init__(
@@ -49,18 +52,18 @@ class Denoiser(nn.Module):
         else:
             self.scale = zeros(groups)
             self.up = zeros(groups, size, rank)
-            # With up = 0 the start is exactly B = 0; down must not be zero too, or neither would get a gradient.
-            # B is of the order of c1, about 2e-3: down starts near its square root, so one learning rate suits both.
-            # A generator of its own: converting a model leaves the random numbers of the training run as they were.
+            # B = 0 because up = 0. If down were zero too, neither would get a gradient. Trained, B is of the order of
+            # c1, about 2e-3: down starts near its square root, so that one learning rate suits both factors.
+            # The own generator keeps the conversion from changing the random numbers of the training.
             noise = torch.randn(groups, rank, size, generator=torch.Generator().manual_seed(0), device='cpu')
             noise *= 0.05 / size**0.5
             self.down = nn.Parameter(noise.to(device=device, dtype=dtype or self.up.dtype))
         self.bias = zeros(channels) if bias else None
 
     def correction(self) -> Correction:
-        """Returns ``B x + b~`` with these parameters, which get its gradients."""
+        """Returns the correction with these parameters, differentiable."""
         return Correction.of(dict(self.named_parameters()))
 
     def matrix(self) -> Tensor:
-        """Returns B, shape (groups, C/g, C/g), differentiable."""
+        """Returns B, (groups, C/g, C/g), differentiable."""
         return self.correction().matrix()

@@ -1,7 +1,7 @@
-"""Embedding layers with a denoiser on their input: ``y = W x' + b`` with ``x' = x - (B x + b~)``."""
+"""Linear layers and convolutions with a denoiser on their input: ``y = W x' + b``, ``x' = x - (B x + b~)``."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,22 +21,23 @@ from .schedule import NoiseSchedule, ReverseStep
 OFFICIAL_SCHEDULE = NoiseSchedule()
 
 Layer = nn.Linear | nn.Conv2d
-"""The layers that the method works on."""
+"""The layers that can get a denoiser."""
 
 
 class DenoiseLayer(nn.Module):
-    """What :class:`DenoiseLinear` and :class:`DenoiseConv2d` share.
+    """Base class of :class:`DenoiseLinear` and :class:`DenoiseConv2d`.
 
-    Layer t of the cascade sees its input x as one step of a reverse diffusion,
+    The layer with the timestep t applies one reverse step of the diffusion to its input x, with a linear prediction
+    ``D x + d`` of the noise:
 
         ``x' = c3 x - c1 (D x + d) = x - (B x + b~)``,   ``B = c1 D - (c3 - 1) I``,   ``b~ = c1 d``
 
-    and stores B and b~: zero is exactly the vanilla layer in every dtype.
+    It stores B and b~, so that zeros give exactly the vanilla layer in every dtype.
 
     Attributes:
-        denoiser: The correction, see :class:`Denoiser`.
-        timestep: t; the first executed layer of a model has the largest, the last one 1.
-        schedule: The schedule that t refers to.
+        denoiser: The parameters of B and b~, see :class:`Denoiser`.
+        timestep: t; the first executed layer of a model has the largest timestep, the last one has 1.
+        schedule: The noise schedule.
     """
 
     weight: Tensor
@@ -45,9 +46,10 @@ class DenoiseLayer(nn.Module):
     timestep: int
     schedule: NoiseSchedule
     vanilla_class: type[nn.Module]
+    _channel_shape: tuple[int, ...]  # (C,) numbers are reshaped to it, to multiply features
 
     def extra_repr(self) -> str:
-        """Adds the timestep to what the vanilla layer prints of itself."""
+        """Adds the timestep to the representation of the vanilla layer."""
         return f'{super().extra_repr()}, timestep={self.timestep}'
 
     @property
@@ -56,14 +58,16 @@ class DenoiseLayer(nn.Module):
         return self.schedule.reverse_step(self.timestep)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Applies the layer to the denoised input, in training and in evaluation alike.
+        """Applies the layer to the denoised input, in training and in eval mode.
 
-        ``W (x - (B x + b~)) + b = (W - W B) x + (b - W b~)``: B is multiplied by the weight or by the input, whichever
-        has fewer elements. It is a constant here: a label loss trains the layer through its denoiser, but never the
-        denoiser.
+        ``W (x - (B x + b~)) + b = (W - W B) x + (b - W b~)``: B multiplies the weight or the input, whichever has fewer
+        elements. B and b~ are constants here: the model's own loss trains the layer, but not the denoiser.
+
+        Args:
+            input: Features, as the vanilla layer takes them.
 
         Raises:
-            InputError: torch.fx traces the layer, which a branch on sizes does not allow.
+            InputError: torch.fx traces the layer; it can't follow the branch on sizes.
         """
         if isinstance(input, torch.fx.Proxy):
             raise InputError(
@@ -72,34 +76,39 @@ class DenoiseLayer(nn.Module):
                 'efficient_conv_bn_eval out of the config, and trace the fused model'
             )
         if input.numel() > self.weight.numel():
-            return self.forward_plain(input, *self._fold())
+            return self.forward_plain(input, *self._fused())
         return self.forward_by_definition(input)
 
     def forward_by_definition(self, x: Tensor) -> Tensor:
-        """Applies the layer to :meth:`correct`, whatever that costs."""
+        """Applies the layer to ``correct(x)``, also where fused weights are cheaper."""
         return self.forward_plain(self.correct(x), self.weight, self.bias)
 
     def correct(self, x: Tensor) -> Tensor:
-        """Returns the denoised input ``x' = x - (B x + b~)``, same shape as x; B and b~ are constants here."""
-        return x - self._constants().apply(x, self._project, self._scale)
+        """Returns the denoised input ``x' = x - (B x + b~)``, of the shape of x; B and b~ are constants here."""
+        return x - self._constants().apply(x, self._project, self._channel_shape)
 
     def denoise_loss(self, x: Tensor, limit: float = 1.0) -> Tensor:
-        """Returns the expected error of the noise prediction on an input, see :meth:`~.correction.Correction.loss`.
+        """Returns the expected error of the predicted noise on an input, see :meth:`~.correction.Correction.loss`.
 
         Args:
             x: An input of the layer, of any shape that the layer accepts. It is detached.
-            limit: The gradient is scaled down where the curvature is larger, see :func:`~.loss.limit_curvature`;
-                ``math.inf`` gives the derivative itself.
+            limit: Largest curvature, above which the gradient is scaled down, see :func:`~.loss.limit_curvature`;
+                ``math.inf`` never scales it.
 
         Returns:
-            A scalar, float32 or, for float64 parameters, float64; autocast is off.
+            A scalar, float64 for float64 parameters and float32 otherwise, also under autocast.
         """
         return self.denoise_loss_of([(Sample()(self, x), 1.0)], limit)
 
     def denoise_loss_of(self, parts: Sequence[tuple[Tensor, float]], limit: float = 1.0) -> Tensor:
-        """Does the same for parts of inputs: vectors of :class:`~.sample.Sample`, (groups, C/g, n), and their share."""
+        """Returns the weighted sum of :meth:`denoise_loss` of several inputs.
+
+        Args:
+            parts: Vectors of each input, (groups, C/g, n), see :class:`~.sample.Sample`, and the weight of its loss.
+            limit: See :meth:`denoise_loss`.
+        """
         with torch.autocast(self.weight.device.type, enabled=False):
-            dtype = _accurate(next(self.denoiser.parameters()).dtype)
+            dtype = torch.promote_types(next(self.denoiser.parameters()).dtype, torch.float32)
             correction, step = self.denoiser.correction().to(dtype), self.reverse_step
             losses, curvatures = [], []
             for vectors, share in parts:
@@ -109,59 +118,50 @@ class DenoiseLayer(nn.Module):
             return limit_curvature(torch.stack(losses).sum(), torch.stack(curvatures).sum(), limit)
 
     def fuse(self) -> nn.Module:
-        """Returns the plain layer with the denoiser folded in, as ``timm.utils.reparameterize_model`` asks for it.
+        """Returns a copy of the layer with the denoiser folded into its weight, of the class before the conversion.
 
-        Returns:
-            A copy of the layer, of the class that it had before the conversion.
+        ``timm.utils.reparameterize_model`` calls this method.
 
         Raises:
-            FusionError: The layer was pruned or parametrised since, a value is not finite, or overflows the dtype of
-                the weight.
+            FusionError: The layer was pruned or parametrised after the conversion, or a value is not finite or
+                overflows the dtype of the weight.
         """
-        values = self.folded('the layer')
-        plain: Any = restore_layer(copy.deepcopy(self))
-        forget_denoising(plain)
-        with torch.no_grad():
-            for key, value in values.items():
-                plain.get_parameter(key).copy_(value)
-        return plain
+        parameters = self.fused_parameters('the layer')
+        return make_vanilla(copy.deepcopy(self), parameters)
 
-    def folded(self, name: str) -> dict[str, Tensor]:
-        """Returns ``weight`` and, if there is one, ``bias`` of :meth:`fuse`; messages call the layer by the name."""
+    def fused_parameters(self, name: str) -> dict[str, Tensor]:
+        """Returns ``weight`` and ``bias``, where the layer has one, of :meth:`fuse`; ``name`` is for messages."""
         parameters = dict(self.named_parameters(recurse=False))
         if is_parametrized(self) or 'weight' not in parameters:
             raise FusionError(
                 f'the weight of {name} was pruned or parametrised after the conversion; make that '
-                'permanent (torch.nn.utils.prune.remove, remove_parametrizations) and fuse then'
+                'permanent (torch.nn.utils.prune.remove, remove_parametrizations) before fusing'
             )
         denoiser = dict(self.denoiser.named_parameters())
         weight, bias, _ = fold_layer(name, self.weight, parameters.get('bias'), denoiser)
         return dict(weight=weight) if bias is None else dict(weight=weight, bias=bias)
 
     def _constants(self) -> Correction:
+        """Returns the correction without gradients."""
         return Correction.of({name: p.detach() for name, p in self.denoiser.named_parameters()})
 
-    def _fold(self) -> tuple[Tensor, Tensor | None]:
-        """Returns the fused weight and bias, computed in float32 or float64, in the dtype of the weight."""
+    def _fused(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the fused weight and bias, differentiable; computed in float32 or float64."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            dtype = _accurate(self.weight.dtype)
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
             bias = None if self.bias is None else self.bias.to(dtype)
             weight, bias = self._constants().to(dtype).fold(self.weight.to(dtype), bias)
         return weight.to(self.weight.dtype), None if bias is None else bias.to(self.weight.dtype)
 
     def forward_plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Applies the vanilla layer with some weight and bias."""
+        """Applies the vanilla layer with the given weight and bias."""
         raise NotImplementedError
 
     def _project(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        """Applies a block-diagonal matrix (groups, out/g, in/g) to the channels of x."""
+        """Applies a block-diagonal matrix, (groups, out/g, in/g), and a bias to the channels of x."""
         raise NotImplementedError
 
-    def _scale(self, x: Tensor, scale: Tensor) -> Tensor:
-        """Multiplies the channels of x by one number a group, scale (groups,)."""
-        raise NotImplementedError
-
-    def _attach(self, timestep: int, schedule: NoiseSchedule | None, rank: int | None, bias: bool | None) -> None:
+    def _add_denoiser(self, timestep: int, schedule: NoiseSchedule | None, rank: int | None, bias: bool | None) -> None:
         exact = can_fuse_denoiser_bias(self)  # type: ignore[arg-type]
         if bias and not exact:
             raise ValueError(
@@ -170,7 +170,7 @@ class DenoiseLayer(nn.Module):
             )
         self.schedule = schedule or OFFICIAL_SCHEDULE
         self.timestep = timestep
-        _ = self.reverse_step  # refuse a timestep outside the schedule now
+        _ = self.reverse_step  # raises for a timestep outside the schedule
         channels, groups = input_channels(self)  # type: ignore[arg-type]
         with_bias = exact if bias is None else bias
         self.denoiser = Denoiser(channels, groups, rank, with_bias, self.weight.device, self.weight.dtype)
@@ -182,12 +182,12 @@ class DenoiseLinear(DenoiseLayer, nn.Linear):
 
     Args:
         in_features: C.
-        out_features: Size of the output.
+        out_features: Output channels.
         bias: Whether the layer has a bias.
-        timestep: t of this layer in the reverse diffusion.
-        schedule: Defaults to the official :class:`NoiseSchedule`.
-        rank: Rank of the denoiser, None for full.
-        denoiser_bias: None has one wherever it fuses exactly, which needs ``bias=True``.
+        timestep: t of this layer.
+        schedule: The noise schedule; None takes the default :class:`NoiseSchedule`.
+        rank: Rank of the denoiser; None for full rank.
+        denoiser_bias: Whether the denoiser has a bias, which needs ``bias=True``; None gives it one where possible.
         device: Device of all parameters.
         dtype: Dtype of all parameters.
 
@@ -195,10 +195,12 @@ class DenoiseLinear(DenoiseLayer, nn.Linear):
         Input (..., C), output (..., out_features).
 
     Raises:
-        ValueError: A denoiser bias that can't be fused exactly, a rank below 1, a timestep outside the schedule.
+        ValueError: The denoiser bias can't be fused exactly, the rank is below 1, or the timestep is outside the
+            schedule.
     """
 
     vanilla_class = nn.Linear
+    _channel_shape = (-1,)
 
     def __init__(
         self,
@@ -214,40 +216,40 @@ class DenoiseLinear(DenoiseLayer, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
-        self._attach(timestep, schedule, rank, denoiser_bias)
+        self._add_denoiser(timestep, schedule, rank, denoiser_bias)
 
     def forward_plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Applies ``nn.Linear`` with some weight and bias."""
+        """Applies ``nn.Linear`` with the given weight and bias."""
         return F.linear(x, weight, bias)
 
     def _project(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, matrix[0], bias)
 
-    def _scale(self, x: Tensor, scale: Tensor) -> Tensor:
-        return x * scale
-
 
 class DenoiseConv2d(DenoiseLayer, nn.Conv2d):
     """``nn.Conv2d`` with a 1x1 denoiser on its input; adds only ``denoiser.*`` to the state dict.
 
-    The denoiser has the groups of the convolution: one block a group, a diagonal for a depthwise one.
+    The denoiser has the groups of the convolution: one block for each group, a diagonal for a depthwise convolution.
 
     Args:
-        *args: As ``nn.Conv2d``.
-        timestep: t of this layer in the reverse diffusion.
-        schedule: Defaults to the official :class:`NoiseSchedule`.
-        rank: Rank of each block, None for full.
-        denoiser_bias: None has one wherever it fuses exactly: the layer has a bias and pads no zeros.
-        **kwargs: As ``nn.Conv2d``.
+        *args: Positional arguments of ``nn.Conv2d``.
+        timestep: t of this layer.
+        schedule: The noise schedule; None takes the default :class:`NoiseSchedule`.
+        rank: Rank of each block; None for full rank.
+        denoiser_bias: Whether the denoiser has a bias, which needs a layer with a bias and without zero padding; None
+            gives it one where possible.
+        **kwargs: Keyword arguments of ``nn.Conv2d``.
 
     Shape:
-        Input (B, C, H, W) or (C, H, W), output as ``nn.Conv2d``.
+        Input (B, C, H, W) or (C, H, W), output as from ``nn.Conv2d``.
 
     Raises:
-        ValueError: A denoiser bias that can't be fused exactly, a rank below 1, a timestep outside the schedule.
+        ValueError: The denoiser bias can't be fused exactly, the rank is below 1, or the timestep is outside the
+            schedule.
     """
 
     vanilla_class = nn.Conv2d
+    _channel_shape = (-1, 1, 1)
 
     def __init__(
         self,
@@ -259,21 +261,19 @@ class DenoiseConv2d(DenoiseLayer, nn.Conv2d):
         **kwargs: Any,
     ) -> None:
         nn.Conv2d.__init__(self, *args, **kwargs)
-        self._attach(timestep, schedule, rank, denoiser_bias)
+        self._add_denoiser(timestep, schedule, rank, denoiser_bias)
 
     def forward_plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Applies ``nn.Conv2d`` with some weight and bias."""
+        """Applies ``nn.Conv2d`` with the given weight and bias."""
         return super()._conv_forward(x, weight, bias)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Applies another weight and bias to the denoised input: mmcv's ``efficient_conv_bn_eval`` scales them."""
+        """Applies the given weight and bias, which mmcv's ``efficient_conv_bn_eval`` scales, to the denoised input."""
         return self.forward_plain(self.correct(input), weight, bias)
 
     def _project(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, matrix.flatten(0, 1)[..., None, None], bias, groups=matrix.shape[0])
-
-    def _scale(self, x: Tensor, scale: Tensor) -> Tensor:
-        return x * scale.repeat_interleave(self.weight.shape[1])[:, None, None]
+        kernel = matrix.flatten(0, 1)[..., None, None]  # (groups * out/g, in/g, 1, 1)
+        return F.conv2d(x, kernel, bias, groups=matrix.shape[0])
 
 
 DENOISE_CLASSES: dict[type[nn.Module], type[DenoiseLayer]] = {nn.Linear: DenoiseLinear, nn.Conv2d: DenoiseConv2d}
@@ -284,8 +284,11 @@ def convert_layer(
 ) -> DenoiseLayer:
     """Turns an ``nn.Linear`` or ``nn.Conv2d`` into its denoised class, in place, and returns it.
 
-    The object stays the same one: whoever holds it (several parents, a list, an optimizer its parameters, a forward
-    hook) needs no change. :func:`restore_layer` is the way back.
+    The object and its parameters stay the same, so parent modules, optimizers and hooks keep valid references. For the
+    arguments see :class:`DenoiseLinear`; ``bias`` is its ``denoiser_bias``. :func:`restore_layer` is the inverse.
+
+    Raises:
+        ValueError: See :class:`DenoiseLinear`; the layer is then unchanged.
     """
     vanilla = type(layer)
     denoised = next(denoised for base, denoised in DENOISE_CLASSES.items() if issubclass(vanilla, base))
@@ -293,7 +296,7 @@ def convert_layer(
     assert isinstance(layer, DenoiseLayer)
     layer.vanilla_class = vanilla
     try:
-        layer._attach(timestep, schedule, rank, bias)
+        layer._add_denoiser(timestep, schedule, rank, bias)
     except BaseException:
         restore_layer(layer)
         raise
@@ -301,13 +304,23 @@ def convert_layer(
 
 
 def restore_layer(layer: DenoiseLayer) -> nn.Module:
-    """Turns a denoised layer back into the plain layer it was, in place and without folding anything; returns it."""
+    """Turns a denoised layer back into its vanilla class, in place, and returns it; the denoiser is dropped."""
     vanilla = layer.vanilla_class
     layer._modules.pop('denoiser', None)
     for name in ('timestep', 'schedule', 'vanilla_class'):
         layer.__dict__.pop(name, None)
     layer.__class__ = vanilla  # type: ignore[assignment]
     return layer
+
+
+def make_vanilla(layer: DenoiseLayer, parameters: Mapping[str, Tensor]) -> nn.Module:
+    """Turns a denoised layer into its vanilla class with the given parameters, in place, and returns it."""
+    vanilla = restore_layer(layer)
+    forget_denoising(vanilla)
+    with torch.no_grad():
+        for name, value in parameters.items():
+            vanilla.get_parameter(name).copy_(value)
+    return vanilla
 
 
 def forget_denoising(module: nn.Module) -> None:
@@ -320,15 +333,20 @@ def forget_denoising(module: nn.Module) -> None:
         del module.__dict__['denoiserep']
 
 
+def find_denoise_layers(module: nn.Module) -> dict[str, DenoiseLayer]:
+    """Returns the denoised layers of a model by name, in the order of registration."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, DenoiseLayer)}
+
+
 def reserved_names(layer: nn.Module) -> set[str]:
-    """Returns what a denoised layer defines beside the plain one: names that the plain layer must not use itself."""
+    """Returns the attributes that the denoised class adds to the vanilla class of a layer."""
     base, denoised = next((b, d) for b, d in DENOISE_CLASSES.items() if isinstance(layer, b))
     names = {name for kind in (DenoiseLayer, denoised) for name in (*vars(kind), *kind.__annotations__)}
     return names - set(dir(base)) - {'weight', 'bias'}
 
 
 def input_channels(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
-    """Returns (input channels, groups) of a layer, those of its weight; a Linear layer has one group."""
+    """Returns the input channels, by the shape of the weight, and the groups of a layer; a Linear layer has one."""
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
     return layer.weight.shape[1] * groups, groups
 
@@ -336,17 +354,13 @@ def input_channels(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
 def can_fuse_denoiser_bias(layer: nn.Linear | nn.Conv2d) -> bool:
     """Whether a bias of the denoiser folds exactly into the bias of the layer.
 
-    The vanilla layer must have a bias to fold it into, and nothing may be padded with zeros: at the border the fused
-    bias would count kernel taps on which the padding, not the denoised input, stands.
+    The layer must have a bias and no zero padding: near the border of the image, some kernel taps of an output multiply
+    padding, to which the denoiser adds no bias.
     """
     if layer.bias is None:
         return False
     if isinstance(layer, nn.Linear) or layer.padding_mode != 'zeros':
         return True
-    # 'same' and 'valid' are worked out by the layer; a tuple is what the forward reads, and models may change it
+    # the forward reads `padding` if it is a tuple, which models may change, and else the sizes that 'same' stands for
     padding = layer._reversed_padding_repeated_twice if isinstance(layer.padding, str) else layer.padding
     return not any(padding)
-
-
-def _accurate(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

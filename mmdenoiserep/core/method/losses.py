@@ -1,35 +1,35 @@
-"""The loss of all denoisers of a model, taken while the model runs."""
+"""Computes the loss of all denoisers of a model from the inputs that their layers see."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layers import DenoiseLayer
+from .layers import DenoiseLayer, find_denoise_layers
 from .sample import Sample
 
 
 class DenoiseLosses:
-    """Listens to the inputs of the denoised layers in a model's last forward; see :func:`denoise_losses`.
+    """Records the inputs of the denoised layers in the last forward of a model; see :func:`denoise_losses`.
 
     Args:
         module: The model.
-        tokens: How many tokens (pixels, for a convolution) of each call of a layer are kept; None keeps all.
+        tokens: How many tokens (pixels, for a convolution) to sample of each call of a layer; None takes all.
 
     Attributes:
         layers: The denoised layers by name.
-        draw: Number of the next forward, the seed of its random choice of tokens.
-        ran: Names of the layers that have run in any forward.
-        depth: How many forwards of the model are open; a model may call itself, which is a part of its forward.
+        draw: Number of the next forward, which seeds its sample of tokens.
+        ran: Names of the layers that ran in any forward.
+        depth: Number of open forwards; more than 1 where the model calls itself.
 
     Raises:
         ValueError: The model has no denoised layer.
     """
 
     def __init__(self, module: nn.Module, tokens: int | None = 128) -> None:
-        self.layers = {name: m for name, m in module.named_modules() if isinstance(m, DenoiseLayer)}
+        self.layers = find_denoise_layers(module)
         if not self.layers:
             raise ValueError('the model has no denoised layer; convert it with apply_denoiserep first')
         self.tokens = tokens
@@ -37,37 +37,37 @@ class DenoiseLosses:
         self.ran: set[str] = set()
         self.depth = 0
         self._inputs: dict[str, list[tuple[Tensor, int]]] = {}
-        self._open = False
+        self._recording = False
 
     def mean(self, weight: float = 1.0) -> Tensor:
-        """Returns ``weight * (mean of the losses of the N layers that ran)``; lets the tokens go.
+        """Returns ``weight * (mean of the losses of the N layers that ran)`` and drops the recorded inputs.
 
-        The gradient that it hands to each denoiser is limited to that of a curvature of 1 (see
-        :func:`~.loss.limit_curvature`): features of any size train with any learning rate that suits the model.
+        The gradient of each denoiser is scaled down to a curvature of at most 1 (see :func:`~.loss.limit_curvature`),
+        so that one learning rate suits features of any scale.
 
         Args:
             weight: lambda of the joint loss, positive.
 
         Returns:
-            A scalar; 0 where no trainable denoiser ran.
+            A scalar; 0 if no trainable denoiser ran.
         """
         inputs, self._inputs = self._inputs, {}
-        self.depth = 0  # an interrupt ends a forward without a word
+        self.depth = 0  # an interrupted forward may have left it open
         if not inputs:
-            # a gradient of 0 for every denoiser, for several processes have to agree on who has one
+            # a gradient of 0 for every denoiser: distributed training needs the same gradients on all processes
             parameters = [p for layer in self.layers.values() for p in layer.denoiser.parameters()]
             return torch.stack([p.sum() * 0 for p in parameters]).sum()
         losses = []
         for name, calls in inputs.items():
             total = max(sum(size for _, size in calls), 1)
-            shares = [(vectors, size / total) for vectors, size in calls]
-            losses.append(self.layers[name].denoise_loss_of(shares, limit=len(inputs) / weight))
+            parts = [(vectors, size / total) for vectors, size in calls]
+            losses.append(self.layers[name].denoise_loss_of(parts, limit=len(inputs) / weight))
         return weight * torch.stack(losses).mean()
 
     def clear(self) -> None:
-        """Lets the tokens go, and listens no more before the next forward begins."""
+        """Drops the recorded inputs, and stops recording until the next forward begins."""
         self._inputs = {}
-        self._open = False
+        self._recording = False
 
     def _begin(self, *_: Any) -> None:
         self.depth += 1
@@ -76,58 +76,51 @@ class DenoiseLosses:
         self._inputs = {}
         self._sample = Sample(most=self.tokens, seed=self.draw)
         self.draw += 1
-        self._open = True
+        self._recording = True
 
     def _end(self, *_: Any) -> None:
         self.depth = max(self.depth - 1, 0)
         if not self.depth:
-            self._open = False
+            self._recording = False
 
-    def _listen(self, name: str, layer: DenoiseLayer, x: Tensor) -> None:
-        if not self._open:
-            return
-        self.ran.add(name)
-        if any(p.requires_grad for p in layer.denoiser.parameters()):
-            self._inputs.setdefault(name, []).append((self._sample(layer, x.detach()), x.numel()))
+    def _recorder(self, name: str) -> Callable[[Any, tuple, dict], None]:
+        """Returns the forward pre-hook of a layer."""
+
+        def record(layer: DenoiseLayer, args: tuple, kwargs: dict) -> None:
+            if not self._recording:
+                return
+            self.ran.add(name)
+            if any(p.requires_grad for p in layer.denoiser.parameters()):
+                (x,) = args or kwargs.values()  # `forward` of nn.Linear and nn.Conv2d takes one tensor
+                self._inputs.setdefault(name, []).append((self._sample(layer, x.detach()), x.numel()))
+
+        return record
 
 
 @contextmanager
 def denoise_losses(module: nn.Module, tokens: int | None = 128) -> Iterator[DenoiseLosses]:
-    """Takes the loss of the denoisers of a model while it trains.
+    """Computes the loss of the denoisers of a model while it trains.
 
-    While the model's forward is open, every denoised layer whose denoiser is trainable hands over some tokens of its
-    detached input. So activation checkpointing, which runs layers again in the backward pass, changes nothing, and a
-    layer that a forward leaves out has no part in that loss. The tokens are a random choice, another one in each
-    forward, so that the expectation of the loss is the loss over all of them; no other random number is touched.
+    During each forward of the model, forward pre-hooks sample the detached inputs of the layers that have trainable
+    denoisers. Activation checkpointing, which runs layers again in the backward pass, records nothing twice, and layers
+    that a forward skips have no part in its loss. Each forward samples tokens uniformly, with a generator of its own,
+    so the loss is an unbiased estimate of the loss of all tokens.
 
     Args:
         module: The model, whose forward is called.
-        tokens: How many tokens of each call of a layer the loss is taken of; None takes all.
+        tokens: How many tokens to sample of each call of a layer; None takes all.
 
     Yields:
-        The :class:`DenoiseLosses`, whose ``mean()`` is added to the loss of the model after each forward.
+        The :class:`DenoiseLosses`; add its ``mean()`` to the loss of the model after each forward.
 
     Raises:
         ValueError: The model has no denoised layer.
     """
     losses = DenoiseLosses(module, tokens)
-    handles = [
-        module.register_forward_pre_hook(losses._begin),
-        module.register_forward_hook(losses._end, always_call=True),
-    ]
-    try:
+    with ExitStack() as stack:
+        stack.callback(losses.clear)
+        stack.enter_context(module.register_forward_pre_hook(losses._begin))
+        stack.enter_context(module.register_forward_hook(losses._end, always_call=True))
         for name, layer in losses.layers.items():
-            handles.append(layer.register_forward_pre_hook(_listener(losses, name), with_kwargs=True))
+            stack.enter_context(layer.register_forward_pre_hook(losses._recorder(name), with_kwargs=True))
         yield losses
-    finally:
-        for handle in handles:
-            handle.remove()
-        losses.clear()
-
-
-def _listener(losses: DenoiseLosses, name: str) -> Any:
-    def listen(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        (x,) = args or kwargs.values()  # `forward` of nn.Linear and nn.Conv2d takes one tensor
-        losses._listen(name, layer, x)  # type: ignore[arg-type]
-
-    return listen

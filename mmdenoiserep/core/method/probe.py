@@ -1,11 +1,10 @@
-"""Runs a model once on a dummy image, to see which layers run, in which order, and whose weight is read by others."""
+"""Runs a model once to find the execution order of its layers, and layers whose weight is used elsewhere."""
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..utils.intercept import intercepting
 from ..utils.randomness import equal_draws
 from ..utils.storage import Storages
 from ..utils.tensors import tensors_in
@@ -20,31 +20,31 @@ from ..utils.tensors import tensors_in
 
 @dataclass
 class Execution:
-    """What one forward pass showed.
+    """What one forward pass of a model showed; layers are given by ``id``.
 
     Attributes:
-        order: The layers in the order of their first call, by ``id``.
-        bypassed: The layers whose weight or bias was used outside of their own forward, by ``id``: a denoiser in the
-            layer's forward would be skipped there, but would be in the weight once it is fused.
-        past_hooks: The layers that were called by ``.forward``, or with their input by keyword, by ``id``: hooks on a
-            layer, which training and fits need, do not see that input.
-        attributes: The names of the attributes that the forward set on the layers, by ``id``.
-        failure: Why there was no pass, empty if there was one.
+        order: The layers in the order of their first call.
+        bypassed: Layers whose weight or bias was used outside of their own forward, where only the fused weight has an
+            effect: a denoiser in the layer's forward has none.
+        without_hooks: Layers that were called as ``layer.forward(x)`` or with a keyword argument. Hooks, which training
+            and fits need, do not see their input.
+        attributes: The names of the layers' attributes during the forward.
+        failure: Why the model did not run, or an empty string.
     """
 
     order: dict[int, None] = field(default_factory=dict)
     bypassed: set[int] = field(default_factory=set)
-    past_hooks: set[int] = field(default_factory=set)
+    without_hooks: set[int] = field(default_factory=set)
     attributes: dict[int, set[str]] = field(default_factory=dict)
     failure: str = ''
 
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Holds modules in eval mode without gradients; afterwards they are as they were.
+    """Sets modules to eval mode and disables gradients inside the context; restores the modules afterwards.
 
-    ``eval()`` of a backbone does more than set flags: it may freeze parameters, renew a cache that the forward reads
-    (LeViT) or leave a part in training mode. So it is called, and what it changes is put back one by one.
+    ``eval()`` of a backbone may freeze parameters, renew a cache that the forward reads (LeViT), or leave submodules in
+    training mode. So the context calls ``eval()``, and restores modes, attributes and ``requires_grad``.
     """
     parts = {part: part.training for module in modules for part in module.modules()}
     attributes = {part: dict(part.__dict__) for part in parts if type(part).train is not nn.Module.train}
@@ -67,9 +67,9 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 def run_model(module: nn.Module, example_input: Any) -> Any:
-    """Calls a module with an input, and with None for whatever its forward requires besides.
+    """Calls a module with an input, and with None for every other required argument of its forward.
 
-    The backbones of masked image modelling (SimMIM, MaskFeat, BEiT) require a mask, of which None means no mask.
+    Backbones of masked image modelling (SimMIM, MaskFeat, BEiT) require a mask, where None means no mask.
     """
     try:
         parameters = list(inspect.signature(module.forward).parameters.values())[1:]
@@ -81,41 +81,43 @@ def run_model(module: nn.Module, example_input: Any) -> Any:
 
 
 def probe_execution(module: nn.Module, layers: Mapping[str, nn.Module], example_input: Any = None) -> Execution:
-    """Runs the module once in eval mode; nothing about it, nor the global random state, is different afterwards.
+    """Runs a module once in eval mode; restores its state and the global random state afterwards.
 
     Args:
         module: The model.
-        layers: The layers to watch, by name; each with the forward of its class.
-        example_input: What to call the module with; None takes one random image, (1, 3, 224, 224).
+        layers: The layers to observe, by name; none has a ``forward`` on the object.
+        example_input: Input of the module; None takes one random image, (1, 3, 224, 224).
 
     Returns:
-        An :class:`Execution`. If the module can't run on that input, its ``failure`` says why and the rest is empty.
+        An :class:`Execution`. If the module can't run on the input, only ``failure`` is set.
     """
     execution = Execution()
-    watch = _WeightWatch(layers.values(), execution)
-    reference = next(module.parameters(), torch.empty(0, device='cpu'))
+    watch = _WeightWatch(layers, execution)
     if example_input is None:
-        generator = torch.Generator().manual_seed(0)
-        example_input = torch.randn(1, 3, 224, 224, generator=generator, device='cpu').to(reference)
+        example_input = random_images(module, 1)
     try:
-        with untouched(module):
-            for layer in layers.values():
-                layer.forward = partial(watch.run, layer, layer.forward)
+        with restoring_state(module), intercepting(layers, watch.run):
             with equal_draws(module), watch, evaluating(module):
                 run_model(module, example_input)
             execution.attributes = {id(layer): set(layer.__dict__) for layer in layers.values()}
-    except Exception as error:  # any model may fail on an input that is not made for it, in any way
+    except Exception as error:  # any error: the model may not be made for the input
         return Execution(failure=f'{type(error).__name__}: {error}'.strip().splitlines()[0])
     return execution
 
 
-@contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
-    """Puts back what happens to a module while it lasts: attributes, what is registered, parameters and buffers.
+def random_images(module: nn.Module, number: int) -> Tensor:
+    """Returns random images from seed 0, (number, 3, 224, 224), of the device and dtype of a module's parameters."""
+    images = torch.randn(number, 3, 224, 224, generator=torch.Generator().manual_seed(0), device='cpu')
+    return images.to(next(module.parameters(), images))
 
-    A forward may set flags, make or resize buffers and caches, and initialise weights from the first batch.
+
+@contextmanager
+def restoring_state(module: nn.Module) -> Iterator[None]:
+    """Restores attributes, submodules, parameters and buffers of a module afterwards.
+
+    A forward may set flags, create or resize buffers and caches, and initialise weights from the first batch.
     """
-    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]  # it has no dicts
+    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]  # has no dicts
     attributes = [(part, dict(part.__dict__)) for part in parts]
     stores: list[dict] = [store for part in parts for store in (part._parameters, part._buffers, part._modules)]
     registered = [(store, dict(store)) for store in stores]
@@ -132,30 +134,30 @@ def untouched(module: nn.Module) -> Iterator[None]:
             store.update(entries)
         with torch.no_grad():
             for tensor, value in values:
-                if not torch.equal(tensor, value):  # only where needed: expanded buffers can't be written
+                if not torch.equal(tensor, value):  # expanded buffers can't be written
                     tensor.resize_(value.shape).copy_(value) if tensor.shape != value.shape else tensor.copy_(value)
 
 
 class _WeightWatch(TorchDispatchMode):
-    """Notes every operation that makes a tensor from a watched weight or bias outside of their own layer.
+    """Records the calls of layers, and operations that use the weight or bias of a layer outside of its forward.
 
-    It watches below torch's functions and around the forward of layers, since a mode for functions or a hook would
-    switch off the fast path of ``nn.TransformerEncoderLayer``, which reads the weights of its children. A weight is
-    known by its memory: a view of it that the model keeps elsewhere is the weight as well.
+    A torch function mode or hooks would disable the fast path of ``nn.TransformerEncoderLayer``, which reads the
+    weights of its children. A weight is recognised by its memory, so a view that the model keeps counts as the weight.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], execution: Execution) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], execution: Execution) -> None:
         super().__init__()
-        self.owned = Storages((id(layer), p) for layer in layers for p in (layer.weight, layer.bias))
+        self.ids = {name: id(layer) for name, layer in layers.items()}
+        self.owned = Storages((id(layer), p) for layer in layers.values() for p in (layer.weight, layer.bias))
         self.execution = execution
         self.running: list[int] = []
 
-    def run(self, layer: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for the forward of a layer."""
-        self.execution.order.setdefault(id(layer))
-        if kwargs or sys._getframe(1).f_globals is not nn.modules.module.__dict__:  # where Module.__call__ is
-            self.execution.past_hooks.add(id(layer))
-        self.running.append(id(layer))
+    def run(self, name: str, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Calls the forward of a layer, see :func:`intercepting`."""
+        self.execution.order.setdefault(self.ids[name])
+        if kwargs or sys._getframe(1).f_globals is not nn.modules.module.__dict__:  # the caller is not Module.__call__
+            self.execution.without_hooks.add(self.ids[name])
+        self.running.append(self.ids[name])
         try:
             return forward(*args, **kwargs)
         finally:
@@ -163,24 +165,20 @@ class _WeightWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if _holds_tensor(result):  # reading a number such as the version of a weight is harmless
+        if any(True for _ in tensors_in(result)):  # reading a number, such as the version of a weight, is harmless
             for value in tensors_in(args, kwargs or {}):
                 self.execution.bypassed.update(set(self.owned.owners(value)).difference(self.running))
         return result
 
 
-def _holds_tensor(value: Any) -> bool:
-    return next(tensors_in(value), None) is not None
-
-
 def image_channels(module: nn.Module) -> int:
-    """Returns how many channels the images of a model have: those of its first convolution, or three.
+    """Returns the number of channels of a model's images: the input channels of its first convolution, or 3.
 
-    More than four are not believed: the convolution that is registered first need not be the one that runs first.
+    Returns 3 also where the first convolution has more than 4, because registered first need not mean executed first.
     """
     first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:
         return 3
     known = isinstance(first.weight, Tensor) and not is_lazy(first.weight)
-    channels = first.weight.shape[1] * first.groups if known else first.in_channels  # the weight may be a new one
+    channels = first.weight.shape[1] * first.groups if known else first.in_channels  # `in_channels` may be stale
     return channels if channels <= 4 else 3

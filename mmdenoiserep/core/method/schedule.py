@@ -1,4 +1,4 @@
-"""The diffusion schedule: how much noise each step adds, and what one reverse step does about it."""
+"""The noise schedule of the diffusion, and the constants of its reverse steps."""
 
 from typing import NamedTuple
 
@@ -6,13 +6,13 @@ import torch
 
 
 class ReverseStep(NamedTuple):
-    """The four numbers of one timestep t that the method uses, as Python floats.
+    """The constants of one timestep t, as Python floats.
 
     Attributes:
-        signal: ``sqrt(abar_t)``, the weight of the feature in the noised feature.
-        noise: ``sqrt(1 - abar_t)``, the weight of the noise in it.
-        c1: ``beta_t / (sqrt(alpha_t) sqrt(1 - abar_t))``, the weight of the predicted noise in the reverse step.
-        c3_minus_1: ``1 / sqrt(alpha_t) - 1``, what the reverse step scales the feature by, less one.
+        signal: ``sqrt(abar_t)``, the factor of the feature in the noised feature.
+        noise: ``sqrt(1 - abar_t)``, the factor of the noise in the noised feature.
+        c1: ``beta_t / (sqrt(alpha_t) sqrt(1 - abar_t))``, the factor of the predicted noise in the reverse step.
+        c3_minus_1: ``c3 - 1 = 1 / sqrt(alpha_t) - 1``, where c3 is the factor of the feature in the reverse step.
     """
 
     signal: float
@@ -22,15 +22,15 @@ class ReverseStep(NamedTuple):
 
 
 class NoiseSchedule:
-    """A linear noise schedule (DenoiseRep, arXiv 2406.08773; the default values are the official ones).
+    """A linear noise schedule; the defaults come from the official code of DenoiseRep (arXiv 2406.08773).
 
         ``alpha_t = 1 - beta_t``,   ``abar_t = alpha_0 alpha_1 ... alpha_t``
         noised feature:  ``x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps``
         reverse step:    ``x' = c3 x - c1 eps_hat(x)``
 
-    The arrays are indexed by the timestep t directly. No layer has t = 0, so the timesteps of layers are
-    1 ... num_timesteps - 1; alpha_0 is a factor of every abar all the same. All is computed in float64: in float32,
-    ``1 - abar`` and ``c3 - 1`` lose three digits.
+    The timestep t is the index into the arrays. Layers have the timesteps 1 ... num_timesteps - 1; alpha_0 belongs to
+    no layer, but is a factor of every abar. Constants are computed in float64: float32 loses three digits of
+    ``1 - abar`` and ``c3 - 1``.
 
     Args:
         beta_start: beta at index 0, in (0, 1).
@@ -43,7 +43,7 @@ class NoiseSchedule:
         alphas_cumprod: float64, shape (num_timesteps,), ``abar``.
 
     Raises:
-        ValueError: A value is outside its range.
+        ValueError: An argument is outside its range.
     """
 
     def __init__(self, beta_start: float = 1e-4, beta_end: float = 2e-3, num_timesteps: int = 1000) -> None:

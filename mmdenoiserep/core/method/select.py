@@ -1,7 +1,7 @@
-"""Finds the layers that the method can work on: those that targets match, in the order of execution."""
+"""Selects the layers that targets match and that can be fused exactly, in execution order."""
 
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..utils.storage import shared_parameters
-from .layers import DENOISE_CLASSES, DenoiseLayer, Layer, reserved_names
+from .layers import DENOISE_CLASSES, Layer, find_denoise_layers, reserved_names
 from .probe import Execution, probe_execution
 from .targets import Target, Targets, compile_pattern, near_names, parse_targets
 
@@ -20,26 +20,24 @@ EXACT_CLASSES = {
     'mmcv.cnn.bricks.wrappers.Linear',
     'mmcv.cnn.bricks.wrappers.Conv2d',
 }
-"""The classes that are converted: those whose forward is the plain layer's. Others may compute something else."""
+"""The classes that can be converted: their forward is that of ``nn.Linear`` or ``nn.Conv2d``."""
 
-PLAIN_MODULES = {name.rpartition('.')[0] for name in EXACT_CLASSES}
+EXACT_MODULES = {name.rpartition('.')[0] for name in EXACT_CLASSES}
 
 FORWARDS = ('forward', '_conv_forward')
-"""What computes the output of a layer: as its class defines it there, or the layer is no plain one."""
-
-OPTIONS = ('rank', 'bias')
-"""Options of a denoiser that an entry of ``targets`` may override."""
+"""Methods that compute the output of a layer; they must be defined in :data:`EXACT_MODULES`."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What targets and one run on a dummy image chose.
+    """The layers that targets match.
 
     Attributes:
-        layers: The chosen layers by name, first executed first.
-        overrides: The options of the target that chose a layer, by its name.
-        skipped: Why a layer was matched by a target and left as it is, by its name.
-        failure: Why the model could not be run on the dummy image, else empty; the order is then that of registration.
+        layers: The selected layers by name, in execution order.
+        overrides: By layer name, the options of the first target that matches the layer.
+        skipped: By layer name, why a matched layer can't be converted.
+        failure: Why the model did not run on the example input, or an empty string. If it failed, the layers are in the
+            order of registration.
     """
 
     layers: Mapping[str, Layer]
@@ -51,21 +49,22 @@ class Selection:
 def select_layers(
     module: nn.Module, targets: Targets = 'all', exclude: str | Sequence[str] = (), example_input: Any = None
 ) -> dict[str, Layer]:
-    """Returns the layers of a model that can be fitted or get a denoiser, exactly.
+    """Returns the layers of a model that can be fitted, or that can get a denoiser which fuses exactly.
 
     Args:
         module: The model, without denoisers; it is not changed.
         targets: A preset (``'mlp'``, ``'linear'``, ``'conv2d'``, ``'all'``), a regular expression that must match the
             whole name of a module, or a list of these.
-        exclude: Regular expressions for names that are left out.
-        example_input: What to call the module with, to see what runs; None takes one random image, (1, 3, 224, 224).
+        exclude: Regular expressions for the names of layers to leave out.
+        example_input: Input of one forward pass, which shows the execution order; None takes one random image,
+            (1, 3, 224, 224).
 
     Returns:
-        Name: the ``nn.Linear`` or ``nn.Conv2d`` itself, first executed first.
+        The ``nn.Linear`` and ``nn.Conv2d`` layers of the model by name, first executed first.
 
     Raises:
-        ValueError: The model has denoisers or lazy parameters, an entry of targets or exclude is malformed or matches
-            nothing that it could.
+        ValueError: The model has denoisers or lazy parameters, or an entry of targets or exclude is malformed or
+            matches no layer.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(2), nn.Linear(36, 4))
@@ -78,24 +77,24 @@ def select_layers(
 def find_layers(
     module: nn.Module, targets: Targets, exclude: str | Sequence[str] = (), example_input: Any = None
 ) -> Selection:
-    """Does the same as :func:`select_layers`; returns what was left out, and why, too."""
-    if any(isinstance(m, DenoiseLayer) for m in module.modules()):
+    """Returns the layers of :func:`select_layers` with the options of their targets, and the skipped layers."""
+    if find_denoise_layers(module):
         raise ValueError(
             'the model has denoisers already; convert a model once, with all its targets, or fuse it first (fuse_model)'
         )
     if any(map(is_lazy, module.parameters())):
         raise ValueError('the model has lazy parameters, which have no size yet; run it on an example input first')
-    parsed = parse_targets(targets, OPTIONS)
+    parsed = parse_targets(targets)
     excluded = [compile_pattern(text) for text in ([exclude] if isinstance(exclude, str) else exclude)]
     names = _layer_names(module)
     layers: dict[str, Any] = {aliases[0]: module.get_submodule(aliases[0]) for aliases in names}
-    execution = probe_execution(
-        module, {n: m for n, m in layers.items() if _own_parameters(m) and 'forward' not in m.__dict__}, example_input
-    )
+    observed = {n: m for n, m in layers.items() if _owns_parameters(m) and 'forward' not in m.__dict__}
+    execution = probe_execution(module, observed, example_input)
     shared = shared_parameters(module)
-    chosen, skipped = _choose(names, layers, parsed, excluded, lambda layer: _why_not(layer, execution, shared))
+    obstacles = {name: _find_obstacle(layer, execution, shared) for name, layer in layers.items()}
+    chosen, skipped = _match(names, layers, parsed, excluded, obstacles)
     if not execution.failure:
-        position = {key: place for place, key in enumerate(execution.order)}
+        position = {key: number for number, key in enumerate(execution.order)}
         chosen = dict(sorted(chosen.items(), key=lambda item: position[id(layers[item[0]])]))
     return Selection(
         {name: layers[name] for name in chosen},
@@ -105,14 +104,14 @@ def find_layers(
     )
 
 
-def _choose(
+def _match(
     names: Sequence[Sequence[str]],
     layers: Mapping[str, nn.Module],
     targets: Sequence[Target],
     excluded: Sequence[re.Pattern],
-    why_not: Callable[[nn.Module], str],
+    obstacles: Mapping[str, str],
 ) -> tuple[dict[str, Target], dict[str, str]]:
-    """Returns the layers to convert with their target, and the matched layers that can't be, with the reason.
+    """Returns the target of each selected layer, and the obstacle of each skipped layer, by the layer's first name.
 
     Raises:
         ValueError: A target matches no layer that can be denoised, or an entry of exclude matches no layer at all.
@@ -131,7 +130,7 @@ def _choose(
             continue
         if any(pattern.fullmatch(alias) for pattern in excluded for alias in aliases):
             reason = 'it is excluded'
-        elif reason := why_not(layer):
+        elif reason := obstacles[name]:
             skipped[name] = reason
         else:
             chosen[name] = entries[0]
@@ -145,7 +144,7 @@ def _choose(
 
 
 def _layer_names(module: nn.Module) -> list[list[str]]:
-    """Returns the names of every Linear and Conv2d; a layer that stands in several places has several."""
+    """Returns the names of every Linear and Conv2d layer; a layer that several modules hold has several names."""
     names: dict[int, list[str]] = {}
     for name, child in module.named_modules(remove_duplicate=False):
         if isinstance(child, tuple(DENOISE_CLASSES)):
@@ -153,41 +152,38 @@ def _layer_names(module: nn.Module) -> list[list[str]]:
     return list(names.values())
 
 
-def _own_parameters(layer: nn.Module) -> bool:
-    """Whether the weight and the bias, where there is one, are parameters of the layer."""
+def _owns_parameters(layer: nn.Module) -> bool:
+    """Whether the weight, and the bias if there is one, are parameters of the layer."""
     if not isinstance(layer._parameters.get('weight'), nn.Parameter):
         return False
     return isinstance(layer._parameters.get('bias'), nn.Parameter) or getattr(layer, 'bias', None) is None
 
 
-def _why_not(layer: nn.Module, execution: Execution, shared: Container[int]) -> str:
-    """Returns why a layer can't get a denoiser that fuses exactly; empty if it can."""
+def _find_obstacle(layer: nn.Module, execution: Execution, shared: Container[int]) -> str:
+    """Returns why a layer can't get a denoiser that fuses exactly, or an empty string if it can."""
     if any(id(p) in shared for p in layer._parameters.values()):
         return 'its weight or bias is shared with another layer'
     if id(layer) in execution.bypassed:
         return 'bypassed: its weight or bias is used outside of its own forward'
-    vanilla = f'{type(layer).__module__}.{type(layer).__qualname__}'
-    if vanilla not in EXACT_CLASSES:
-        return f'{vanilla} may compute something else than the plain layer'
+    kind = f'{type(layer).__module__}.{type(layer).__qualname__}'
+    if kind not in EXACT_CLASSES:
+        return f'{kind} may compute something else than the plain layer'
     for name in FORWARDS:
         defined = getattr(type(layer), name, None)
         if name in layer.__dict__:
             return f'its {name} was replaced on the object'
-        if defined is not None and getattr(defined, '__module__', '') not in PLAIN_MODULES:
+        if defined is not None and getattr(defined, '__module__', '') not in EXACT_MODULES:
             return f'the {name} of its class was replaced'
-    if not _own_parameters(layer):
+    if not _owns_parameters(layer):
         return 'its weight or bias is not a parameter of its own (pruned, weight norm or a parametrisation)'
-    if not all(_is_ordinary(p) for p in layer._parameters.values() if p is not None):
+    parameters = [p for p in layer._parameters.values() if p is not None]
+    if not all(type(p.data) is Tensor and p.is_floating_point() and p.layout is torch.strided for p in parameters):
         return 'its weight or bias is no ordinary tensor of floating-point numbers'
     own = {*layer.__dict__, *layer._parameters, *layer._buffers, *layer._modules}
     if taken := reserved_names(layer) & (own | execution.attributes.get(id(layer), set())):
         return f'it has attributes that a denoised layer needs for itself: {", ".join(sorted(taken))}'
-    if id(layer) in execution.past_hooks:
+    if id(layer) in execution.without_hooks:
         return 'it is called by its forward, or with its input by keyword, which hooks on it do not see'
     if not execution.failure and id(layer) not in execution.order:
         return 'not executed on the dummy image'
     return ''
-
-
-def _is_ordinary(parameter: nn.Parameter) -> bool:
-    return type(parameter.data) is Tensor and parameter.is_floating_point() and parameter.layout is torch.strided

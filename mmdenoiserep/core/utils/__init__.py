@@ -1,1 +1,1 @@
-"""What the rooms of the core share."""
+"""Helpers that every other part of the core may import."""

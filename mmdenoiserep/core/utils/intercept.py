@@ -1,4 +1,4 @@
-"""Replaces the forward of layers while something is measured."""
+"""Replaces the forward of layers temporarily."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,24 +9,24 @@ from torch import nn
 
 
 @contextmanager
-def intercepting(layers: Mapping[str, nn.Module], run: Callable[..., Any], method: str = 'forward') -> Iterator[None]:
-    """Calls ``run(name, forward, *args, **kwargs)`` in the place of the forward of each layer while it lasts.
+def intercepting(layers: Mapping[str, nn.Module], run: Callable[..., Any]) -> Iterator[None]:
+    """Replaces ``layer.forward(...)`` by ``run(name, forward, ...)`` inside the context.
 
-    This is the place where the weights act: behind all forward pre-hooks, before all forward hooks, and also where a
-    model calls ``layer.forward``. Hooks would miss that, and switch off the fast path of torch's encoder layers.
+    A replaced forward runs after all forward pre-hooks and before all forward hooks, also where a model calls
+    ``layer.forward`` directly. Hooks would miss those calls and disable the fast path of
+    ``nn.TransformerEncoderLayer``.
 
     Args:
         layers: Layers by name.
-        run: Called with the name of a layer, its forward and what the layer was called with; returns the output.
-        method: Another method to replace.
+        run: Gets the name of the layer, its original forward and the arguments of the call; returns the output.
     """
-    replaced = {layer: layer.__dict__[method] for layer in layers.values() if method in layer.__dict__}
+    replaced = {layer: layer.__dict__['forward'] for layer in layers.values() if 'forward' in layer.__dict__}
     try:
         for name, layer in layers.items():
-            layer.__dict__[method] = partial(run, name, getattr(layer, method))
+            layer.__dict__['forward'] = partial(run, name, layer.forward)
         yield
     finally:
         for layer in layers.values():
-            layer.__dict__.pop(method, None)
+            layer.__dict__.pop('forward', None)
         for layer, forward in replaced.items():
-            layer.__dict__[method] = forward
+            layer.__dict__['forward'] = forward

@@ -1,4 +1,4 @@
-"""Whose memory a tensor lies in: that of a parameter, of a view of it, of another parameter that is tied to it."""
+"""Finds tensors that share memory: views of a parameter, and parameters that are tied to each other."""
 
 import itertools
 from collections import defaultdict
@@ -13,13 +13,13 @@ Owner = TypeVar('Owner')
 
 
 class Storages(Generic[Owner]):
-    """The memory of some tensors.
+    """Tensors and their owners, indexed by storage.
 
     Args:
-        tensors: Owners and their tensors; what is no tensor, or has no memory yet, is left out.
+        tensors: Pairs of an owner and its tensor; values that are no tensors, and lazy parameters, are ignored.
 
     Attributes:
-        held: Tensors and their owners, by :func:`storage_of`.
+        held: Pairs of a tensor and its owner, by :func:`storage_of` the tensor.
     """
 
     def __init__(self, tensors: Iterable[tuple[Owner, Any]]) -> None:
@@ -29,12 +29,12 @@ class Storages(Generic[Owner]):
                 self.held[storage_of(tensor)].append((tensor, owner))
 
     def owners(self, tensor: Tensor) -> list[Owner]:
-        """Returns the owners of the memory that a tensor lies in."""
+        """Returns the owners whose tensors share elements with a tensor."""
         return [owner for held, owner in self.held.get(storage_of(tensor), ()) if overlap(held, tensor)]
 
 
 def shared_parameters(module: nn.Module) -> set[int]:
-    """Returns, by ``id``, the parameters that several modules hold, or whose memory others have a part in."""
+    """Returns the ``id`` of every parameter that several modules hold, or that shares memory with another tensor."""
     tensors = (t for part in module.modules() for t in (*part._parameters.values(), *part._buffers.values()))
     shared = set()
     for held in Storages((None, tensor) for tensor in tensors).held.values():
@@ -45,15 +45,15 @@ def shared_parameters(module: nn.Module) -> set[int]:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Returns the address of the memory that a tensor is a part of; where it has none, a number of its own."""
+    """Returns the address of a tensor's storage, or a unique negative number for a tensor without one."""
     try:
         return tensor.untyped_storage().data_ptr() or -id(tensor)
-    except (NotImplementedError, RuntimeError):  # sparse tensors, and other kinds without memory of their own
+    except (NotImplementedError, RuntimeError):  # sparse tensors and other kinds without a storage
         return -id(tensor)
 
 
 def overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of the same storage have an element in common; parts of one flat buffer have none."""
+    """Whether two tensors have an element in common; disjoint views of one storage have none."""
     if one is other:
         return True
     if storage_of(one) != storage_of(other) or not one.numel() or not other.numel():
@@ -69,7 +69,7 @@ def overlap(one: Tensor, other: Tensor) -> bool:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Returns the first byte of a tensor and the one behind its last, in its storage."""
-    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    """Returns the range of bytes that a tensor spans in its storage; the end is exclusive."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.storage_offset()) * tensor.element_size()
-    return start, start + int(steps + 1) * tensor.element_size()
+    return start, start + int(last + 1) * tensor.element_size()

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns rows of strings as aligned columns below a header; columns of numbers stand to the right."""
+    """Returns rows of strings as aligned columns below a header; columns of numbers are aligned right."""
     table = [list(map(str, row)) for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     numeric = [all(_is_number(row[i]) for row in table[1:]) for i in range(len(header))]

@@ -1,4 +1,4 @@
-"""The tensors in what a model takes or returns, however they are packed."""
+"""Finds the tensors in nested inputs and outputs of models."""
 
 import types
 from collections.abc import Iterator, Mapping
@@ -7,29 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CLOSED = (
+LEAF_TYPES = (
     str | bytes | bytearray | int | float | complex | torch.dtype | torch.device | torch.Size | nn.Module | type
     | types.FunctionType | types.MethodType | types.BuiltinFunctionType | types.ModuleType
 )  # fmt: skip
-"""What holds no tensors of an output, or not as its own."""
+"""Types that are not searched for tensors."""
 
 
 def named_tensors(value: Any, name: str = 'output') -> Iterator[tuple[str, Tensor]]:
-    """Yields every tensor in a value with its place, such as ``output[0]`` or ``output.pred_instances.scores``.
+    """Yields every tensor in a value with its path, such as ``output[0]`` or ``output.pred_instances.scores``.
 
-    Mappings, lists, tuples (named or not) and the attributes of any object are searched: dataclasses, mmengine's data
-    elements, distributions. Sets are not, for they have no order. An object that stands in several places is searched
-    in the first one.
+    Searches mappings, lists, tuples and the attributes of any object (dataclasses, mmengine's data elements,
+    distributions), but not sets, which have no order. An object with several paths is searched at the first one.
 
     Args:
         value: The value.
-        name: What its own place is called.
+        name: Path of the value itself.
     """
     yield from _named(value, name, {})
 
 
 def tensors_in(*values: Any) -> Iterator[Tensor]:
-    """Yields every tensor in some values, see :func:`named_tensors`."""
+    """Yields every tensor in some values, as :func:`named_tensors` does, without the paths."""
     for _, tensor in named_tensors(values):
         yield tensor
 
@@ -37,16 +36,16 @@ def tensors_in(*values: Any) -> Iterator[Tensor]:
 def _named(value: Any, name: str, seen: dict[int, Any]) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield name, value
-    elif value is None or isinstance(value, CLOSED):
+    elif value is None or isinstance(value, LEAF_TYPES):
         return
     elif isinstance(value, list | tuple):
-        for place, item in enumerate(value):
-            yield from _named(item, f'{name}[{place}]', seen)
+        for index, item in enumerate(value):
+            yield from _named(item, f'{name}[{index}]', seen)
     elif id(value) not in seen:
-        seen[id(value)] = value  # kept, or its id would be used again
+        seen[id(value)] = value  # a reference, so that the id is not reused
         if isinstance(value, Mapping):
-            for place, (key, item) in enumerate(value.items()):
-                yield from _named(item, f'{name}[{key!r}]' if isinstance(key, str | int) else f'{name}[{place}]', seen)
+            for index, (key, item) in enumerate(value.items()):
+                yield from _named(item, f'{name}[{key!r}]' if isinstance(key, str | int) else f'{name}[{index}]', seen)
         else:
             for key, item in _attributes(value):
                 yield from _named(item, f'{name}.{key}', seen)

@@ -57,7 +57,6 @@ def minimise(layer, x, seed):
 
 
 def set_prediction_like(layer, seed):
-    """Give the denoiser of a layer random starting values."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in layer.denoiser.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
@@ -76,7 +75,6 @@ CASES = {
 
 
 def closed_form_case(kind, rank):
-    """Return a layer and an input for it."""
     make, arguments, timestep = CASES[kind]
     layer = make(*arguments, timestep=timestep, rank=rank, dtype=torch.float64)
     x = gaussian_features(8, 64)
@@ -137,42 +135,24 @@ def test_low_rank_keeps_the_best_directions(rank):
     assert max(costs.values()) > 1.01 * min(costs.values())
 
 
-@pytest.mark.parametrize('timestep', [12, 500, 999])
+@pytest.mark.parametrize(('timestep', 'most'), [(12, None), (500, None), (999, None), (500, 32)])
 @pytest.mark.parametrize('rank', [None, 4])
-def test_training_reaches_the_closed_form(rank, timestep):
-    """Adam on the loss comes within 1 % of the optimum in 1,000 steps, in float32, from a start that is farther."""
-    x = gaussian_features(16)
+def test_training_reaches_the_closed_form(rank, timestep, most):
+    """Adam, on all tokens or on 32 of 1,024 at a time, comes within 1 % of the optimum from a start that is farther."""
+    x, steps = gaussian_features(16), 2000 if most else 1000
     exact = DenoiseLinear(16, 4, timestep=timestep, rank=rank, dtype=torch.float64)
     solve(exact, x)
     best = exact.denoise_loss(x).item()
 
     layer, x = DenoiseLinear(16, 4, timestep=timestep, rank=rank), x.float()
-    assert layer.denoise_loss(x).item() > 1.01 * best
+    assert layer.denoise_loss(x).item() > (1.1 if most else 1.01) * best
     optimizer = torch.optim.Adam(layer.denoiser.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
-    for _ in range(1000):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for iteration in range(steps):
         optimizer.zero_grad()
-        layer.denoise_loss(x).backward()
-        optimizer.step()
-        schedule.step()
-    assert layer.denoise_loss(x).item() < 1.01 * best
-
-
-@pytest.mark.parametrize('rank', [None, 4])
-def test_training_on_parts_reaches_the_closed_form(rank):
-    """Adam on 32 of 1,024 tokens at a time comes within 1 % of the optimum over all of them, in 2,000 steps."""
-    x = gaussian_features(16)
-    exact = DenoiseLinear(16, 4, timestep=500, rank=rank, dtype=torch.float64)
-    solve(exact, x)
-    best = exact.denoise_loss(x).item()
-
-    layer, x = DenoiseLinear(16, 4, timestep=500, rank=rank), x.float()
-    assert layer.denoise_loss(x).item() > 1.1 * best
-    optimizer = torch.optim.Adam(layer.denoiser.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2000)
-    for iteration in range(2000):
-        optimizer.zero_grad()
-        layer.denoise_loss_of([(Sample(most=32, seed=iteration)(layer, x), 1.0)]).backward()
+        part = Sample(most=most, seed=iteration)(layer, x) if most else None
+        loss = layer.denoise_loss_of([(part, 1.0)]) if most else layer.denoise_loss(x)
+        loss.backward()
         optimizer.step()
         schedule.step()
     assert layer.denoise_loss(x).item() < 1.01 * best

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from calibration_helpers import CLEAN, LAYERS, Branch, Experts, Loop, Recurrent, built, data, fit, gather
-from helpers import relative
+from helpers import copied, equal, relative
 from mmdenoiserep.core import Moments, apply_denoiserep, collect_moments, select_layers, solve_denoisers
 
 
@@ -107,7 +107,7 @@ def test_no_layer_and_no_image_are_refused():
 def test_features_that_are_not_finite_are_refused_by_name(bad, chunks):
     """By all that gathers moments; nothing becomes of the weights."""
     model, images = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), data(60, 8, dtype=torch.float32)
-    source, before = gather(model, [images]), copy.deepcopy(model.state_dict())
+    source, before = gather(model, [images]), copied(model.state_dict())
     denoised = copy.deepcopy(model)
     apply_denoiserep(denoised, 'all', example_input=images)
     images[3, 2] = bad
@@ -119,5 +119,5 @@ def test_features_that_are_not_finite_are_refused_by_name(bad, chunks):
     ):
         with pytest.raises(ValueError, match='features of 0 hold NaN or Inf'):
             refused()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert equal(model.state_dict(), before)
     assert all(value.isfinite().all() for value in denoised.state_dict().values())

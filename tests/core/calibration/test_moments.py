@@ -9,7 +9,6 @@ from mmdenoiserep.core import Moments
 
 
 def exact(x):
-    """Returns mean and covariance by their definition."""
     return x.mean(-1), torch.stack([torch.cov(group, correction=0) for group in x.double()])
 
 

@@ -3,6 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.model.utils import _BatchNormXd
+from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
+from mmpretrain.models.utils import LayerNorm2d
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -15,8 +18,6 @@ class Activated(nn.LayerNorm):
 
 
 class Scaled(nn.LayerNorm):
-    """As LayerScale inside of a norm."""
-
     def forward(self, x):
         return 0.5 * super().forward(x)
 
@@ -31,8 +32,6 @@ class Skip(nn.BatchNorm2d):
 
 
 class Clamped(nn.BatchNorm2d):
-    """As a norm that guards against large values."""
-
     def forward(self, x):
         return super().forward(x.clamp(-1, 1))
 
@@ -45,54 +44,45 @@ def behind_convolution(norm):
     return lambda: nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), norm(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
 
 
+def check(make, shape, batches=1, layer=None, word=''):
+    """Fits a model; the layer is the only one whose constant no norm takes, and a note names the reason."""
+    difference, report = gap(make, shape, batches=batches)
+    assert difference < 1e-9
+    assert notes(report).keys() == ({layer} if layer else set())
+    assert all(word in note for note in notes(report).values())
+
+
 @pytest.mark.parametrize('batches', [1, 2])
 @pytest.mark.parametrize('norm', [nn.LayerNorm, Activated, Scaled, Detached])
 def test_layer_norms_by_exact_class(norm, batches):
-    difference, report = gap(before_linear(norm), TOKENS, batches=batches)
-    assert difference < 1e-9
-    if norm is nn.LayerNorm:
-        assert not notes(report)
-    else:
-        assert notes(report).keys() == {'1'} and norm.__name__ in notes(report)['1']
+    check(before_linear(norm), TOKENS, batches, None if norm is nn.LayerNorm else '1', norm.__name__)
 
 
 @pytest.mark.parametrize('batches', [1, 2])
 @pytest.mark.parametrize('norm', [nn.BatchNorm2d, nn.SyncBatchNorm, Skip, Clamped])
 def test_batch_norms_by_exact_class(norm, batches):
-    difference, report = gap(behind_convolution(norm), PIXELS, batches=batches)
-    assert difference < 1e-9
-    if norm in (nn.BatchNorm2d, nn.SyncBatchNorm):
-        assert not notes(report)
-    else:
-        assert notes(report).keys() == {'0'} and norm.__name__ in notes(report)['0']
+    check(behind_convolution(norm), PIXELS, batches, '0' if norm in (Skip, Clamped) else None, norm.__name__)
 
 
-def test_the_norms_of_openmmlab_are_known():
-    from mmengine.model.utils import _BatchNormXd
-    from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
-    from mmpretrain.models.utils import LayerNorm2d
+@pytest.mark.parametrize('norm', [_BatchNormXd, SyncBatchNorm])
+def test_the_norms_of_openmmlab_are_known(norm):
+    check(behind_convolution(norm), PIXELS)
 
-    for norm in (_BatchNormXd, SyncBatchNorm):
-        difference, report = gap(behind_convolution(norm), PIXELS)
-        assert difference < 1e-9 and not notes(report)
-    square = lambda: nn.Sequential(LayerNorm2d(8), nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 8))  # noqa: E731
-    difference, report = gap(square, (8, 8, 8))
-    assert difference < 1e-9 and 'LayerNorm2d' in notes(report)['1'], 'its channels are not what the layer reads'
+
+def test_channels_that_the_layer_does_not_read():
+    check(before_linear(LayerNorm2d), (8, 8, 8), layer='1', word='LayerNorm2d')
+
+
+def test_the_norms_of_timm_are_known():
+    layers = pytest.importorskip('timm.layers')
+    check(behind_convolution(layers.BatchNormAct2d), PIXELS)
+    check(before_linear(layers.LayerNorm), TOKENS)
+    check(before_linear(layers.LayerNormAct), TOKENS, layer='1')
 
 
 def rewrite_bias(layer, args):
     with torch.no_grad():
         layer.bias.copy_(layer.weight * 0.3)
-
-
-def test_the_norms_of_timm_are_known():
-    layers = pytest.importorskip('timm.layers')
-    difference, report = gap(behind_convolution(layers.BatchNormAct2d), PIXELS)
-    assert difference < 1e-9 and not notes(report)
-    difference, report = gap(before_linear(layers.LayerNorm), TOKENS)
-    assert difference < 1e-9 and not notes(report)
-    difference, report = gap(before_linear(layers.LayerNormAct), TOKENS)
-    assert difference < 1e-9 and notes(report)
 
 
 class Read(nn.Module):
@@ -138,21 +128,19 @@ class Read(nn.Module):
         return z
 
 
+@pytest.mark.parametrize('batches', [1, 2])
 @pytest.mark.parametrize(
     'how', ['shared', 'tied', 'functional', 'view', 'stash', 'residual', 'pruned', 'parametrised', 'hook', 'pre-hook']
 )
-def test_the_bias_of_a_norm_that_others_have_to_do_with(how):
-    """The constant is left out, and nothing else changes; with one batch and with several."""
-    for batches in (1, 2):
-        difference, report = gap(lambda: Read(how), TOKENS, batches=batches)
-        assert difference < 1e-9 and notes(report).keys() == {'fc'}
+def test_the_bias_of_a_norm_that_others_have_to_do_with(how, batches):
+    """The constant is left out, and nothing else changes."""
+    check(lambda: Read(how), TOKENS, batches, 'fc')
 
 
-def test_a_norm_of_its_own_takes_the_constant():
+@pytest.mark.parametrize('how', ['', 'flat'])
+def test_a_norm_of_its_own_takes_the_constant(how):
     """Two parameters in one buffer share no memory."""
-    for how in ('', 'flat'):
-        difference, report = gap(lambda how=how: Read(how), TOKENS)
-        assert difference < 1e-9 and not notes(report)
+    check(lambda: Read(how), TOKENS)
 
 
 class Statistics(nn.Module):
@@ -173,16 +161,13 @@ class Statistics(nn.Module):
         return self.out(torch.relu(y) + self.twin(x))
 
 
+@pytest.mark.parametrize('batches', [1, 2])
 @pytest.mark.parametrize('how', ['', 'shared', 'read'])
-def test_the_running_mean_that_others_read(how):
-    for batches in (1, 2):
-        difference, report = gap(lambda: Statistics(how), PIXELS, batches=batches)
-        assert difference < 1e-9 and notes(report).keys() == ({'conv'} if how else set())
+def test_the_running_mean_that_others_read(how, batches):
+    check(lambda: Statistics(how), PIXELS, batches, 'conv' if how else None)
 
 
 class Bare(nn.Module):
-    """A BatchNorm without running statistics and a LayerNorm without bias."""
-
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 1, bias=False)

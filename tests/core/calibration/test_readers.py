@@ -19,39 +19,19 @@ class Residual(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(3, 3, 1, bias=False)
-        self.norm = nn.BatchNorm2d(3)
-        self.left = nn.Conv2d(3, 3, 1, bias=False)
-        self.right = nn.Conv2d(3, 3, 1, bias=False)
-        self.both = nn.BatchNorm2d(3)
-        self.alone = nn.Conv2d(3, 3, 1, bias=False)
-        self.own = nn.BatchNorm2d(3)
+        for name in ('conv', 'left', 'right', 'alone'):
+            self.add_module(name, nn.Conv2d(3, 3, 1, bias=False))
+        for name in ('norm', 'both', 'own'):
+            self.add_module(name, nn.BatchNorm2d(3))
 
     def forward(self, x):
         x = self.conv(x)
         x = x + self.norm(x)
         x = self.both(self.left(x)) + self.both(self.right(x))
-        y = self.alone(x)
-        return self.own(y)
-
-
-def test_who_feeds_whom_is_seen_in_the_execution():
-    net = Residual().eval()
-    layers = {name: layer for name, layer in net.named_modules() if name}
-    assert find_sole_readers(net, layers, torch.randn(1, 3, 4, 4)) == {'alone': 'own'}
-    assert all('forward' not in layer.__dict__ for layer in net.modules())
-
-
-def test_a_replaced_forward_stays():
-    net = built(lambda: nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
-    net[0].forward = mine = lambda x: x
-    find_sole_readers(net, {'norm': net[0], 'fc': net[1]}, data(1, 8))
-    assert net[0].forward is mine
+        return self.own(self.alone(x))
 
 
 class Both(nn.Module):
-    """Returns what a convolution gives beside what the norm makes of it."""
-
     def __init__(self):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)
@@ -61,9 +41,20 @@ class Both(nn.Module):
         return self.norm(y), y
 
 
-def test_an_output_that_the_model_returns_is_read_by_the_user_too():
-    net = Both().eval()
-    assert find_sole_readers(net, dict(conv=net.conv, norm=net.norm), torch.randn(1, 3, 4, 4)) == {}
+@pytest.mark.parametrize(('make', 'expected'), [(Residual, {'alone': 'own'}), (Both, {})])
+def test_who_feeds_whom_is_seen_in_the_execution(make, expected):
+    """An output that the model returns is read by the user too."""
+    net = make().eval()
+    layers = {name: layer for name, layer in net.named_modules() if name}
+    assert find_sole_readers(net, layers, torch.randn(1, 3, 4, 4)) == expected
+    assert all('forward' not in layer.__dict__ for layer in net.modules())
+
+
+def test_a_replaced_forward_stays():
+    net = built(lambda: nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
+    net[0].forward = mine = lambda x: x
+    find_sole_readers(net, {'norm': net[0], 'fc': net[1]}, data(1, 8))
+    assert net[0].forward is mine
 
 
 class Again(nn.Module):
@@ -107,9 +98,6 @@ def test_a_second_reader_that_not_every_image_shows(what, few, bright, batches):
         assert notes(report).keys() == {'fc'} and 'norm.bias' not in changed(model, plain)
     x = batches[-1]
     assert relative(model(x).detach(), with_maps(plain, report, x)) < 1e-9
-
-
-# Outputs that hide who reads what
 
 
 @dataclasses.dataclass
@@ -180,8 +168,7 @@ class Cycles(Returns):
         return self.out(torch.relu(self.norm(y)))
 
 
-def test_a_feature_that_the_model_keeps_is_read_by_others():
-    difference, report = gap(lambda: Keeps(None), PIXELS)
-    assert difference < 1e-9 and notes(report).keys() == {'conv'}
-    difference, report = gap(lambda: Cycles(None), PIXELS)
-    assert difference < 1e-9 and not notes(report)
+@pytest.mark.parametrize(('make', 'noted'), [(Keeps, {'conv'}), (Cycles, set())])
+def test_a_feature_that_the_model_keeps_is_read_by_others(make, noted):
+    difference, report = gap(lambda: make(None), PIXELS)
+    assert difference < 1e-9 and notes(report).keys() == noted

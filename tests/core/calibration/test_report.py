@@ -32,7 +32,6 @@ def test_what_was_skipped_is_in_the_table():
 
 
 def test_a_row_says_how_far_the_features_move():
-    """``moved``, ``before`` and ``after`` are those of the map on the features."""
     model, x = built(lambda: nn.Sequential(nn.Linear(8, 4))), data(400, 8)
     (row,) = fit(model, [2 * x + 1], gather(model, [x])).layers
     after = (2 * x + 1) @ row.linear[0].mT + row.constant[0]

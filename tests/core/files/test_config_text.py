@@ -11,7 +11,6 @@ LOSS, FUSION, OTHER = (dict(type=kind) for kind in ('DenoiseLossHook', 'DenoiseF
 
 
 def vanilla(**settings):
-    """Writes a config as a checkpoint holds it and reads what becomes of it."""
     return Config.fromstring(vanilla_text(Config(settings).pretty_text), '.py').to_dict()
 
 
@@ -67,20 +66,17 @@ def test_what_the_package_registers_is_known():
 
 
 def test_other_configs_stay_to_the_letter():
-    """Comments, odd spacing and several statements on a line included."""
     text = "a = 1; b = dict(c = [1,2])  # note\n\n\nmodel = dict(backbone={'type': 'ResNet'})\n"
     assert vanilla_text(text) == text
 
 
 def test_statements_on_one_line():
-    """The statements around the one that changes are kept."""
     text = "a = 1; model = dict(backbone=dict(type='DenoiseRepBackbone', backbone=dict(type='A'))); b = 'x\\u2028y'\n"
     read = Config.fromstring(vanilla_text(text), '.py').to_dict()
     assert read == dict(a=1, model=dict(backbone=dict(type='A')), b='x\u2028y')
 
 
 def test_nothing_runs(tmp_path):
-    """A text that would write a file when it is executed does not."""
     text = f"x = open({str(tmp_path / 'proof')!r}, 'w')\nmodel = dict(type='DenoiseRepBackbone', backbone=dict(a=1))\n"
     assert 'DenoiseRepBackbone' not in vanilla_text(text)
     assert not list(tmp_path.iterdir())
@@ -88,14 +84,12 @@ def test_nothing_runs(tmp_path):
 
 @pytest.mark.parametrize('text', ['model = dict(', 'a = <function f at 0x1>', '(' * 500, 'x = \0'])
 def test_no_python(text):
-    """A text that can't be parsed is a ValueError, however deep."""
     with pytest.raises(ValueError, match='no Python'):
         vanilla_text(f'denoiser = {text}')
     assert vanilla_text(text) == text, 'nothing in it is ours'
 
 
 def test_hooks_among_the_default_ones():
-    """``default_hooks`` is a dict of hooks; ours go, in either notation."""
     text = """
 custom_imports = dict(imports=['mmdenoiserep', 'mine'])
 default_hooks = dict(denoise=dict(type='DenoiseLossHook'), timer=dict(type='IterTimerHook'))

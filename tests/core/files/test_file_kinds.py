@@ -19,7 +19,6 @@ from mmdenoiserep.core.files.content import open_checkpoint
 
 
 def denoised_state():
-    """The state dict of a Linear layer with a denoiser."""
     return {'fc.weight': torch.eye(2), 'fc.bias': torch.ones(2), 'fc.denoiser.weight': torch.full((1, 2, 2), 0.25)}
 
 
@@ -55,7 +54,6 @@ def test_safetensors(padding, tmp_path):
     ],
 )
 def test_damaged_safetensors(entry, tmp_path):
-    """Places beyond the end, shapes that do not fit and unknown dtypes are refused."""
     text = json.dumps(dict(w=entry)).encode()
     path = tmp_path / 'model.safetensors'
     path.write_bytes(len(text).to_bytes(8, 'little') + text + bytes(8))
@@ -64,26 +62,22 @@ def test_damaged_safetensors(entry, tmp_path):
 
 
 def jit(path):
-    """A TorchScript archive."""
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
 
 
 def onnx_model(path):
-    """An ONNX file, under a name that does not tell."""
     onnx = pytest.importorskip('onnx')
     graph = onnx.helper.make_graph([], 'g', [], [])
     onnx.save(onnx.helper.make_model(graph, producer_name='pytorch'), path)
 
 
 def tar(path):
-    """A tar archive."""
     (path.parent / 'inside.pth').write_bytes(b'x')
     with tarfile.open(path, 'w') as archive:
         archive.add(path.parent / 'inside.pth', 'inside.pth')
 
 
 def zipped(path):
-    """A checkpoint in a zip archive."""
     with zipfile.ZipFile(path, 'w') as archive:
         archive.writestr('release/epoch_12.pth', b'x')
 
@@ -124,7 +118,6 @@ def test_what_the_file_is(kind, tmp_path):
 
 @pytest.mark.parametrize('protocol', [3, 4, 5])
 def test_pickle_protocol(protocol, tmp_path):
-    """torch reads protocol 2 alone without running code; the flag reads the others."""
     path = tmp_path / 'in.pth'
     torch.save(dict(state_dict=denoised_state(), meta=dict(a=frozenset('ab'))), path, pickle_protocol=protocol)
     if protocol > 3:
@@ -147,7 +140,6 @@ def test_whole_model(tmp_path):
 
 @pytest.mark.parametrize('key', ['model', 'teacher', 'state_dict_ema', 'net'])
 def test_one_wrapper(key, tmp_path):
-    """The only dict of tensors in a file holds its weights, and that is said."""
     path = tmp_path / 'in.pth'
     others = dict(epoch=3, args=argparse.Namespace(lr=0.1), optimizer=dict(state={0: dict(step=1)}, param_groups=[{}]))
     torch.save({key: denoised_state(), **others}, path)

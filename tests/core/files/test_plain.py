@@ -15,6 +15,8 @@ from mmengine.config import ConfigDict
 
 from mmdenoiserep import fuse_checkpoint
 from mmdenoiserep.core import read_checkpoint
+from mmdenoiserep.core.files.plain import LEFT_OUT, to_plain
+from mmdenoiserep.core.files.stand_ins import InertArray, InertDtype
 from mmdenoiserep.engine.resume import allow_training_checkpoints
 
 PALETTE = np.array([[0, 0, 0], [255, 0, 128]], dtype=np.uint8)
@@ -58,38 +60,35 @@ VALUES = {
 
 
 def denoised_state():
-    """The state dict of a Linear layer with a denoiser."""
     return {'fc.weight': torch.eye(2), 'fc.bias': torch.ones(2), 'fc.denoiser.weight': torch.full((1, 2, 2), 0.25)}
 
 
-@pytest.fixture
-def allowed():
-    """Lets mmengine read training checkpoints, for one test."""
-    before = torch.serialization.get_safe_globals()
-    allow_training_checkpoints()
-    yield
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(before)
+def fused(tmp_path, content, **options):
+    """Saves and fuses a checkpoint; returns the fused one, and the result of the fusion."""
+    source, target = tmp_path / 'in.pth', tmp_path / 'out.pth'
+    torch.save(dict(state_dict=denoised_state()) | content, source)
+    result = fuse_checkpoint(source, target, **options)
+    return torch.load(target, weights_only=True), result
 
 
 @pytest.mark.parametrize('kind', VALUES)
-def test_both_readers_take_it_and_the_fused_file_keeps_it(kind, tmp_path, allowed):
+def test_both_readers_take_it_and_the_fused_file_keeps_it(kind, tmp_path, clean_allow_list):
     """One value of each kind: inert for fusing, as it was for training, plain in the fused file's meta."""
     value, expected = VALUES[kind]
-    source, target = tmp_path / 'in.pth', tmp_path / 'out.pth'
-    torch.save(dict(meta=dict(dataset_meta=dict(classes=('a', 'b'), it=value)), state_dict=denoised_state()), source)
-    assert type(read_checkpoint(source)['meta']['dataset_meta']['classes']) is tuple
-    again = torch.load(source, weights_only=True)['meta']['dataset_meta']['it']
-    assert (
-        np.array_equal(again, value) if isinstance(value, np.ndarray | np.generic) else list_of(again) == list_of(value)
-    )
-
-    result = fuse_checkpoint(source, target)
-    torch.serialization.clear_safe_globals()
-    meta = torch.load(target, weights_only=True)['meta']['dataset_meta']
+    content = dict(meta=dict(dataset_meta=dict(classes=('a', 'b'), it=value)))
+    checkpoint, result = fused(tmp_path, content)
+    meta = checkpoint['meta']['dataset_meta']
     assert meta == dict(classes=('a', 'b'), it=expected)
     assert type(meta['it']) is type(expected)
     assert result.notes == ()
+
+    assert type(read_checkpoint(tmp_path / 'in.pth')['meta']['dataset_meta']['classes']) is tuple
+    allow_training_checkpoints()
+    again = torch.load(tmp_path / 'in.pth', weights_only=True)['meta']['dataset_meta']['it']
+    if isinstance(value, np.ndarray | np.generic):
+        assert np.array_equal(again, value)
+    else:
+        assert list_of(again) == list_of(value)
 
 
 def list_of(value):
@@ -101,16 +100,13 @@ def list_of(value):
 
 def test_trusted_pickles_are_cleaned_too(tmp_path):
     """With --allow-pickle the objects are real ones, and the fused file has the same plain data."""
-    source, target = tmp_path / 'in.pth', tmp_path / 'out.pth'
     meta = {kind: value for kind, (value, _) in VALUES.items()}
-    torch.save(dict(meta=dict(all=meta), state_dict=denoised_state()), source)
-    fuse_checkpoint(source, target, allow_pickle=True)
-    assert torch.load(target, weights_only=True)['meta']['all'] == {kind: plain for kind, (_, plain) in VALUES.items()}
+    checkpoint, _ = fused(tmp_path, dict(meta=dict(all=meta)), allow_pickle=True)
+    assert checkpoint['meta']['all'] == {kind: plain for kind, (_, plain) in VALUES.items()}
 
 
 @pytest.mark.parametrize('name', ['easydict.EasyDict', 'fvcore.common.config.CfgNode', 'addict.addict.Dict'])
-def test_settings_of_other_libraries(name, tmp_path, allowed, monkeypatch):
-    """A dict with attributes is read as a dict where its library is not installed."""
+def test_settings_of_other_libraries(name, tmp_path, clean_allow_list, monkeypatch):
     module, _, kind = name.rpartition('.')
     cls = type(kind, (dict,), dict(__module__=module, __getattr__=dict.__getitem__))
     for i in range(1, len(module.split('.')) + 1):
@@ -120,16 +116,15 @@ def test_settings_of_other_libraries(name, tmp_path, allowed, monkeypatch):
     path = tmp_path / 'in.pth'
     torch.save(dict(config=cls(MODEL=cls(DEPTH=2)), meta=dict(cfg_node=cls(a=cls(b=1))), model=denoised_state()), path)
     monkeypatch.undo()
+    fuse_checkpoint(path, tmp_path / 'out.pth')
+    assert torch.load(tmp_path / 'out.pth', weights_only=True)['meta']['cfg_node'] == dict(a=dict(b=1))
+    allow_training_checkpoints()
     for content in (read_checkpoint(path), torch.load(path, weights_only=True)):
         assert content['config'] == dict(MODEL=dict(DEPTH=2))
-    fuse_checkpoint(path, tmp_path / 'out.pth')
-    torch.serialization.clear_safe_globals()
-    assert torch.load(tmp_path / 'out.pth', weights_only=True)['meta']['cfg_node'] == dict(a=dict(b=1))
 
 
 def test_items_are_left_out_one_by_one(tmp_path):
     """What is no plain data is left out by its name; its neighbours stay, and lists are never shortened."""
-    source, target = tmp_path / 'in.pth', tmp_path / 'out.pth'
     odd = torch.eye(2).to_sparse()
     loop = [1]
     loop.append(loop)
@@ -143,9 +138,8 @@ def test_items_are_left_out_one_by_one(tmp_path):
         loop=loop,
         empty=b'',
     )
-    torch.save(dict(meta=dict(epoch=3, dataset_meta=dataset_meta), state_dict=denoised_state()), source)
-    result = fuse_checkpoint(source, target)
-    meta = torch.load(target, weights_only=True)['meta']
+    checkpoint, result = fused(tmp_path, dict(meta=dict(epoch=3, dataset_meta=dataset_meta)))
+    meta = checkpoint['meta']
     assert meta['epoch'] == 3
     assert meta['dataset_meta'] == dict(
         classes=('cat', 'dog'), keypoints=[dict(name='nose', id=0), dict(name='eye', id=1)], deep=dict(one=1)
@@ -155,12 +149,9 @@ def test_items_are_left_out_one_by_one(tmp_path):
 
 
 def test_tensors_in_meta_stay(tmp_path):
-    """Class weights may be a tensor."""
-    source, target = tmp_path / 'in.pth', tmp_path / 'out.pth'
-    meta = dict(dataset_meta=dict(class_weight=torch.tensor([1.0, 2.0])))
-    torch.save(dict(meta=meta, state_dict=denoised_state()), source)
-    assert fuse_checkpoint(source, target).notes == ()
-    assert torch.load(target, weights_only=True)['meta']['dataset_meta']['class_weight'].tolist() == [1, 2]
+    checkpoint, result = fused(tmp_path, dict(meta=dict(class_weight=torch.tensor([1.0, 2.0]))))
+    assert result.notes == ()
+    assert checkpoint['meta']['class_weight'].tolist() == [1, 2]
 
 
 def test_shared_lists_do_not_grow(tmp_path):
@@ -168,18 +159,13 @@ def test_shared_lists_do_not_grow(tmp_path):
     lists = ['x']
     for _ in range(40):
         lists = [lists, lists]
-    source, target = tmp_path / 'in.pth', tmp_path / 'out.pth'
-    torch.save(dict(meta=dict(lists=lists, odd=decimal.Decimal), state_dict=denoised_state()), source)
-    fuse_checkpoint(source, target, allow_pickle=True)
-    assert target.stat().st_size < 10_000
+    fused(tmp_path, dict(meta=dict(lists=lists, odd=decimal.Decimal)), allow_pickle=True)
+    assert (tmp_path / 'out.pth').stat().st_size < 10_000
 
 
 @pytest.mark.parametrize('shape', [(10**12,), (2, 10**9), (-1, -2), (1,) * 5000, ('a',), None])
 def test_damaged_arrays_are_left_out(shape, tmp_path):
     """A shape that lies about the data neither fills the memory nor stops the reader."""
-    from mmdenoiserep.core.files.plain import LEFT_OUT, to_plain
-    from mmdenoiserep.core.files.stand_ins import InertArray, InertDtype
-
     array, left_out = InertArray(), []
     array.__setstate__((1, shape, InertDtype('u1'), False, b'\1\2'))
     assert to_plain(array, 'palette', left_out) is LEFT_OUT
@@ -187,7 +173,6 @@ def test_damaged_arrays_are_left_out(shape, tmp_path):
 
 
 def test_extra_state_is_kept(tmp_path):
-    """What a module puts into its state dict itself, a tensor or not, is in the fused file."""
 
     class Scaled(torch.nn.Linear):
         def get_extra_state(self):
@@ -198,11 +183,8 @@ def test_extra_state_is_kept(tmp_path):
 
     state = {**denoised_state(), **{f'scaled.{key}': value for key, value in Scaled(2, 2).state_dict().items()}}
     state['odd._extra_state'] = torch.eye(2).to_sparse().to(torch.float64)
-    source, target = tmp_path / 'in.pth', tmp_path / 'out.pth'
-    torch.save(dict(state_dict=state), source)
-    fuse_checkpoint(source, target)
-    fused = torch.load(target, weights_only=True)['state_dict']
-    assert torch.equal(fused['fc.weight'], torch.eye(2) - 0.25)
+    weights = fused(tmp_path, dict(state_dict=state))[0]['state_dict']
+    assert torch.equal(weights['fc.weight'], torch.eye(2) - 0.25)
     model = torch.nn.ModuleDict(dict(scaled=Scaled(2, 2)))
-    model.load_state_dict({key: value for key, value in fused.items() if key.startswith('scaled.')}, strict=True)
+    model.load_state_dict({key: value for key, value in weights.items() if key.startswith('scaled.')}, strict=True)
     assert model['scaled'].extra['calls'] == 3 and model['scaled'].extra['scale'].tolist() == [1, 1]

@@ -1,4 +1,4 @@
-"""Tests of the fusion: exact per layer and for whole backbones, and never touching the live model."""
+"""The fusion: exact per layer and for whole backbones, and never touching the live model."""
 
 import copy
 import functools
@@ -13,20 +13,18 @@ from mmseg.models import VisionTransformer as SegVisionTransformer
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from helpers import denoised, randomise, relative
-from mmdenoiserep import DenoiseLinear, apply_denoiserep, fuse_model, fuse_state_dict, verify_fusion
+from helpers import copied, denoised, equal, randomise, relative, signature
+from mmdenoiserep import apply_denoiserep, fuse_model, fuse_state_dict, verify_fusion
 from mmdenoiserep.core import DenoiseLayer, Denoiser, FusionError
 from mmdenoiserep.core.fusing.fuse import find_denoisers
 from mmdenoiserep.core.method.layers import convert_layer
 
 
 def linear(**kw):
-    """A Linear layer of 12 inputs."""
     return lambda: nn.Linear(12, 10, **kw)
 
 
 def conv(*args, out=12, **kw):
-    """A Conv2d of 12 channels."""
     return lambda: nn.Conv2d(12, out, *args, **kw)
 
 
@@ -61,7 +59,6 @@ LAYERS = {
 
 
 def example(layer, dtype=torch.float64):
-    """Random input of a layer of LAYERS."""
     shape = (2, 7, 12) if isinstance(layer, nn.Linear) else (2, 12, 9, 8)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
@@ -85,11 +82,6 @@ def test_layers_fuse_exactly(kind, rank, dtype, tolerance):
         assert relative(fused(x), defined) < tolerance
         assert relative(layer(x), defined) < tolerance
         assert relative(vanilla(x), defined) > 0.05
-
-
-def signature(state):
-    """Keys in order with shapes and dtypes."""
-    return [(key, value.shape, value.dtype) for key, value in state.items()]
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
@@ -122,17 +114,16 @@ def test_half_precision(build, shape, rank, dtype):
 @pytest.mark.parametrize('rank', [None, 2])
 @pytest.mark.parametrize('kind', LAYERS)
 def test_a_layer_fuses_itself(kind, rank):
-    """``fuse()`` returns the layer that :func:`fuse_model` returns, to the bit, and leaves the denoised one alone."""
+    """``fuse()`` and the fusion of the state dict do bitwise what :func:`fuse_model` does; the layer stays."""
     layer = denoised(LAYERS[kind][0](), rank)
     layer.weight.requires_grad_(False)
     before, expected = copy.deepcopy(layer), fuse_model(layer)
     plain = layer.fuse()
     assert type(plain) is type(expected) and repr(plain) == repr(expected)
-    assert not any(p.requires_grad for name, p in plain.named_parameters() if name == 'weight')
-    for module, other in ((plain, expected), (layer, before)):
-        state = other.state_dict()
-        assert signature(module.state_dict()) == signature(state)
-        assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    assert not plain.weight.requires_grad
+    for state in (plain.state_dict(), fuse_state_dict(layer.state_dict())):
+        assert signature(state) == signature(expected.state_dict()) and equal(state, expected.state_dict())
+    assert equal(layer.state_dict(), before.state_dict())
     assert type(layer) is type(before) and layer.timestep == before.timestep
     assert not torch.equal(plain.weight, layer.weight)
 
@@ -161,8 +152,7 @@ def test_timm_fuses_the_layers_of_a_model(rank):
     x = torch.randn(2, 12, 9, 8)
     apply_denoiserep(model, 'all', rank=rank, example_input=x)
     expected, actual = fuse_model(randomise(model)).state_dict(), reparameterize_model(model)
-    assert signature(actual.state_dict()) == signature(expected)
-    assert all(torch.equal(value, expected[name]) for name, value in actual.state_dict().items())
+    assert signature(actual.state_dict()) == signature(expected) and equal(actual.state_dict(), expected)
 
 
 def test_zero_padding_needs_the_care():
@@ -178,8 +168,6 @@ def test_zero_padding_needs_the_care():
     assert wrong.max() > 0.1
 
 
-# Whole backbones
-
 VIT = {'embed_dims': 32, 'num_layers': 2, 'num_heads': 2, 'feedforward_channels': 64}
 SWIN = {'embed_dims': 32, 'depths': [2, 2], 'num_heads': [2, 4]}
 BACKBONES = {
@@ -194,10 +182,7 @@ BACKBONES = {
     ),
     'vit': (lambda: VisionTransformer(VIT, img_size=32, patch_size=8, out_type='featmap'), 32),
     'vit-without-qkv-bias': (lambda: VisionTransformer(VIT, img_size=32, patch_size=8, qkv_bias=False), 32),
-    'segformer': (
-        lambda: MixVisionTransformer(embed_dims=16, num_layers=[1, 1, 1, 1], num_heads=[1, 1, 2, 4]),
-        64,
-    ),
+    'segformer': (lambda: MixVisionTransformer(embed_dims=16, num_layers=[1, 1, 1, 1], num_heads=[1, 1, 2, 4]), 64),
     'mmseg-vit': (
         lambda: SegVisionTransformer(img_size=32, patch_size=8, embed_dims=32, num_layers=2, num_heads=2),
         32,
@@ -206,7 +191,6 @@ BACKBONES = {
 
 
 def build_backbone(kind, rank=None, targets='all', dtype=torch.float64):
-    """Return (vanilla, denoised with random values, an image batch, the report)."""
     build, size = BACKBONES[kind]
     torch.manual_seed(0)
     vanilla = build()
@@ -242,7 +226,6 @@ def test_backbones_fuse_exactly(kind, rank):
 
 
 def test_bypassed_layers_would_be_wrong():
-    """Converting SwinV2's qkv by force breaks the fusion, so skipping it is needed."""
     _, model, images, report = build_backbone('swin-v2')
     name = next(name for name, reason in report.skipped.items() if name.endswith('.qkv') and 'bypassed' in reason)
     convert_layer(model.get_submodule(name), 1, None, None, None)
@@ -255,19 +238,15 @@ def test_fusing_leaves_the_model_and_repeats(train):
     _, model, images, _ = build_backbone('resnet', 3, dtype=torch.float32)
     for module in model.modules():
         module.training = train
-    before = copy.deepcopy(model.state_dict())
-    random_state = torch.get_rng_state()
+    before, random_state = copied(model.state_dict()), torch.get_rng_state()
     first, second = fuse_model(model), fuse_model(model)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(module.training == train for module in (*model.modules(), *first.modules()))
     assert any(isinstance(module, DenoiseLayer) for module in model.modules())
-    after = model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[key], before[key]) for key in before)
-    first, second = first.state_dict(), second.state_dict()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    shared = {value.data_ptr() for value in after.values()} & {value.data_ptr() for value in first.values()}
-    assert not shared
+    assert equal(model.state_dict(), before)
+    assert equal(first.state_dict(), second.state_dict())
+    live, fused = ({value.data_ptr() for value in each.state_dict().values()} for each in (model, first))
+    assert not live & fused
 
 
 def test_fused_model_keeps_requires_grad():
@@ -300,24 +279,17 @@ def test_what_is_fused_has_no_hooks_of_this_package(fuse):
     assert sorted(calls) == ['other'] * 4 + ['own'] * 2
 
 
-# State dicts
-
-
 class Shared(nn.Module):
-    """One layer in two places."""
-
     def __init__(self):
         super().__init__()
         self.first = self.second = nn.Linear(12, 12, dtype=torch.float64)
 
     def forward(self, x):
-        """Run it twice."""
         return self.second(self.first(x).relu())
 
 
 @pytest.mark.parametrize('rank', [None, 2])
 def test_shared_layer(rank):
-    """A layer in two places is fused once, under both names."""
     vanilla = Shared()
     model, x = copy.deepcopy(vanilla), torch.randn(3, 12, dtype=torch.float64)
     apply_denoiserep(model, 'all', rank=rank, example_input=x)
@@ -337,26 +309,16 @@ def test_state_dict_fusion_keeps_the_rest():
     keys = list(model.state_dict())
     apply_denoiserep(model, '0', example_input=torch.zeros(1, 12))
     state = randomise(model).state_dict()
-    before = {key: value.clone() for key, value in state.items()}
-    fused = fuse_state_dict(state)
+    before, fused = copied(state), fuse_state_dict(state)
     assert list(fused) == keys
     assert fused._metadata == metadata
     assert all(fused[key] is state[key] for key in keys if not key.startswith('0.'))
     assert not torch.equal(fused['0.weight'], state['0.weight'])
-    assert all(torch.equal(state[key], before[key]) for key in before)
+    assert equal(state, before)
 
 
-def test_layer_without_a_prefix():
-    """The state dict of a single layer is fused too."""
-    layer = denoised(nn.Linear(12, 4))
-    fused = fuse_state_dict(layer.state_dict())
-    assert list(fused) == ['weight', 'bias']
-    assert torch.equal(fused['weight'], fuse_model(layer).weight)
-
-
-def broken(**changes):
+def broken(rank=None, **changes):
     """A fusable state dict of one Linear(12, 4) named fc with some entries changed; None removes."""
-    rank = changes.pop('rank', None)
     state = OrderedDict((f'fc.{key}', value) for key, value in denoised(nn.Linear(12, 4), rank).state_dict().items())
     for key, value in changes.items():
         key = f'fc.{key}'.replace('__', '.')
@@ -366,23 +328,28 @@ def broken(**changes):
     return state
 
 
+@pytest.mark.parametrize('beside', [False, True], ids=['alone', 'beside a users own'])
 @pytest.mark.parametrize(
     'state, message',
     [
         (broken(denoiser__weight=None, denoiser__bias=None), 'no denoiser'),
         (broken(weight=None), 'fc has a denoiser but no weight'),
+        (broken(weight=None, bias=None), 'no weight'),
+        (broken(rank=2, weight=None), 'no weight'),
         (broken(bias=None), 'has a bias, but the layer has none'),
         (broken(denoiser__weight=None), 'incomplete'),
         (broken(rank=2, denoiser__up=None), 'incomplete'),
+        (broken(rank=2, denoiser__down=None), 'incomplete'),
+        (broken(denoiser__gain=torch.ones(1)), r'denoiser\.gain.* no parameter of a denoiser'),
         (broken(rank=2, denoiser__weight=torch.zeros(1, 12, 12)), 'denoiser of fc'),
-        (broken(denoiser__weight=torch.full((1, 12, 12), float('nan'))), r'fc\.denoiser\.weight holds NaN or Inf'),
-        (broken(denoiser__bias=torch.full((12,), float('inf'))), r'fc\.denoiser\.bias holds NaN or Inf'),
-        (broken(weight=torch.full((4, 12), float('-inf'))), r'fc\.weight holds NaN or Inf'),
-        (broken(bias=torch.full((4,), float('nan'))), r'fc\.bias holds NaN or Inf'),
+        (broken(denoiser__weight=torch.full((1, 12, 12), torch.nan)), r'fc\.denoiser\.weight holds NaN or Inf'),
+        (broken(denoiser__bias=torch.full((12,), torch.inf)), r'fc\.denoiser\.bias holds NaN or Inf'),
+        (broken(weight=torch.full((4, 12), -torch.inf)), r'fc\.weight holds NaN or Inf'),
+        (broken(bias=torch.full((4,), torch.nan)), r'fc\.bias holds NaN or Inf'),
         (broken(denoiser__weight=torch.zeros(1, 11, 11)), r'\(1, 11, 11\).* does not fit its weight \(4, 12\)'),
         (broken(denoiser__weight=torch.zeros(2, 12, 12), denoiser__bias=None), 'does not fit'),
         (broken(denoiser__weight=torch.zeros(5, 12, 12)), 'does not fit'),
-        (broken(denoiser__weight=torch.zeros(12, 12)), 'no denoiser in it .fc.denoiser'),
+        (broken(denoiser__weight=torch.zeros(12, 12)), r'no denoiser in it .(fc|head)\.denoiser'),
         (broken(denoiser__weight=torch.zeros(())), 'does not fit'),
         (broken(denoiser__bias=torch.zeros(1)), 'does not fit'),
         (broken(bias=torch.zeros(1)), 'does not fit'),
@@ -394,16 +361,15 @@ def broken(**changes):
         (broken(rank=2, denoiser__down=torch.zeros(4, 2, 12)), 'does not fit'),
     ],
 )
-def test_what_can_not_be_fused(state, message):
-    """A state dict that does not fit is refused with one sentence that names the layer."""
+def test_what_can_not_be_fused(state, message, beside):
+    """One sentence names the layer, also where the model has a denoiser of its own."""
+    own = Own(nn.Linear(12, 12)).state_dict() if beside else {}
     with pytest.raises(FusionError, match=message) as caught:
-        fuse_state_dict(state)
+        fuse_state_dict({f'head.{key}': value for key, value in own.items()} | state)
     assert '\n' not in str(caught.value)
 
 
 class Own(nn.Module):
-    """A module of the user's own, with children or parameters called denoiser."""
-
     def __init__(self, denoiser, weight=None):
         super().__init__()
         self.enc = nn.Linear(12, 12)
@@ -412,7 +378,6 @@ class Own(nn.Module):
             self.weight = nn.Parameter(weight)
 
     def forward(self, x):
-        """Run what runs."""
         return self.enc(x)
 
 
@@ -456,7 +421,6 @@ def test_modules_of_the_users_own_called_denoiser(kind):
 
 
 def test_a_layer_called_denoiser_gets_one():
-    """A user's layer of that name can be converted itself, and is fused."""
     model, x = Own(nn.Linear(12, 12)).double(), torch.randn(2, 12, dtype=torch.float64)
     model.forward = lambda x: model.denoiser(model.enc(x).relu())
     expected = copy.deepcopy(list(model.state_dict()))
@@ -470,22 +434,6 @@ def test_a_layer_called_denoiser_gets_one():
     assert relative(plain.denoiser(plain.enc(x).relu()), model(x)) < 1e-9
 
 
-def test_damaged_beside_a_users_own():
-    """A damaged denoiser of ours is an error also where the model has a denoiser of its own."""
-    own = {f'head.{key}': value for key, value in Own(nn.Linear(12, 12)).state_dict().items()}
-    for damage, message in (
-        ({'weight': None}, 'no weight'),
-        ({'weight': None, 'bias': None}, 'no weight'),
-        ({'denoiser__weight': torch.zeros(1, 11, 11)}, 'does not fit'),
-        ({'denoiser__weight': None}, 'incomplete'),
-        ({'rank': 2, 'denoiser__down': None}, 'incomplete'),
-        ({'rank': 2, 'weight': None}, 'no weight'),
-        ({'denoiser__gain': torch.ones(1)}, 'nothing that a denoiser'),
-    ):
-        with pytest.raises(FusionError, match=message):
-            fuse_state_dict(own | broken(**damage))
-
-
 def test_entries_that_are_no_tensors():
     """``_extra_state`` of any kind stays as it is, also where it is called denoiser."""
     extra = {'head._extra_state': {'a': 1}, 'head.denoiser.weight': 'none', 'head.denoiser.scale': None}
@@ -495,56 +443,39 @@ def test_entries_that_are_no_tensors():
     assert torch.equal(fused['fc.weight'], fuse_state_dict(state)['fc.weight'])
 
 
-# Models whose state dict is another thing
-
-
 class Odd(nn.Module):
     """Two layers; what its state dict holds is up to a hook."""
 
-    def __init__(self):
+    def __init__(self, hook=None):
         super().__init__()
         self.f, self.g = nn.Linear(12, 12), nn.Linear(12, 4)
+        if hook:
+            self._register_state_dict_hook(lambda module, state, prefix, local: hook(state))
 
     def forward(self, x):
-        """Run them."""
         return self.g(self.f(x).relu())
 
 
 class Extra(Odd):
-    """A model with an extra state."""
-
     def get_extra_state(self):
-        """Anything."""
         return {'version': object()}
 
     def set_extra_state(self, state):
-        """Nothing."""
+        pass
 
 
-def with_hook(hook):
-    """An Odd model with a hook on its state dict."""
-    model = Odd()
-    model._register_state_dict_hook(lambda module, state, prefix, local: hook(state))
-    return model
-
-
-def overriding():
-    """A model whose class makes its state dict."""
-
-    class Empty(Odd):
-        def state_dict(self, *args, **kwargs):
-            return {}
-
-    return Empty()
+class Overriding(Odd):
+    def state_dict(self, *args, **kwargs):
+        return {}
 
 
 @pytest.mark.parametrize(
     'make',
     [
-        lambda: with_hook(lambda state: OrderedDict((f'net.{key}', value) for key, value in state.items())),
-        lambda: with_hook(lambda state: [state.pop(key) for key in list(state) if 'f.' in key] and None),
-        lambda: with_hook(lambda state: state.update(note='text')),
-        overriding,
+        lambda: Odd(lambda state: OrderedDict((f'net.{key}', value) for key, value in state.items())),
+        lambda: Odd(lambda state: [state.pop(key) for key in list(state) if 'f.' in key] and None),
+        lambda: Odd(lambda state: state.update(note='text')),
+        Overriding,
         Extra,
     ],
     ids=['renames', 'leaves out', 'adds text', 'overridden', 'extra state'],
@@ -652,7 +583,6 @@ def test_pruned_after_the_conversion():
 
 
 def test_overflow_is_refused():
-    """A fused weight that the stored dtype can't hold is an error, not Inf in a file."""
     layer = denoised(nn.Linear(12, 4)).half()
     layer.denoiser.weight.data.fill_(6e4)
     layer.weight.data.fill_(100)
@@ -665,35 +595,3 @@ def test_fusing_a_vanilla_model_is_refused():
     layer = denoised(nn.Linear(12, 4))
     with pytest.raises(FusionError, match='no denoiser'):
         fuse_model(fuse_model(layer))
-
-
-# Verification
-
-
-def test_verification_finds_what_is_wrong():
-    """NaN, Inf and a wrong weight are not ok; other outputs are an error."""
-    layer = denoised(nn.Linear(12, 4))
-    x = example(layer, torch.float32)
-    good = fuse_model(layer)
-    verification = verify_fusion(layer, good, x)
-    assert verification.ok
-    assert verification.differences[0].output == 'output'
-    assert {'largest', 'relative', 'tolerance', 'ok'} <= set(str(verification).split())
-    for value in (float('nan'), float('inf'), good.weight[0, 0].item() + 0.1):
-        bad = copy.deepcopy(good)
-        bad.weight.data[0, 0] = value
-        result = verify_fusion(layer, bad, x)
-        assert not result.ok
-        assert 'TOO LARGE' in str(result)
-    assert not verify_fusion(layer, good, x, tolerance=-1.0).ok
-    with pytest.raises(ValueError, match='shape'):
-        verify_fusion(layer, nn.Linear(12, 5), x)
-    with pytest.raises(ValueError, match='different outputs'):
-        verify_fusion(layer, nn.GRU(12, 4), x)
-
-
-def test_a_foreign_key_beside_a_denoiser_is_refused():
-    """Nothing called denoiser.* may stay in what claims to be vanilla."""
-    layer = DenoiseLinear(4, 4)
-    with pytest.raises(FusionError, match=r'denoiser\.gain'):
-        fuse_state_dict({**layer.state_dict(), 'denoiser.gain': torch.ones(1)})

@@ -3,6 +3,7 @@
 import collections
 import copy
 import random
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from mmpretrain.models.selfsup import (
 )
 from torch import nn
 
-from helpers import randomise, relative
+from helpers import denoised, random_states, randomise, relative
 from mmdenoiserep import apply_denoiserep, fuse_model, verify_fusion
 from mmdenoiserep.core import FusionError, compare_models
 from mmdenoiserep.core.utils.randomness import equal_draws
@@ -30,8 +31,6 @@ X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch
 
 
 class Net(nn.Module):
-    """Two layers around a function of the features."""
-
     def __init__(self, between=torch.relu, pack=lambda x: x):
         super().__init__()
         self.f, self.g = nn.Linear(8, 8), nn.Linear(8, 8)
@@ -39,25 +38,15 @@ class Net(nn.Module):
         self.pack = pack
 
     def forward(self, x):
-        """Run them."""
         return self.pack(self.g(self.between(self.f(x))))
 
 
 def make(between=torch.relu, pack=lambda x: x):
-    """A converted Net with random denoisers, and the same without."""
     torch.manual_seed(0)
     vanilla = Net(between, pack).double().eval()
     model = copy.deepcopy(vanilla)
     apply_denoiserep(model, 'all', rank=3, example_input=X)
     return randomise(model), vanilla
-
-
-def states():
-    """The states of all generators."""
-    return str(torch.get_rng_state().tolist()), random.getstate(), str(np.random.get_state())
-
-
-# Random numbers
 
 
 @pytest.mark.parametrize(
@@ -75,12 +64,12 @@ def states():
 def test_random_forward(between):
     """Both models see the same random numbers of every generator, and the program's own stay as they were."""
     model, vanilla = make(between)
-    before = states()
+    before = random_states()
     result = verify_fusion(model, example_input=X)
     assert result.ok, str(result)
     assert result.differences[0].tolerance == 1e-9
     assert not verify_fusion(model, vanilla, X).ok
-    assert states() == before
+    assert random_states() == before
 
 
 @pytest.mark.parametrize(
@@ -140,7 +129,7 @@ def test_masked_image_models(backbone, size):
 
 def test_equal_draws():
     """Every generator starts at the seed and is as it was afterwards, also after an error."""
-    before = states()
+    before = random_states()
     with equal_draws(seed=3):
         first = torch.rand(2).tolist(), np.random.rand(), random.random()
     with pytest.raises(KeyError), equal_draws(seed=3):
@@ -148,23 +137,16 @@ def test_equal_draws():
         raise KeyError
     with equal_draws(seed=4):
         assert (torch.rand(2).tolist(), np.random.rand(), random.random()) != first
-    assert states() == before
-
-
-# Outputs
+    assert random_states() == before
 
 
 @dataclass
 class Output:
-    """A plain dataclass."""
-
     last: Any
     note: str = 'text'
 
 
 class Slots:
-    """An object without a dict."""
-
     __slots__ = ('features', 'missing')
 
     def __init__(self, features):
@@ -172,9 +154,14 @@ class Slots:
 
 
 def sample(x):
-    """What a detector returns."""
     instances = InstanceData(scores=x.flatten(1)[:, 0], labels=torch.ones(2, dtype=torch.long))
     return [DetDataSample(pred_instances=instances, metainfo={'img_path': 'a.png'}), PixelData(data=x[:1])]
+
+
+def attached(x):
+    thing = types.SimpleNamespace(parts=[x])
+    thing.itself = thing
+    return thing
 
 
 Pair = collections.namedtuple('Pair', 'first second')
@@ -184,7 +171,7 @@ PACKINGS = {
     'namedtuple': lambda x: Pair(x, None),
     'dict': lambda x: {'a': x, 2: (x,), ('b', 1): [x]},
     'mapping': lambda x: collections.UserDict(a=x),
-    'object': lambda x: type('Anything', (), {})() or None,
+    'object': attached,
     'slots': Slots,
     'data elements': sample,
     'distribution': lambda x: torch.distributions.Normal(x, 1, validate_args=False),
@@ -195,19 +182,8 @@ PACKINGS = {
 }
 
 
-def attached(x):
-    """An object with attributes."""
-    thing = type('Anything', (), {})()
-    thing.parts, thing.itself = [x], thing
-    return thing
-
-
-PACKINGS['object'] = attached
-
-
 @pytest.mark.parametrize('kind', PACKINGS)
 def test_outputs_of_any_kind(kind):
-    """The tensors of every output are found and compared; a difference in them is one."""
     model, vanilla = make(pack=PACKINGS[kind])
     result = verify_fusion(model, example_input=X)
     assert result.differences
@@ -227,14 +203,12 @@ def test_outputs_of_any_kind(kind):
     ],
 )
 def test_outputs_without_numbers(pack, kind):
-    """Nothing to compare is a failure with a sentence, not an empty table."""
     model, _ = make(pack=pack)
     with pytest.raises(FusionError, match=f'no floating-point tensor.* a {kind}'):
         verify_fusion(model, example_input=X)
 
 
 def test_a_model_without_denoisers():
-    """There is nothing to verify."""
     model, vanilla = make()
     with pytest.raises(FusionError, match='no denoiser'):
         verify_fusion(vanilla, vanilla, X)
@@ -255,7 +229,6 @@ def test_mixed_dtypes():
     model, _ = make()
     model.float()
     model.register_parameter('scale', nn.Parameter(torch.ones(1, dtype=torch.float64)))
-    model._parameters.move_to_end('scale', last=False) if hasattr(model._parameters, 'move_to_end') else None
     result = verify_fusion(model, example_input=X.float())
     assert result.ok
     assert result.differences[0].tolerance == 1e-4
@@ -265,11 +238,31 @@ def test_mixed_dtypes():
 def test_two_plain_models():
     """Any two models are compared, in eval mode and with the same random numbers; the tolerance is the model's own."""
     model, vanilla = make(lambda x: x * (torch.rand(x.shape) > 0.5))
-    fused, before = fuse_model(model).train(), states()
+    fused, before = fuse_model(model).train(), random_states()
     result = compare_models(fused, copy.deepcopy(fused), X)
     assert result.ok and result.differences[0].max_abs == 0 and result.differences[0].tolerance == 1e-9
     assert not compare_models(fused, vanilla, X).ok
     assert compare_models(fused, vanilla, X, tolerance=1e9).ok
-    assert states() == before and fused.training
+    assert random_states() == before and fused.training
     with pytest.raises(FusionError, match='different outputs'):
         compare_models(fused, nn.GRU(8, 8).double(), X)
+
+
+def test_what_is_wrong_is_found():
+    layer, x = denoised(nn.Linear(8, 4)), X.float()
+    good = fuse_model(layer)
+    verification = verify_fusion(layer, good, x)
+    assert verification.ok
+    assert verification.differences[0].output == 'output'
+    assert {'largest', 'relative', 'tolerance', 'ok'} <= set(str(verification).split())
+    for value in (torch.nan, torch.inf, good.weight[0, 0].item() + 0.1):
+        bad = copy.deepcopy(good)
+        bad.weight.data[0, 0] = value
+        result = verify_fusion(layer, bad, x)
+        assert not result.ok
+        assert 'TOO LARGE' in str(result)
+    assert not verify_fusion(layer, good, x, tolerance=-1.0).ok
+    with pytest.raises(ValueError, match='shape'):
+        verify_fusion(layer, nn.Linear(8, 5), x)
+    with pytest.raises(ValueError, match='different outputs'):
+        verify_fusion(layer, nn.GRU(8, 4), x)

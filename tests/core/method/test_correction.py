@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import denoised, dense, relative
+from helpers import denoised
 from mmdenoiserep.core.method.correction import Correction
 from mmdenoiserep.core.method.sample import Sample
 
@@ -27,7 +27,6 @@ def test_the_names_tell_the_kind(parameters, rank):
     [{}, BIAS, FULL | LOW, FULL | dict(gain=torch.ones(1)), *({**LOW, **BIAS, name: None} for name in LOW)],
 )
 def test_other_names_are_refused(parameters):
-    """And listed, so that a damaged file can be told."""
     parameters = {name: value for name, value in parameters.items() if value is not None}
     with pytest.raises(ValueError, match=f'incomplete: it has only {", ".join(sorted(parameters))}$'):
         Correction.of(parameters)
@@ -64,20 +63,6 @@ def test_what_it_fits(parts, weight, bias, fits):
 )
 def test_parts_that_do_not_fit_each_other(parts):
     assert not Correction.of(parts).fits(torch.zeros(4, 3, 1, 1), None)
-
-
-@pytest.mark.parametrize('groups', [1, 2])
-@pytest.mark.parametrize('rank', [None, 2])
-def test_matrix_and_fold(rank, groups):
-    """``W' = W - W B``, ``b' = b - W b~`` for every tap of a convolution, with B written out."""
-    layer = denoised(nn.Conv2d(8, 6, (3, 2), groups=groups).double(), rank)
-    weight, bias = layer.denoiser.correction().fold(layer.weight, layer.bias)
-    before, after = (
-        torch.stack([torch.block_diag(*tap.reshape(groups, 6 // groups, -1)) for tap in w.flatten(2).unbind(2)])
-        for w in (layer.weight, weight)
-    )
-    assert relative(after, before - before @ dense(layer)) < 1e-9
-    assert relative(bias, layer.bias - before.sum(0) @ layer.denoiser.bias) < 1e-9
 
 
 @pytest.mark.parametrize('timestep', [1, 40, 999])

@@ -14,9 +14,8 @@ from mmengine.registry import OPTIMIZERS, DefaultScope
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from helpers import denoised
+from helpers import denoised, randomise
 from mmdenoiserep import apply_denoiserep, denoise_losses
-from mmdenoiserep.core import DenoiseLayer
 from mmdenoiserep.core.method.sample import Sample
 
 SCALES = (1e-2, 1.0, 255.0)
@@ -41,7 +40,6 @@ OPTIMIZERS_IN_USE = library_optimizers() | dict(
 
 
 def test_the_optimizers_are_found():
-    """The base schedules of the three libraries hold at least these."""
     assert {'SGD', 'SGD with nesterov', 'AdamW', 'Lamb', 'LARS'} <= OPTIMIZERS_IN_USE.keys()
 
 
@@ -145,11 +143,7 @@ def net():
     torch.manual_seed(0)
     model = Net().double()
     apply_denoiserep(model, 'all', rank=2, example_input=torch.randn(1, 3, 5, 5).double())
-    with torch.no_grad():
-        for layer in model.modules():
-            if isinstance(layer, DenoiseLayer):
-                for parameter in layer.denoiser.parameters():
-                    parameter.copy_(1e-3 * torch.randn_like(parameter))
+    randomise(model, 1e-3)
     model.count = 0
     return model, torch.randn(2, 3, 5, 5, dtype=torch.float64)
 
@@ -161,24 +155,18 @@ def gradients(model):
 def test_mean_is_that_of_the_layers_that_ran():
     """All tokens: the mean of the layers' own losses over all their calls, of those that the last forward called."""
     model, x = net()
-    seen = {name: [] for name in ('conv', 'shared', 'sometimes')}
-    for name, calls in seen.items():
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda layer, args, kwargs, calls=calls: calls.append([*args, *kwargs.values()][0].detach()),
-            with_kwargs=True,
-        )
+    seen = {model.get_submodule(name): [] for name in ('conv', 'shared', 'sometimes')}
+    for layer, calls in seen.items():
+        layer.register_forward_pre_hook(lambda layer, args, calls=calls: calls.append(args[0].detach()))
     with denoise_losses(model, tokens=None) as losses:
         for ran in (3, 2):
             for calls in seen.values():
                 calls.clear()
             model(x)
-            expected = [
-                model.get_submodule(n).denoise_loss(torch.cat(calls)).item() for n, calls in seen.items() if calls
-            ]
+            expected = [layer.denoise_loss(torch.cat(calls)).item() for layer, calls in seen.items() if calls]
             assert len(expected) == ran
-            loss = losses.mean(0.5)
-            assert loss.item() == pytest.approx(0.5 * sum(expected) / ran, rel=1e-9)
-        assert losses.ran == set(seen)
+            assert losses.mean(0.5).item() == pytest.approx(0.5 * sum(expected) / ran, rel=1e-9)
+        assert losses.ran == {'conv', 'shared', 'sometimes'}
 
 
 def test_two_forwards_and_none():
@@ -267,7 +255,6 @@ def test_checkpointing_and_label_losses_do_not_interfere():
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, ArithmeticError])
 def test_nothing_is_left_after_an_interrupt(error):
-    """An error inside of the context or of the forward leaves no hook on the model."""
     model, x = net()
     with pytest.raises(error), denoise_losses(model):
         model(x)
@@ -279,6 +266,5 @@ def test_nothing_is_left_after_an_interrupt(error):
 
 
 def test_model_without_denoisers():
-    """A model that was not converted is refused."""
     with pytest.raises(ValueError, match='apply_denoiserep'), denoise_losses(nn.Linear(3, 3)):
         pass

@@ -1,4 +1,4 @@
-"""Tests of the noise schedule."""
+"""The noise schedule."""
 
 import mpmath
 import pytest
@@ -40,7 +40,6 @@ def test_reverse_step_has_all_digits(timestep):
 
 
 def test_arrays_agree_with_the_step():
-    """The arrays are indexed by the timestep directly."""
     schedule = NoiseSchedule()
     step = schedule.reverse_step(40)
     assert step.signal**2 == pytest.approx(schedule.alphas_cumprod[40].item(), rel=1e-13)
@@ -48,7 +47,6 @@ def test_arrays_agree_with_the_step():
 
 
 def test_other_constants():
-    """Both ends and the number of steps can be chosen."""
     schedule = NoiseSchedule(0.01, 0.3, 10)
     assert len(schedule) == 10
     exact = exact_step(9, '0.01', '0.3', 10)
@@ -57,13 +55,11 @@ def test_other_constants():
 
 @pytest.mark.parametrize('betas', [(0, 0.1), (-0.1, 0.1), (0.2, 0.1), (0.1, 1), (float('nan'), 0.1)])
 def test_bad_betas(betas):
-    """Betas outside of (0, 1), or the wrong way round, are refused."""
     with pytest.raises(ValueError, match='beta_start <= beta_end'):
         NoiseSchedule(*betas)
 
 
 def test_too_few_timesteps():
-    """One step leaves no usable timestep."""
     with pytest.raises(ValueError, match='at least 2, got 1'):
         NoiseSchedule(num_timesteps=1)
 

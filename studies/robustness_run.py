@@ -1,9 +1,8 @@
-"""Fits one model to unlabelled corrupted images, its rivals beside it, and scores all of them."""
+"""Measures one model of the robustness study: fits it to corrupted images by several methods and evaluates them."""
 
 import argparse
 import copy
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -15,14 +14,14 @@ import torch
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
-from mmengine.registry import DATASETS, MODELS
-from mmengine.runner import load_checkpoint
+from mmengine.registry import DATASETS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from mmdenoiserep.apis.config import load_config, set_default_scope
+from mmdenoiserep.apis.config import load_config
 from mmdenoiserep.apis.corruptions import make_transform
+from mmdenoiserep.apis.model import open_model
 from mmdenoiserep.core import (
     InputError,
     apply_denoiserep,
@@ -35,11 +34,10 @@ from mmdenoiserep.core import (
 )
 from mmdenoiserep.core.calibration.match import FEW, MANY
 from mmdenoiserep.core.files.atomic import write_file
-from mmdenoiserep.engine.resume import allow_training_checkpoints
 from studies import study
-from studies.benchmarks.measure import alternate
+from studies.benchmarks.measure import alternate, cost_ratio
+from studies.commands import last_checkpoint
 from studies.robustness_report import ALL_LAYERS, AS_TRAINED, BATCH_NORM, EARLY_HALF, FIRST_LAYER
-from studies.steps import last_checkpoint
 
 CLASSIFICATION = 'fashion-mnist'
 SEVERITIES = {
@@ -47,33 +45,33 @@ SEVERITIES = {
     'scenes': dict(noise=40 / 255, blur=2.0, jpeg=5, contrast=0.5, occlusion=0.4, shot=0.05),
     'fashion-reid': dict(noise=40 / 255, blur=3.5, jpeg=15, contrast=0.8, occlusion=0.4, shot=0.05),
 }
-"""Data set, then corruption: see :func:`corrupt`."""
+"""Severities by data set and corruption, see :func:`corrupt`."""
 SOURCE = 4000
-"""Clean training images for the moments in the training domain, at most."""
+"""Largest number of clean training images for the moments in the training domain."""
 POOL = {CLASSIFICATION: 6000, 'scenes': 300, 'fashion-reid': 2000}
-"""Other training images, unlabelled and corrupted, to fit on, at most."""
+"""Largest number of other training images, unlabelled and corrupted, to fit on, by data set."""
 TARGET = {CLASSIFICATION: 1000}
-"""Those of them that the table is about; elsewhere all of them."""
+"""Number of images of the pool that the table uses; other data sets use all of them."""
 COUNTS = 8, 32, 128, 512, 2000, 4000
-"""Those that the curves are about."""
+"""Numbers of images of the pool that the curves use."""
 SKEWED = 4, 2000
-"""Classes, and images of them at most, of a skewed target."""
+"""Number of classes, and largest number of images, of a target that lacks the other classes."""
 MINIMISED = 2000
-"""Images that entropy minimisation gets, since it learns by steps of 200."""
+"""Number of images for entropy minimisation, which takes a step every 200."""
 TEST = {CLASSIFICATION: 2500}
-"""Test images, at most; elsewhere all of them, since their metrics are made for the whole set."""
+"""Largest number of test images; other data sets use all, since their metrics are not means over images."""
 RATES = 1e-3, 1e-4
-"""Learning rates of entropy minimisation: the original one, and a gentle one."""
+"""Learning rates of entropy minimisation: the original one, and a smaller one."""
 RESULT = 'robustness.json'
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images as the test pipeline packs them.
+    """Images packed by the test pipeline.
 
     Attributes:
-        inputs: (N, C, H, W), uint8, before the data preprocessor.
-        samples: What is known of them, one data sample an image.
+        inputs: Images before the data preprocessor, (N, C, H, W), uint8.
+        samples: Their data samples.
     """
 
     inputs: Tensor
@@ -84,12 +82,12 @@ class Images:
 
     @classmethod
     def load(cls, dataset: Any, chosen: Tensor) -> 'Images':
-        """Reads some images of a data set; they must all have the same size."""
+        """Reads the chosen images of a data set, which must all have one size."""
         packed = [dataset[i] for i in chosen.tolist()]
         return cls(torch.stack([item['inputs'] for item in packed]), [item['data_samples'] for item in packed])
 
     def first(self, count: int) -> 'Images':
-        """Returns the first of the images."""
+        """Returns the first ``count`` images."""
         return Images(self.inputs[:count], self.samples[:count])
 
     @property
@@ -99,13 +97,13 @@ class Images:
 
 
 def corrupt(images: Tensor, corruption: str, severity: float, seed: int) -> Tensor:
-    """Returns corrupted images; image i depends on the seed and on i alone, as all have one size.
+    """Returns corrupted images; image i depends on the seed and on i alone.
 
     Args:
-        images: (N, C, H, W), uint8; three channels are BGR, as the libraries load them.
-        corruption: As for :func:`mmdenoiserep.apis.corruptions.corrupt`.
-        severity: As for the same function.
-        seed: Of everything that is drawn, in the order of the images.
+        images: Images, (N, C, H, W), uint8; three channels are BGR.
+        corruption: See :func:`mmdenoiserep.apis.corruptions.corrupt`.
+        severity: See :func:`mmdenoiserep.apis.corruptions.corrupt`.
+        seed: Seed of all images.
     """
     if corruption == 'clean':
         return images
@@ -115,13 +113,13 @@ def corrupt(images: Tensor, corruption: str, severity: float, seed: int) -> Tens
     return corrupted.permute(0, 3, 1, 2).flip(1).contiguous()
 
 
-class Measurement:
-    """One baseline, its data, and everything that is measured with it.
+class RobustnessRun:
+    """All measurements with the baseline of one experiment and one seed.
 
     Args:
-        experiment: What it is an instance of.
-        folder: Where the trainings of one seed are.
-        seed: Chooses the images to fit on, and seeds the corruptions.
+        experiment: The experiment.
+        folder: Folder of the trainings with this seed.
+        seed: Seed of the choice of images and of the corruptions.
         cfg: Config of the baseline.
     """
 
@@ -129,11 +127,9 @@ class Measurement:
         self.experiment, self.folder, self.seed, self.cfg = experiment, folder, seed, cfg
         self.severities = SEVERITIES[experiment.data]
         self.classifies = experiment.data == CLASSIFICATION
-        if 'data_preprocessor' in cfg:  # as mmengine's runner does
-            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
         self.model = self.trained('baseline')
         test, train = cfg.test_dataloader.dataset, cfg.train_dataloader.dataset
-        with redirect_stdout(None):  # pycocotools reports its progress
+        with redirect_stdout(None):  # pycocotools prints its progress
             tested, trained = DATASETS.build(test), DATASETS.build({**train, 'pipeline': test.pipeline})
             self.evaluator = Evaluator(cfg.test_evaluator)
         self.evaluator.dataset_meta = tested.metainfo
@@ -156,27 +152,24 @@ class Measurement:
         }
 
     def order(self, count: int) -> Tensor:
-        """Returns the numbers below ``count`` in an order of this seed."""
+        """Returns a permutation of the numbers below ``count``, drawn from this seed."""
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
 
     def trained(self, step: str) -> nn.Module:
-        """Returns the model that one training of this seed ended with, in eval mode."""
-        model = MODELS.build(self.cfg.model)
-        model.eval()
-        load_checkpoint(model, last_checkpoint(self.folder / step), strict=True, map_location='cpu', logger='silent')
-        return model
+        """Returns the final model of one training with this seed, in eval mode."""
+        return open_model(self.cfg, last_checkpoint(self.folder / step))[0]
 
     def batch(self, inputs: Tensor) -> Tensor:
-        """Returns what the backbone gets for some images, float32."""
+        """Returns preprocessed images for the backbone, float32."""
         return self.model.data_preprocessor(dict(inputs=list(inputs), data_samples=None))['inputs']
 
     def corrupted(self, images: Images, corruption: str) -> Images:
-        """Corrupts images; the test images with other draws than those to fit on."""
+        """Corrupts images; test images have other random numbers than the images to fit on."""
         seed = 2 * self.seed + (images is self.test)
         return Images(corrupt(images.inputs, corruption, self.severities.get(corruption, 0), seed), images.samples)
 
     def score(self, model: nn.Module, images: Images) -> dict[str, float]:
-        """Evaluates a model; returns the experiment's metrics in percent, by their name in the report."""
+        """Evaluates a model, and returns the metrics of the experiment in percent by their names in the report."""
         if self.classifies:
             from mmpretrain.evaluation import Accuracy
 
@@ -194,7 +187,7 @@ class Measurement:
         return {name: study.METRICS[key][0] * float(metrics[key]) for name, key in self.experiment.metrics.items()}
 
     def schedule(self) -> nn.Module:
-        """Returns the model with the paper's denoisers, solved on the clean images, fused."""
+        """Returns the model with the paper's denoisers, solved on the clean images and fused."""
         model = copy.deepcopy(self.model)
         apply_denoiserep(model.backbone, 'all', rank=None, example_input=self.clean[0][:2])
         solve_denoisers(model.backbone, self.clean)
@@ -202,25 +195,25 @@ class Measurement:
         return model
 
     def fitted(self, inputs: Tensor, layers: Sequence[str] | None = None, **options: Any) -> nn.Module:
-        """Returns the model with some layers, or all, fitted to images in one batch; see :func:`fit_domain`."""
+        """Returns the model with the given layers, or all, fitted to images in one batch; see :func:`fit_domain`."""
         model = copy.deepcopy(self.model)
         chosen = {name: model.backbone.get_submodule(name) for name in layers or self.layers}
         fit_domain(model.backbone, chosen, [self.batch(inputs)], self.moments, **options)
         return model
 
     def normalised(self, inputs: Tensor) -> nn.Module | None:
-        """Returns the model with its BatchNorm statistics taken from some images; None where there is no BatchNorm."""
+        """Returns the model with BatchNorm statistics re-estimated on images; None if it has no BatchNorm."""
         if not any(isinstance(module, _BatchNorm) for module in self.model.modules()):
             return None
         model = copy.deepcopy(self.model)
         update_bn([self.batch(inputs)], model)
         return model
 
-    def certain(self, inputs: Tensor, rate: float, size: int = 200) -> nn.Module:
-        """Returns the model after one pass of entropy minimisation (TENT, Wang et al. 2021) over some images.
+    def minimise_entropy(self, inputs: Tensor, rate: float, size: int = 200) -> nn.Module:
+        """Returns the model after one pass of entropy minimisation (TENT, Wang et al. 2021) over images.
 
-        Adam changes the affine parameters of the norms alone, BatchNorm uses the statistics of the batch. Not as in the
-        original, the model is fixed afterwards, BatchNorm with the statistics of all the images.
+        Adam trains only the affine parameters of the norms, and BatchNorm uses the statistics of the batch. Unlike
+        TENT, the model is fixed afterwards, and BatchNorm then has the statistics of all images.
         """
         model = copy.deepcopy(self.model).requires_grad_(False)
         norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm | _BatchNorm)]
@@ -239,18 +232,18 @@ class Measurement:
         return model
 
     def adapted(self, inputs: Tensor) -> dict[str, nn.Module]:
-        """Returns what the fits of different size, and re-estimated BatchNorm, make of some unlabelled images."""
+        """Returns the models that each fit, and re-estimated BatchNorm, give for unlabelled images, by method."""
         models = {name: self.fitted(inputs, **options) for name, options in self.fits.items()}
         if self.classifies and (model := self.normalised(inputs)):
             models[BATCH_NORM] = model
         return models
 
     def scores(self, models: dict[str, nn.Module], images: Images) -> dict[str, dict[str, float]]:
-        """Evaluates several models."""
+        """Evaluates several models, see :meth:`score`."""
         return {name: self.score(model, images) for name, model in models.items()}
 
     def measure(self) -> dict[str, Any]:
-        """Measures everything; returns what :class:`robustness_report.Result` reads."""
+        """Runs all measurements, and returns an entry of ``runs`` of :class:`robustness_report.Result`."""
         tests = {name: self.corrupted(self.test, name) for name in ('clean', *self.severities)}
         result = dict(
             images=dict(source=sum(map(len, self.clean)), target=len(self.target), test=len(self.test)),
@@ -263,12 +256,12 @@ class Measurement:
         return result
 
     def picked(self, count: int) -> str:
-        """Returns the name of the fit that safe_fit picks for so many representative images."""
+        """Returns the name of the fit that safe_fit picks for ``count`` representative images."""
         options = safe_fit(self.layers, count, representative=True)
         return next(name for name, fit in self.fits.items() if fit == options)
 
     def table(self, tests: dict[str, Images]) -> dict[str, dict]:
-        """Returns corruption, method, metric: a score; fitted to the corruption that it is evaluated on."""
+        """Returns scores by corruption, method and metric; each fit uses the corruption of the test images."""
         fixed = {AS_TRAINED: self.model, 'schedule': self.schedule()}
         if self.classifies:
             fixed |= {'fine-tuned': self.trained('control'), 'fine-tuned on noise': self.trained('noise-augmented')}
@@ -279,12 +272,12 @@ class Measurement:
             if self.classifies:
                 models['diagonal'] = self.fitted(inputs, fit='diagonal')
                 more = self.corrupted(self.pool.first(MINIMISED), corruption).inputs
-                models |= {f'entropy, {rate:g}': self.certain(more, rate) for rate in RATES}
+                models |= {f'entropy, {rate:g}': self.minimise_entropy(more, rate) for rate in RATES}
             table[corruption] = self.scores(models, test)
         return table
 
     def counts(self, tests: dict[str, Images]) -> dict[str, dict]:
-        """Returns images, corruption, method, metric: fitted to the noise or to clean images, evaluated on the same."""
+        """Returns scores by number of images, corruption (noise or none), method and metric."""
         result: dict[str, dict] = {}
         for corruption in ('noise', 'clean'):
             inputs = self.corrupted(self.pool.first(max(COUNTS)), corruption).inputs
@@ -295,7 +288,7 @@ class Measurement:
         return result
 
     def skewed(self, tests: dict[str, Images]) -> dict[str, Any]:
-        """Returns the same as one entry of :meth:`counts`, fitted to some classes only, and the number of images."""
+        """Returns the number of images of a target with a few classes, and its scores as in :meth:`counts`."""
         classes, count = SKEWED
         labels = self.pool.labels
         chosen = torch.isin(labels, self.order(int(labels.max()) + 1)[:classes]).nonzero()[:count, 0]
@@ -307,7 +300,7 @@ class Measurement:
         return dict(images=len(images), scores=scores)
 
     def elsewhere(self, tests: dict[str, Images]) -> dict[str, dict]:
-        """Returns what was fitted to, what evaluated on, method, metric: where the domains differ or are mixed."""
+        """Returns scores by domain of the fit, domain of the test, method and metric, for domains that differ."""
         noisy = self.corrupted(self.target, 'noise').inputs
         half = len(noisy) // 2
         domains = {'noise': noisy, 'half noise, half clean': torch.cat([noisy[:half], self.target.inputs[half:]])}
@@ -320,15 +313,15 @@ class Measurement:
         return result
 
     def latency(self) -> float:
-        """Returns the time of the fused backbone over that of the baseline's: the median of alternating pairs."""
+        """Returns the latency of the fitted backbone over the baseline's: the median ratio of alternating pairs."""
         image = self.batch(self.test.inputs[:1])
         models = dict(baseline=self.model, fused=self.fitted(self.target.inputs, **self.fits[FIRST_LAYER]))
         seconds = alternate({n: lambda m=m: m.backbone(image) for n, m in models.items()}, warm_up=10, repeats=100)
-        return statistics.median(b / a for a, b in zip(seconds['baseline'], seconds['fused'], strict=True))
+        return cost_ratio(seconds['fused'], seconds['baseline']).median
 
 
 def write_noise_config(experiment: study.Experiment, folder: Path) -> str:
-    """Writes the control's config with noise of a random strength on every training image; returns its path."""
+    """Writes the config of the control with noise of random strength on every training image; returns its path."""
     cfg = Config.fromfile(experiment.config('_baseline-ft'))
     noise = dict(type='GaussNoise', std_range=(0.0, SEVERITIES[CLASSIFICATION]['noise']), p=1.0)
     cfg.train_dataloader.dataset.pipeline.insert(-1, dict(type='Albumentations', transforms=[noise]))
@@ -338,7 +331,7 @@ def write_noise_config(experiment: study.Experiment, folder: Path) -> str:
 
 
 def measure_one(args: argparse.Namespace) -> None:
-    """Measures one experiment with one seed, whose models are trained, and writes the result."""
+    """Measures the trained models of one experiment with one seed, and writes the result."""
     name, seed = args.one[0], int(args.one[1])
     folder = study.seed_folder(args.work_dir, name, seed)
     if not (folder / 'baseline.json').exists():
@@ -346,12 +339,10 @@ def measure_one(args: argparse.Namespace) -> None:
     started = time.process_time()
     torch.set_num_threads(1)
     MMLogger.get_current_instance().setLevel('ERROR')
-    allow_training_checkpoints()
     experiment = study.EXPERIMENTS[name]
     cfg = load_config(experiment.config(), args.cfg_options)
-    set_default_scope(cfg)
     with torch.no_grad():
-        result = Measurement(experiment, folder, seed, cfg).measure()
+        result = RobustnessRun(experiment, folder, seed, cfg).measure()
     result['cpu_seconds'] = time.process_time() - started
     with write_file(folder / RESULT) as file:
         file.write(json.dumps(result, indent=1).encode())

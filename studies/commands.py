@@ -1,4 +1,4 @@
-"""Runs commands of the project as steps of a longer program, and reads what they logged."""
+"""Runs commands of the project as steps of a program, and reads their checkpoints and logs."""
 
 import json
 import os
@@ -11,19 +11,22 @@ from mmdenoiserep.core import InputError
 
 
 def run(title: str, *command: str, log: Path | None = None) -> float:
-    """Prints and runs one command of the project; its failure ends the program.
+    """Prints and runs one command of the project.
 
     Args:
-        title: What the step does.
-        command: A tool and its arguments.
-        log: File for what the command prints; None shows it.
+        title: Description of the step.
+        *command: Arguments of Python: a tool and its arguments.
+        log: File for the output of the command; None prints it.
 
     Returns:
-        Its duration in seconds.
+        The duration in seconds.
+
+    Raises:
+        InputError: The command failed.
     """
     print(f'\n=== {title}\n$ python {" ".join(command)}', flush=True)
     started = time.perf_counter()
-    environment = {**os.environ, 'PYTHONWARNINGS': 'ignore'}  # the stack warns about its own old habits, often
+    environment = {**os.environ, 'PYTHONWARNINGS': 'ignore'}  # the libraries warn often about their own code
     with open(log or os.devnull, 'w') as file:
         output = dict(stdout=file, stderr=subprocess.STDOUT) if log else {}
         code = subprocess.run([sys.executable, *command], env=environment, **output).returncode
@@ -41,9 +44,9 @@ def last_checkpoint(work_dir: Path) -> str:
 
 
 def scalars(work_dir: Path) -> list[dict]:
-    """Returns everything that the last run in a work dir logged, oldest first."""
+    """Returns the logged scalars of the last run in a work dir, oldest first."""
     newest = max(work_dir.glob('*/vis_data/scalars.json'), key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:  # an evaluation writes its metrics beside its log
+    if newest is None:  # an evaluation writes its metrics next to its log
         newest = max(work_dir.glob('*/*.json'), key=lambda path: path.stat().st_mtime)
     return [json.loads(line) for line in newest.read_text().splitlines()]
 
