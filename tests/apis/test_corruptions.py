@@ -48,7 +48,6 @@ def test_sixteen_bits_are_corrupted_as_eight_bits_are(corruption, channels):
 @pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
 @pytest.mark.parametrize('channels', CHANNELS)
 def test_noise_has_the_standard_deviation_that_was_asked_for(severity, dtype, channels):
-    """In each channel, and independent of the other ones; alpha stays."""
     most = np.iinfo(dtype).max
     image = np.full((200, 200, *channels), most // 2, dtype)
     change = (corrupt(image, 'noise', severity, 0, 0).astype(float) - image) / most

@@ -42,7 +42,6 @@ def detector(**options):
     ids=['classifier', 'soft teacher', 'LAD', 'TTA', 'CLIP', 'list', 'LoRA'],
 )
 def test_configs(model, paths):
-    """Wherever a backbone stands in a config, it is found, as the object of the config."""
     model = ConfigDict(model)
     found = backbone_configs(model)
     assert list(found) == paths
@@ -54,13 +53,11 @@ def test_configs(model, paths):
 
 
 def test_a_lazy_config():
-    """Lazy objects are compared by name and not built."""
     cfg = Config.fromfile('configs/lazy/mask_rcnn_r50_fpn_1x_coco_denoiserep.py')
     assert list(backbone_configs(cfg._cfg_dict['model'])) == ['backbone']
 
 
 def test_semi_supervised_detector():
-    """Soft teacher has two backbones; semi_test_cfg names the one that predicts, by default the teacher."""
     config = detector()
     config.backbone = DENOISED
     for predict_on in ('student', 'teacher', None):
@@ -100,7 +97,6 @@ def test_an_average_of_the_backbone_does_not_predict(method, backbone):
 
 
 def test_a_denoised_backbone_of_any_name():
-    """What DenoiseRepBackbone built is a backbone, whatever its name; so is the model itself."""
     model = nn.Module()
     model.visual = build('mmdet', DENOISED)
     assert list(find_backbones(model)) == ['visual']
@@ -109,7 +105,6 @@ def test_a_denoised_backbone_of_any_name():
 
 @pytest.mark.parametrize('backbone', [RESNET, DENOISED])
 def test_a_backbone_in_a_list(backbone):
-    """The backbone of mmpretrain's retriever has no name of its own: with denoisers or without, it is found."""
     encoder = [backbone, {'type': 'GlobalAveragePooling'}]
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         model = MODELS.build({'type': 'ImageToImageRetriever', 'image_encoder': encoder, 'prototype': ''})
@@ -118,7 +113,6 @@ def test_a_backbone_in_a_list(backbone):
 
 
 def test_none_and_several_are_refused_by_name():
-    """No backbone, or several of which nothing says which is used."""
     with pytest.raises(InputError, match='no backbone'):
         backbone_configs(ConfigDict(type='TimmClassifier', model_name='resnet18', head={'backbone': None}))
     with pytest.raises(InputError, match='Sequential'):
@@ -158,7 +152,6 @@ def in_place(backbone, x):
     ids=['two images', 'normalised', 'half', 'by keyword', 'in place'],
 )
 def test_a_backbone_that_gets_something_else_than_the_images(way):
-    """Its moments and features would be those of other images."""
     with pytest.raises(InputError, match='Way.* hands its backbone'):
         check_input(Way(way), 'backbone', torch.randn(1, 3 if way is in_place else 6, 8, 8))
 

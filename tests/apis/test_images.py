@@ -217,7 +217,6 @@ class Model(nn.Module):
 
 @pytest.mark.parametrize('where', ['folder', 'test', 'train'])
 def test_own_loading_steps_stay(root, where):
-    """Whatever their names are; training images are loaded as the test images are, without augmentation."""
     steps = [dict(type='LoadNegative'), dict(type='LoadTwice'), PIPELINE[1]]
     train = custom(root, [PIPELINE[0], dict(type='RandomFlip', prob=1.0), PIPELINE[1]])
     cfg = config(custom(root, steps), train)
@@ -229,7 +228,6 @@ def test_own_loading_steps_stay(root, where):
 
 
 def test_arrays_with_six_channels_through_the_reader_of_the_config(tmp_path):
-    """The suffix is that of the config; the standard loading step could not read them."""
     (tmp_path / 'a').mkdir()
     for i in range(3):
         np.save(tmp_path / f'a/{i}.npy', picture(i, (8, 8, 6)))
@@ -271,7 +269,6 @@ def test_suffixes_that_the_class_of_a_data_set_brings(tmp_path, kind, wrapped):
 
 
 def test_folders_of_pgm(tmp_path):
-    """CustomDataset takes them by default."""
     for i in range(2):
         cv2.imwrite(str(tmp_path / f'{i}.pgm'), picture(i, (8, 8)))
     cfg = config(custom(tmp_path, with_label=False))
@@ -279,7 +276,6 @@ def test_folders_of_pgm(tmp_path):
 
 
 def test_types_may_be_classes(root):
-    """As in lazy configs."""
     steps = [dict(type=LoadNegative), dict(type=PackInputs)]
     cfg = config(dict(type=CustomDataset, data_root=str(root), pipeline=steps))
     expected = 255 - cv2.imread(str(root / '0/0.png'))
@@ -387,7 +383,6 @@ def wrappers(root):
 
 @pytest.mark.parametrize('name', wrappers(ROOT / 'tools'))
 def test_training_images_are_those_of_the_wrapped_data_set(root, name):
-    """Each as the test pipeline gives it: not mixed, not augmented; a repeated one once."""
     wrapped, expected = wrappers(root)[name]
     cfg = config(custom(root), wrapped)
     before = cfg.to_dict()
@@ -407,7 +402,6 @@ def test_test_images_are_those_of_the_wrapped_data_set(root, name):
 
 
 def test_lazy_configs(root, tmp_path):
-    """In which the types are objects that are imported when they are needed."""
     (tmp_path / 'lazy.py').write_text(
         'from mmengine.dataset import ConcatDataset, RepeatDataset\n'
         'from mmpretrain.datasets import CustomDataset, KFoldDataset, LoadImageFromFile, PackInputs, RandomFlip\n'
@@ -435,7 +429,6 @@ def test_lazy_configs(root, tmp_path):
 
 
 def test_a_list_of_data_loaders(root):
-    """As loops over several test sets have; each part keeps its own pipeline."""
     negative = [dict(type='LoadNegative'), PIPELINE[1]]
     parts = [custom(root / '0', with_label=False), custom(root / '1', negative, with_label=False)]
     cfg = Config(dict(default_scope='mmpretrain', test_dataloader=[dict(dataset=part) for part in parts]))
@@ -458,7 +451,6 @@ def test_a_data_set_of_parts_with_different_pipelines_is_named(root):
 
 @pytest.mark.parametrize('wrapped', [False, True])
 def test_built_data_sets(root, wrapped):
-    """In configs that are written in Python; they stay as they are."""
     steps = [dict(type='LoadNegative'), PIPELINE[1]]
     data = DATASETS.build(custom(root, steps))
     if wrapped:
@@ -540,7 +532,6 @@ def test_the_validation_pipeline_stands_in_for_a_test_pipeline(root):
 
 
 def test_what_the_config_leaves_out_is_skipped_and_named(root, tmp_path, capsys):
-    """By ``ignore_empty``, by a filter of the user, by the user's data set; no other image takes its place."""
     copy = tmp_path / 'copy'
     for path in root.rglob('*.png'):
         (copy / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -590,7 +581,6 @@ def test_empty_data_sets(root, kind, tmp_path):
 @pytest.mark.parametrize('content', [b'', b'no picture'])
 @pytest.mark.parametrize('step', ['LoadImageFromFile', 'LoadNegative'])
 def test_files_that_cannot_be_read_are_named(root, tmp_path, content, step):
-    """Also in a process that reads ahead, and also by a step of the user."""
     (tmp_path / 'a').mkdir()
     cv2.imwrite(str(tmp_path / 'a/0.png'), picture(0))
     (tmp_path / 'a/1.png').write_bytes(content)
@@ -653,7 +643,6 @@ class LoadPillow(BaseTransform):
 
 @pytest.mark.parametrize('kind, word', [('LoadAndPack', 'no img'), ('LoadPillow', 'PngImageFile')])
 def test_what_is_loaded_as_no_array_is_not_taken_for_changed(root, kind, word):
-    """It reaches the model as it is, but what should be corrupted would be clean."""
     steps = [dict(type=kind), *([dict(type='torchvision/PILToTensor'), PIPELINE[1]] if word != 'no img' else [])]
     for where in (dict(), dict(folder=root)):
         images = open_images(config(custom(root, steps)), **where)
@@ -703,7 +692,6 @@ def test_random_steps_draw_the_same_for_clean_and_for_corrupted_images(root, ste
 
 
 def test_images_are_changed_right_after_they_are_loaded(root):
-    """Before what the pipeline does to them, with the number of the image, in folders, data sets and wrappers."""
     seen = []
 
     def change(image, index):
@@ -724,7 +712,6 @@ def test_images_are_changed_right_after_they_are_loaded(root):
 
 
 def test_images_that_the_data_set_brings_are_changed(tmp_path):
-    """Fashion-MNIST's come as arrays."""
     write_fashion_mnist(tmp_path / 'data')
     data = dict(type='FashionMNIST', data_root=str(tmp_path / 'data'), split='test', pipeline=[PIPELINE[1]])
     clean, dark = (open_images(config(data), after_loading=f) for f in (None, lambda image, index: image // 2))
@@ -891,7 +878,6 @@ data_preprocessor = dict(num_classes=2, mean=[127] * 3, std=[64] * 3)
 
 
 def test_a_slip_of_the_user_is_no_sentence_of_the_tool(root, tmp_path, monkeypatch):
-    """Not one about the config, and not one about the checkpoint."""
     (tmp_path / 'own_steps.py').write_text(
         'from mmpretrain.registry import TRANSFORMS\nfrom mmcv.transforms import BaseTransform\n'
         '@TRANSFORMS.register_module(force=True)\nclass MySlip(BaseTransform):\n    calls = 0\n'
@@ -907,7 +893,6 @@ def test_a_slip_of_the_user_is_no_sentence_of_the_tool(root, tmp_path, monkeypat
 
 
 def test_matches_of_a_wrapped_test_set_find_their_images(root):
-    """Numbers of samples start again in every part; where that leaves a doubt, it is refused."""
     cfg = config(dict(type='ConcatDataset', datasets=[custom(root, indices=[0, 1]), custom(root)]))
     entry = dict(sample_idx=5, img_path=str(root / '1/3.png'))
     (image,) = _read_images(cfg, [entry], Path('m.json')).values()

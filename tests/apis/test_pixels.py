@@ -67,7 +67,6 @@ READERS = ('color', 'grayscale', 'unchanged', 'color_ignore_orientation')
 
 @pytest.mark.parametrize('name', KEPT)
 def test_what_readers_see_stays(name, tmp_path):
-    """Other pixels come back through every reader of the libraries in the same place, depth and number of channels."""
     path, copy = tmp_path / name, tmp_path / f'copy_{name}'
     path.write_bytes(KEPT[name])
     stored = read_stored(path)

@@ -57,7 +57,6 @@ def without(state, *parts):
 @pytest.mark.parametrize('wrap', [None, 'state_dict', 'model', 'ema'])
 @pytest.mark.parametrize('prefix', ['', 'module.'])
 def test_weights_are_found(purpose, wrap, prefix):
-    """A bare state dict, and one under any key, with the prefix of DDP or not, gives the whole model."""
     state = trained()
     content = {prefix + key: value for key, value in state.items()}
     content = content if wrap is None else {wrap: content, 'epoch': 3, 'args': dict(lr=0.1)}
@@ -75,7 +74,6 @@ def test_weights_are_found(purpose, wrap, prefix):
     ],
 )
 def test_no_name_fits(purpose, rename):
-    """The sentence has the first names of both sides."""
     state = trained()
     with pytest.raises(InputError) as caught:
         load(Net(), dict(state_dict={rename(key): value for key, value in state.items()}), purpose)
@@ -85,7 +83,6 @@ def test_no_name_fits(purpose, rename):
 
 @pytest.mark.parametrize('content', [dict(state_dict={}), dict(state_dict=[1]), dict(state_dict=None), dict(epoch=3)])
 def test_no_weights(content):
-    """A file without weights does not pass for a start from nothing."""
     with pytest.raises(InputError, match='in.pth has no'):
         load(Net(), content, 'start')
 
@@ -100,7 +97,6 @@ def test_hardly_any_name_fits(purpose):
 
 @pytest.mark.parametrize('classes', [4, 9])
 def test_a_training_may_start_from_a_part(classes):
-    """A backbone alone, and a model with another number of classes, start a training; the rest is initialised."""
     state = trained()
     for part in (without(state, 'head'), state):
         model = load(Net(classes), dict(state_dict=part), 'start')
@@ -109,8 +105,6 @@ def test_a_training_may_start_from_a_part(classes):
 
 
 def test_a_small_backbone_of_a_large_model_is_a_start():
-    """What counts is that the file is used, where the model is much larger."""
-
     class Large(Net):
         def __init__(self):
             super().__init__()
@@ -133,7 +127,6 @@ def test_other_number_of_classes(purpose):
 
 @pytest.mark.parametrize('lost', [('running',), ('running', 'tracked'), ('running_var',), ('backbone.3.running_mean',)])
 def test_missing_statistics(lost, caplog, capsys):
-    """They are named: an error where the model is not trained, a warning where it is."""
     content = dict(state_dict=without(trained(), *lost))
     for purpose in ('test', 'features'):
         with pytest.raises(InputError, match='statistics of .* BatchNorm layers .*backbone.*running'):
@@ -143,7 +136,6 @@ def test_missing_statistics(lost, caplog, capsys):
 
 
 def test_missing_statistics_of_norms_without_parameters():
-    """Norms that are frozen for good hold nothing but buffers, which a file of the parameters lacks."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), FrozenBatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 1))
     with pytest.raises(InputError, match=r'1\.running_mean'):
         load(model, dict(state_dict=dict(model.named_parameters())), 'test')
@@ -151,8 +143,6 @@ def test_missing_statistics_of_norms_without_parameters():
 
 
 def test_new_batchnorm_of_a_new_head_is_none_of_the_files():
-    """A layer that the file does not know at all starts as it is, statistics included."""
-
     class WithHead(Net):
         def __init__(self):
             super().__init__()
@@ -175,7 +165,6 @@ class Resizing(Net):
 
 
 def test_a_model_that_changes_shapes_while_it_loads():
-    """What is resized was given."""
     state = trained() | dict(table=torch.arange(9.0))
     model = load(Resizing(5), dict(state_dict=state), 'test')
     assert model.table.tolist() == [0, 1, 2, 3, 4]
@@ -189,7 +178,6 @@ class Averaging(BaseTTAModel):
 
 
 def test_wrapped_models():
-    """A model with test-time augmentation holds the one that is loaded."""
     net = Net()
     net.test_step = None
     state = trained()
@@ -244,8 +232,6 @@ def test_denoisers_on_one_side():
 
 
 def test_a_module_of_the_user_called_denoiser():
-    """It is the user's own where the model has it."""
-
     class Own(Net):
         def __init__(self):
             super().__init__()
@@ -269,7 +255,6 @@ class Semi(nn.Module):
 
 
 def test_a_detector_for_a_semi_supervised_model():
-    """Names that only the model itself knows to place count as given, those of denoisers too."""
     for make in (Net, denoised):
         state = make().state_dict()
         model = load(Semi(make), dict(state_dict=state), 'start')

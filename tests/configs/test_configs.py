@@ -115,11 +115,7 @@ def whole_way(names):
     return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
 
 
-# What the files say
-
-
 def test_every_config_has_its_counterpart():
-    """No denoised config without its control, no control without the denoised config, no misspelt quick one."""
     assert DENOISED and {control_of(name) for name in DENOISED} == set(CONTROLS)
     assert set(NAMES) >= QUICK
 
@@ -131,7 +127,6 @@ def test_a_docstring_says_what_it_is(name):
 
 @pytest.mark.parametrize('name', DENOISED)
 def test_the_control_differs_in_denoising_only(name):
-    """Data, schedule, seed and the optimizer of the base are the same in both configs of a pair."""
     ours, theirs = load(name).to_dict(), load(control_of(name)).to_dict()
     backbone = ours['model'].pop('backbone')
     assert type_name(backbone) == 'DenoiseRepBackbone'
@@ -213,9 +208,6 @@ def test_controls_start_from_trained_checkpoints():
             own = Path('work_dirs') / Path(base).name
             assert Path(cfg.load_from).parent in (own, Path('work_dirs/demo/baseline')), name
         assert not list(checkpoints_inside(cfg.model)), f'{name}: load_from brings these weights'
-
-
-# The whole way
 
 
 @pytest.fixture(scope='session')
@@ -337,7 +329,6 @@ def run(case, cfg, work_dir):
 
 @pytest.mark.parametrize('name', whole_way(DENOISED))
 def test_from_a_vanilla_checkpoint_to_a_fused_file(name, case, tmp_path):
-    """Load the control's checkpoint, train a step, evaluate, fuse, load into the control's model, fuse exactly."""
     cfg, control = load(name), load(control_of(name))
     vanilla = build_vanilla(control)
     state = vanilla.state_dict()
@@ -373,7 +364,6 @@ def test_from_a_vanilla_checkpoint_to_a_fused_file(name, case, tmp_path):
 
 @pytest.mark.parametrize('name', whole_way(BASELINES))
 def test_a_baseline_trains(name, case, tmp_path):
-    """One step, one evaluation; weights that the config downloads come from a file of the same kind."""
     cfg = load(name)
     weights = {}
     if list(checkpoints_inside(cfg.model)):
@@ -395,7 +385,6 @@ def test_a_baseline_trains(name, case, tmp_path):
     ],
 )
 def test_identities_are_found_alike_before_and_after_fusing(name, case, tmp_path):
-    """On every data set, with a small ViT and random denoisers: train, evaluate, fuse, evaluate the fused file."""
     cfg, control = load(f'{name}_denoiserep'), load(f'{name}_baseline-ft')
     for backbone in (cfg.model.backbone.backbone, control.model.backbone):
         backbone.arch = dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32)
@@ -430,7 +419,6 @@ def test_batches_of_identities_are_whole():
 
 @pytest.mark.parametrize('name', NAMES)
 def test_the_data_is_where_its_library_expects_it(name):
-    """The data root is one that the tiny data sets have, so that the test above reads the config's own path."""
     cfg = load(name)
     for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         assert cfg[key].dataset.data_root.rstrip('/') in WRITERS

@@ -41,9 +41,6 @@ def evaluate(pairs, classes, *metrics):
     return evaluator.evaluate(len(samples))
 
 
-# By hand: 8 x 8 pixels, diagonal 11.3, 2 % of it 0.2, so d = 1
-
-
 def square(left, top=2, side=4):
     """Class 1 in a square, class 0 around it."""
     labels = np.zeros((8, 8), np.int64)
@@ -71,7 +68,6 @@ def test_shifted_by_one():
 
 
 def test_wrong_class_in_the_right_place():
-    """Contours that coincide count only where the class is the same."""
     assert areas(2 * square(2), square(2), 3) == [[48, 0, 0], [48, 12, 12], [48, 0, 12], [48, 12, 0]]
 
 
@@ -86,7 +82,6 @@ def test_wrong_class_in_the_right_place():
     ],
 )
 def test_image_border_is_a_contour(labels, contour):
-    """What touches the border of the image ends there."""
     assert areas(labels, labels)[3] == contour
 
 
@@ -101,14 +96,10 @@ def test_thin_object_is_all_contour():
 
 
 def test_everything_within_d_is_plain_iou():
-    """With d half of the image, all pixels of all classes are contour."""
     generator = np.random.default_rng(0)
     prediction, truth = generator.integers(0, 4, (2, 9, 7))
     plain = IoUMetric.intersect_and_union(torch.tensor(prediction), torch.tensor(truth), 4, IGNORED)
     assert areas(prediction, truth, 4, ratio=0.5) == [area.tolist() for area in plain]
-
-
-# The definition, class by class and pixel by pixel
 
 
 def eroded(mask, distance):
@@ -148,7 +139,6 @@ def reference(prediction, truth, num_classes, distance):
     ],
 )
 def test_against_explicit_loops(shape, ratio, distance):
-    """Random maps of patches with a shifted, noisy prediction, classes above 127 and ignored pixels."""
     generator = np.random.default_rng(distance)
     classes = generator.choice(200, 6, replace=False)
     classes[0] = 199
@@ -166,7 +156,6 @@ def test_against_explicit_loops(shape, ratio, distance):
 
 
 def test_ignored_pixels():
-    """What is predicted there changes nothing, nothing there is counted, and an ignored image adds nothing."""
     truth = square(2)
     truth[:, :3] = IGNORED
     prediction = square(3)
@@ -189,11 +178,7 @@ def test_another_ignore_index():
     assert result[2][299] == 20 and result[3][255] == 20  # 8 x 4 less the 6 x 2 inside
 
 
-# In mmseg's evaluation
-
-
 def test_areas_are_summed_over_images_of_any_size():
-    """Ratios are taken once, at the end; d follows each image; a class that never occurs is left out of the mean."""
     generator = np.random.default_rng(1)
     shapes, distances = [(8, 8), (40, 30), (64, 64)], [1, 1, 2]
     pairs = [generator.integers(0, 3, (2, *shape)) for shape in shapes]
@@ -206,7 +191,6 @@ def test_areas_are_summed_over_images_of_any_size():
 
 
 def test_beside_the_plain_metric(tmp_path):
-    """On annotations as ADE20K has them (0 is to be ignored), loaded by mmseg, with mIoU and aAcc unchanged."""
     generator = np.random.default_rng(2)
     stored = np.kron(generator.integers(1, 151, (3, 4)), np.ones((9, 9), np.int64))
     stored[:9, :9] = 0
@@ -229,7 +213,6 @@ def test_beside_the_plain_metric(tmp_path):
 
 
 def test_registered_in_the_root():
-    """It is found without a scope and from every library."""
     for scope in (None, 'mmseg', 'mmdet'):
         assert type(METRICS.build(dict(type='BoundaryIoUMetric', _scope_=scope))) is BoundaryIoUMetric
 

@@ -105,7 +105,6 @@ def random_case(seed, queries=23, gallery=61, whole=True, dtype=torch.float32):
 @pytest.mark.parametrize('chunk_size', [1, 2, 7, 23, None])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
 def test_against_explicit_loops(chunk_size, dtype):
-    """Ties, several matches, distractors and queries without a match, in any dtype and any number of chunks."""
     for seed in range(4):
         case = random_case(seed, dtype=dtype)
         expected = reference(*case)
@@ -204,7 +203,6 @@ def percent(figures):
 
 
 def test_figures_in_percent():
-    """The hand-worked case: 73.6 mAP and 70.8 mINP."""
     samples = [
         DataSample(
             metainfo=dict(sample_idx=i, img_path='', pid=pid, camid=camid, is_query=i < 3),
@@ -226,7 +224,6 @@ def test_features_are_normalised_unless_told_not_to(normalize):
 
 
 def test_the_order_of_the_samples_does_not_matter():
-    """Not even for ties: they are broken by sample_idx."""
     samples = make_samples(1)
     for sample in samples:
         sample.pred_feature = sample.pred_feature.round()
@@ -252,7 +249,6 @@ def test_a_log_line_says_how_many_queries_are_left_out():
 
 
 def test_features_are_kept_compact_and_in_their_dtype():
-    """A row of a batch does not keep the batch alive; half precision becomes float32, float64 stays."""
     metric = ReIDMetric()
     for dtype, kept in ((torch.float16, np.float32), (torch.float32, np.float32), (torch.float64, np.float64)):
         batch = torch.randn(64, 100).to(dtype).requires_grad_()
@@ -321,7 +317,6 @@ def test_an_identity_with_one_image_has_no_query():
 
 
 def test_the_matches_file(tmp_path):
-    """Every valid query with its nearest gallery entries, as the reference has them."""
     samples = make_samples(4)
     path = tmp_path / 'new/matches.json'
     figures = evaluate(samples, matches_file=str(path), num_matches=7)

@@ -83,7 +83,6 @@ def nowhere(tmp_path_factory):
 
 
 def test_installed_and_not_installed(site, nowhere, tmp_path):
-    """The two Pythons of the next test: one has the installed package, not the checkout; the other has none."""
     where = python('-c', 'import mmdenoiserep as m; print(m.__file__)', cwd=tmp_path, path=site).strip()
     assert Path(where) == site / 'mmdenoiserep/__init__.py'
     error = python('-c', 'import mmdenoiserep', cwd=tmp_path, path=nowhere, code=1)
@@ -92,7 +91,6 @@ def test_installed_and_not_installed(site, nowhere, tmp_path):
 
 @pytest.mark.parametrize('library', LIBRARIES)
 def test_a_users_config_in_the_librarys_own_programs(library, site, nowhere, tmp_path):
-    """Train with its train.py and our package; without our package, test the fused file with its test.py and config."""
     base, short, small_train, small_test = LIBRARIES[library]
     shipped = Path(find_spec(library).origin).parent / '.mim'
     folder, write = DATA[library]

@@ -68,7 +68,6 @@ def programs(wheel, tmp_path_factory):
 
 
 def test_the_sdist_holds_the_checkout(sdist):
-    """All that is needed to test, demonstrate, lint and build again; and building leaves nothing in the source."""
     with tarfile.open(sdist) as file:
         names = {name.partition('/')[2] for name in file.getnames()}
     wanted = source('mmdenoiserep', 'configs', 'tools', 'studies', 'tests', 'docs', 'demo', 'requirements')
@@ -80,7 +79,6 @@ def test_the_sdist_holds_the_checkout(sdist):
 
 
 def test_the_wheel_holds_what_is_used(wheel):
-    """Every module, config and tool, the model index, the licence; no tests, nothing else."""
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if not name.endswith('/')}
         (metadata,) = (name for name in names if name.endswith('.dist-info/METADATA'))
@@ -103,7 +101,6 @@ def test_the_wheel_holds_what_is_used(wheel):
 
 
 def test_one_version(wheel):
-    """The package, the wheel, the changelog and the citation agree."""
     version = mmdenoiserep.__version__
     assert wheel.name.startswith(f'mmdenoiserep-{version}-')
     assert re.search(r'^## \[(.+?)\]', (ROOT / 'CHANGELOG.md').read_text(), re.MULTILINE)[1] == version
@@ -112,7 +109,6 @@ def test_one_version(wheel):
 
 
 def test_the_commands_are_the_tools(programs, tmp_path):
-    """Each console command answers as the tool of its name does, from any folder."""
     names = {path.name for path in programs.glob('denoiserep-*')}
     listed = re.search(r'are commands then: (.*?);', (ROOT / 'docs/get-started.md').read_text())[1]
     assert names == {f'denoiserep-{name}' for name in re.findall(r'`(?:denoiserep)?-([a-z-]+)`', listed)}
@@ -124,7 +120,6 @@ def test_the_commands_are_the_tools(programs, tmp_path):
 
 
 def test_commands_of_an_editable_package(sdist, tmp_path):
-    """They run the tools of the checkout, in which nothing is added to the package."""
     checkout = sdist.parent / 'source'
     programs = environment(tmp_path / 'venv', '--editable', checkout)
     assert 'Evaluates a checkpoint' in run(programs / 'denoiserep-test', '--help', cwd=tmp_path)
@@ -134,7 +129,6 @@ def test_commands_of_an_editable_package(sdist, tmp_path):
 
 
 def test_a_users_config_inherits_from_the_installed_package(programs, tmp_path):
-    """The README's recipe with the wheel alone: wrap the backbone, look, train, fuse, load strictly."""
     where = 'from importlib.util import find_spec; print(find_spec("mmdenoiserep").origin)'
     package = Path(run(programs / 'python', '-c', where, cwd=tmp_path).strip()).parent
     assert package.is_relative_to(programs.parent)
@@ -189,7 +183,6 @@ def index():
 
 
 def test_the_papers_numbers_are_labelled(index):
-    """They are those of configs/README.md, say whose they are, and stand on no config with numbers of ours."""
     paper, ours = index
     listed = {
         row[0].split('`')[1].split('/')[1] + '_denoiserep': row[-1].split(', ')
@@ -238,7 +231,6 @@ def test_our_numbers_are_those_of_the_studies(index):
 
 
 def test_the_hooks_of_a_commit_check(tmp_path):
-    """Each hook runs with what is installed, passes on the tools and fails on a file that is not clean."""
     (repo,) = yaml.safe_load((ROOT / '.pre-commit-config.yaml').read_text())['repos']
     (tmp_path / 'unclean.py').write_text('import os\nx = "a"\n')
     for hook in repo['hooks']:

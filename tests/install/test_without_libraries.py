@@ -89,7 +89,6 @@ print([name for name in names if not find_spec(name)], [name for name in names i
 
 
 def test_without_mmengine_the_package_is_its_core(run):
-    """The names of the core, and fusing a checkpoint, are all there; nothing of OpenMMLab is."""
     code = """
 import sys, torch
 import mmdenoiserep
@@ -105,7 +104,6 @@ print(sorted({name.partition('.')[0] for name in sys.modules if name.startswith(
 
 
 def test_without_mmengine_a_checkpoint_can_be_fused(run, tmp_path):
-    """The tool needs it for --verify alone."""
     state = {'fc.weight': torch.eye(2), 'fc.denoiser.weight': torch.eye(2)[None] / 2}
     torch.save(dict(state_dict=state), tmp_path / 'in.pth')
     assert run(PACKAGES, 'fuse_checkpoint', 'in.pth', 'out.pth', cwd=tmp_path).returncode == 0
@@ -156,7 +154,6 @@ def test_without_mmengine_images_are_corrupted(run, tmp_path):
     ],
 )
 def test_what_only_some_tools_need(library, package, tool, args, run, tmp_path):
-    """It is named, and nothing is left."""
     (tmp_path / 'in').mkdir()
     cv2.imwrite(str(tmp_path / 'in/a.png'), np.zeros((8, 8, 3), np.uint8))
     (tmp_path / 'c.py').write_text('model = dict(backbone=dict())')
@@ -187,7 +184,6 @@ for config in {list(map(str, configs))}:
 
 @pytest.mark.parametrize('library', OF_LIBRARY)
 def test_a_config_of_a_missing_library(library, run, tmp_path):
-    """Whether it only names the library, imports it besides its own, or inherits from it."""
     (tmp_path / 'plain.py').write_text(PLAIN.format(library=library))
     (tmp_path / 'mixed.py').write_text(MIXED.format(library=library))
     plain, mixed, inherits = read(run, library, 'plain.py', 'mixed.py', CONFIGS / OF_LIBRARY[library], cwd=tmp_path)
@@ -199,7 +195,6 @@ def test_a_config_of_a_missing_library(library, run, tmp_path):
 
 
 def test_what_a_library_needs_in_turn(run, tmp_path):
-    """It is named; a typo in the user's own imports is shown as it is."""
     (tmp_path / 'plain.py').write_text(PLAIN.format(library='mmdet'))
     (tmp_path / 'typo.py').write_text(MIXED.format(library='mmdenoiserep.engin'))
     missing, typo = read(run, 'mmcv', 'plain.py', 'typo.py', cwd=tmp_path)

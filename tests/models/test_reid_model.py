@@ -88,7 +88,6 @@ def samples(identities):
 
 
 def test_the_head_is_as_published():
-    """No bias in the classifier, its weights of size 0.001, and a shift of the neck that no training moves."""
     model = head()
     assert model.classifier.bias is None and 0 < model.classifier.weight.abs().max() < 0.01
     assert not model.bnneck.bias.requires_grad and not model.bnneck.bias.any()
@@ -235,7 +234,6 @@ def loader(batch_size, **options):
 
 @pytest.mark.parametrize('batch_size', [4, 11, 13, 24])
 def test_batches_that_the_sampler_does_not_fill_are_refused(batch_size):
-    """A part, one image too few or too many, two of them."""
     check_batches(loader(12))
     with pytest.raises(InputError) as error:
         check_batches(loader(batch_size))
@@ -243,7 +241,6 @@ def test_batches_that_the_sampler_does_not_fill_are_refused(batch_size):
 
 
 def test_batches_are_those_of_a_process(monkeypatch):
-    """The batch of all processes together is no batch_size."""
     check_batches(loader(8, monkeypatch=monkeypatch, world=2, num_ids=2))
     with pytest.raises(InputError, match='16.* 8 images for each process'):
         check_batches(loader(16, monkeypatch=monkeypatch, world=2, num_ids=2))
@@ -257,7 +254,6 @@ def test_loaders_of_others_are_not_asked():
 @pytest.mark.parametrize('kind', ['BNNeckReIDHead', 'LinearClsHead', 'ArcFaceClsHead'])
 @pytest.mark.parametrize('wrapper', [None, 'RepeatDataset', 'ConcatDataset'])
 def test_heads_with_fewer_classes_than_identities_are_refused(wrapper, kind, tmp_path):
-    """Whatever head it is, with our sampler or another one, and whatever wraps the data set."""
     write_market1501(tmp_path)
     market = dict(type='Market1501', data_root=str(tmp_path), split='train')
     wrapped = dict(
@@ -280,8 +276,6 @@ def test_heads_with_fewer_classes_than_identities_are_refused(wrapper, kind, tmp
 
 
 def test_models_and_data_of_other_kinds_are_not_asked():
-    """Labels that a data set of another task lacks are not looked for."""
-
     class Unlabelled:
         def get_gt_labels(self):
             raise KeyError('gt_label')
@@ -297,7 +291,6 @@ def test_models_and_data_of_other_kinds_are_not_asked():
 
 @pytest.mark.parametrize('wrapper', [None, 'RepeatDataset', 'KFoldDataset'])
 def test_the_head_of_re_identification_is_checked_against_any_labels(wrapper, tmp_path):
-    """Of a folder an identity, for example, where other heads are not asked."""
     for i in range(6):
         (tmp_path / f'{i % 3}').mkdir(exist_ok=True)
         (tmp_path / f'{i % 3}/{i}.png').touch()
@@ -315,7 +308,6 @@ def test_the_head_of_re_identification_is_checked_against_any_labels(wrapper, tm
 
 
 def test_a_training_is_refused_before_its_first_iteration(tmp_path):
-    """By any runner that has the hook, whatever the model is wrapped in."""
     write_market1501(tmp_path / 'market')
     pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(16, 32)), dict(type='PackInputs')]
     backbone = dict(type='ReIDVisionTransformer', img_size=(32, 16), patch_size=8, arch=ARCH)
@@ -548,7 +540,6 @@ BACKBONES = {
 
 @pytest.mark.parametrize('kind', BACKBONES)
 def test_backbones_train_and_are_fused_exactly_on_pictures_that_are_no_squares(kind):
-    """The losses are finite; the fused feature is the denoised one, also in the vanilla model."""
     init_default_scope('mmpretrain')
     backbone, neck, channels = BACKBONES[kind]
     denoised = dict(type='DenoiseRepBackbone', backbone=backbone, image_size=(64, 32))

@@ -121,7 +121,6 @@ class Watch(TorchDispatchMode):
 
 
 def test_memory_is_linear_and_time_logarithmic_in_the_length():
-    """Long sequences need hardly more operations than short ones, and no result is larger than all states."""
     calls = {}
     for length in (DIRECT, CHUNK**3 * DIRECT):
         with torch.no_grad(), Watch() as watch:
@@ -129,9 +128,6 @@ def test_memory_is_linear_and_time_logarithmic_in_the_length():
         assert watch.largest == 2 * 12 * 2 * length
         calls[length] = watch.calls
     assert calls[CHUNK**3 * DIRECT] < 2 * calls[DIRECT]
-
-
-# The kernel of mamba-ssm
 
 
 @pytest.fixture
@@ -190,9 +186,6 @@ def test_a_kernel_that_does_not_work_is_not_used(interface, how, monkeypatch):
         selective_scan(*gpu_arguments()).as_subclass(torch.Tensor), selective_scan(*arguments(300, dtype=torch.float32))
     )
     assert cuda_kernel(torch.device('cpu')) is None
-
-
-# The four paths
 
 
 @pytest.mark.parametrize(('height', 'width'), [(3, 5), (5, 2), (1, 4), (4, 1), (3, 3)])

@@ -196,7 +196,6 @@ def naive(model, x, depths):
 
 
 def test_the_forward_is_the_naive_one():
-    """On a map of 11 x 6 and then 6 x 3 pixels, from an image whose sides are no multiples of anything."""
     model = build()
     x = image(2, 3, 41, 23)
     with torch.no_grad():
@@ -258,7 +257,6 @@ def test_wrong_options_are_named(options, words):
 
 
 def test_checkpointing_changes_no_gradient():
-    """Nor what stochastic depth draws."""
     options = dict(arch=FOUR_STAGES, drop_path_rate=0.5)
     x = image(4, 3, 32, 32)
     plain, recomputed = (gradients(build(**options, with_cp=with_cp).train(), x) for with_cp in (False, True))
@@ -304,7 +302,6 @@ def test_the_scan_is_computed_in_float32_under_autocast(monkeypatch):
 
 
 def test_frozen_stages_do_not_train():
-    """The stem and two stages, what is between them, and the norms of their outputs."""
     model = build(FOUR_STAGES, frozen_stages=2, drop_path_rate=0.5).train()
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {
@@ -371,7 +368,6 @@ def classifier_file(tmp_path):
 
 
 def test_a_released_classifier_loads_by_itself(classifier_file):
-    """Through init_cfg, mmengine's strict loading and torch's; its norm becomes that of the output."""
     path, state = classifier_file
     by_config = VMamba(FOUR_STAGES, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
     by_config.init_weights()
@@ -446,7 +442,6 @@ def test_every_library_finds_it(scope):
 
 
 def test_a_classifier_of_mmpretrain_trains_and_keeps_its_names(classifier_file):
-    """Its own checkpoints load strictly, and the released one into its backbone."""
     init_default_scope('mmpretrain')
     path, state = classifier_file
     init_cfg = dict(type='Pretrained', checkpoint=str(path))
@@ -468,7 +463,6 @@ def test_a_classifier_of_mmpretrain_trains_and_keeps_its_names(classifier_file):
 
 
 def test_a_released_classifier_is_converted_with_its_head(classifier_file, tmp_path, monkeypatch):
-    """By the tool, to a file that a classifier of mmpretrain loads strictly; pickled settings of the run do no harm."""
     init_default_scope('mmpretrain')
     path, state = classifier_file
     yacs = types.ModuleType('yacs.config')
@@ -574,8 +568,6 @@ def test_what_scans_on_a_gpu_is_logged_once(kernel, monkeypatch):
 
 
 def test_the_benchmark_compares_with_swin_and_with_a_loop(monkeypatch):
-    """Here on small images; a process of its own can unpickle what it is given, and finds the function."""
-
     def peak_memory(function, model, images):
         function, args = pickle.loads(pickle.dumps((function, (model, images))))
         assert function is benchmark.forward and args[1].shape == (2, 3, 32, 32)

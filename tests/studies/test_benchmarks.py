@@ -40,7 +40,6 @@ def test_functions_take_turns_in_an_order_that_reverses():
 
 @pytest.mark.parametrize('initialised', [True, False])
 def test_work_on_a_gpu_is_waited_for(monkeypatch, initialised):
-    """Before the clock starts and before it stops, but only where CUDA is in use."""
     events = []
     monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: initialised)
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda: events.append('wait'))
@@ -67,7 +66,6 @@ def test_statistics():
 
 
 def test_a_denoised_step_is_a_training_step():
-    """The denoisers get gradients, in joint mode beside the model, and in label-free mode alone; nothing moves."""
     for mode in ('joint', 'label_free'):
         each = cost.Run('small', 2, 'default rank', False)
         before = {key: value.clone() for key, value in each.model.named_parameters()}
@@ -112,7 +110,6 @@ def test_small_runs(module, words, row, tmp_path):
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    """The report and the figures are written, with machine and versions; every benchmark has its name."""
     monkeypatch.setattr(start, 'find_tools', lambda: [start.TOOLS / 'fuse_checkpoint.py'])
     page, file = tmp_path / 'a.md', tmp_path / 'a.json'
     monkeypatch.setattr(sys, 'argv', ['benchmark.py', 'start', '--markdown', str(page), '--json', str(file)])

@@ -25,7 +25,6 @@ NOTE = dict(
 @pytest.mark.parametrize('data', measurement.SEVERITIES)
 @pytest.mark.parametrize('corruption', CORRUPTIONS[1:])
 def test_corruptions_are_drawn_by_seed_and_number(data, corruption):
-    """The same seed gives the same image i, however many follow; every image is changed."""
     shape = (1, 28, 28) if data == 'fashion-mnist' else (3, 64, 48)
     images = torch.randint(40, 216, (6, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     severity = measurement.SEVERITIES[data][corruption]
@@ -39,7 +38,6 @@ def test_corruptions_are_drawn_by_seed_and_number(data, corruption):
 
 
 def test_corruptions_do_what_their_severity_says():
-    """By hand, on images of one grey value."""
     grey = torch.full((20, 3, 50, 50), 120, dtype=torch.uint8)
     noise = measurement.corrupt(grey, 'noise', 0.1, 0).float()
     assert noise.mean() == pytest.approx(120, abs=0.5) and noise.std() == pytest.approx(25.5, rel=0.03)
@@ -50,7 +48,6 @@ def test_corruptions_do_what_their_severity_says():
 
 
 def test_channels_keep_their_order():
-    """JPEG spares brightness: a blue image (BGR) stays blue."""
     blue = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     blue[:, 0] = 200
     corrupted = measurement.corrupt(blue, 'jpeg', 30, 0).float().mean((0, 2, 3))
@@ -147,7 +144,6 @@ def test_no_measurement_is_said_so(tmp_path, monkeypatch):
 
 
 def test_a_finished_measurement_is_not_made_again(tmp_path, monkeypatch):
-    """Trainings are asked for, with the same commands as by studies/study.py; the process is started once."""
     trained, started = [], []
 
     def train(folder, name, config, seed, overrides):
@@ -178,7 +174,6 @@ def test_a_finished_measurement_is_not_made_again(tmp_path, monkeypatch):
 
 
 def test_one_measurement(tmp_path):
-    """In a folder that looks like a clone, on some of the shipped images, with an untrained baseline."""
     from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
 

@@ -116,7 +116,6 @@ def test_reading_the_logs(logs):
 
 
 def test_the_page(logs, tmp_path, monkeypatch, capsys):
-    """--report writes tables and words between the markers, and leaves the rest of the page alone."""
     page = tmp_path / 'page.md'
     page.write_text('before\n<!-- results: begin -->\nold\n<!-- results: end -->\nafter\n')
     for _ in range(2):
@@ -154,7 +153,6 @@ def test_bad_pages_and_folders(logs, tmp_path, monkeypatch):
 
 
 def test_one_seed_of_one_experiment(tmp_path):
-    """In a folder that looks like a clone, on the shipped images: everything is run once, and the page is written."""
     for name in ('configs', 'tools', 'studies', 'demo'):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / 'docs').mkdir()

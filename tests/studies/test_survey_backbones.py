@@ -81,7 +81,6 @@ FAST = {
 
 @pytest.mark.parametrize('kind', [pytest.param(k, marks=[] if k in FAST else pytest.mark.slow) for k in CLASSES])
 def test_backbone(kind):
-    """It is built, converted and exact in float64, with denoisers that change its output; or the reason is known."""
     row = survey(*kind.split('.'))
     if kind in NOT_BUILT:
         assert row.result == 'not built'
@@ -102,7 +101,6 @@ def test_backbone(kind):
 
 
 def test_no_class_is_forgotten():
-    """All classes of the registries are surveyed, and every exception names one of them."""
     counts = Counter(kind.partition('.')[0] for kind in CLASSES)
     assert counts['mmdet'] >= 20
     assert counts['mmseg'] >= 31
@@ -119,14 +117,12 @@ def test_a_wrong_fusion_is_seen(monkeypatch):
 
 
 def test_denoisers_without_effect_prove_nothing(monkeypatch):
-    """Denoisers that stay at zero fuse exactly; that is no result."""
     monkeypatch.setattr(survey_backbones, 'randomise', lambda backbone: backbone)
     row = survey('mmpretrain', 'LeNet5')
     assert (row.result, row.effect, row.difference) == ('no effect', 0, 0)
 
 
 def test_failures_are_rows():
-    """What happens in the process of one class becomes its row."""
     row = survey_apart('mmpretrain', 'LeNet5', timeout=0)
     assert (row.result, row.note) == ('crash', 'no result within 0 seconds')
     row = survey_apart('mmnothing', 'LeNet5', timeout=600)
@@ -139,7 +135,6 @@ def run(*args):
 
 
 def test_part_of_the_survey():
-    """It is printed with its summary, and the page stays as it is."""
     before = PAGE.read_bytes()
     result = run('--library', 'mmseg', '--only', 'InterpConv', 'DeconvModule')
     assert result.returncode == 0, result.stderr
@@ -153,7 +148,6 @@ def test_part_of_the_survey():
 
 
 def test_unknown_class():
-    """One sentence names it."""
     result = run('--library', 'mmdet', '--only', 'ResNet', 'ResNett')
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == 'survey_backbones: mmdet registers no backbone ResNett'
@@ -173,7 +167,6 @@ def read(text):
 
 
 def test_page():
-    """Its summary agrees with its own table, and every result with its figures."""
     text = PAGE.read_text()
     rows = read(text)
     assert f'**{summary(rows)}**' in text
@@ -192,5 +185,4 @@ def test_page():
 
 @pytest.mark.skipif(versions() not in PAGE.read_text(), reason='the page was written with other versions')
 def test_page_has_every_class():
-    """In the order of the registries."""
     assert [f'{row.library}.{row.name}' for row in read(PAGE.read_text())] == CLASSES

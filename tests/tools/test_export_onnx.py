@@ -72,7 +72,6 @@ def run(model, name, images):
     ],
 )
 def test_onnxruntime_gives_what_the_denoised_model_gives(name, dynamic, models, tmp_path, capsys):
-    """Logits, or the five maps of a detector's neck; those of the vanilla model are others."""
     vanilla, denoised, fused = models(name)
     side = SIDES.get(name, 28)
     options = ['--size', side, side, *(['--dynamic-batch'] if dynamic else [])]
@@ -91,7 +90,6 @@ def test_onnxruntime_gives_what_the_denoised_model_gives(name, dynamic, models, 
 
 
 def test_the_graph_is_that_of_the_vanilla_model(models, tmp_path):
-    """The same operators in the same order, and constants of the same names, types and shapes."""
     *_, fused = models('vit_fashion-mnist')
     graphs = []
     for path in (fused, Path(str(fused).replace('_fused', '_vanilla'))):
@@ -123,7 +121,6 @@ model = dict(
 
 
 def test_what_one_exporter_lacks_the_other_has(tmp_path, capfd):
-    """Pooling to sizes that do not divide the map: one sentence names it, without a picture of the whole graph."""
     config, checkpoint = tmp_path / 'psp.py', tmp_path / 'psp.pth'
     config.write_text(PYRAMID)
     torch.save(dict(state_dict=build(config).state_dict()), checkpoint)
@@ -137,7 +134,6 @@ def test_what_one_exporter_lacks_the_other_has(tmp_path, capfd):
 
 
 def test_bad_input_ends_in_one_sentence(models, tmp_path):
-    """And nothing is written."""
     config = DEMO / 'vit_fashion-mnist.py'
     *_, fused = models('vit_fashion-mnist')
     unfused = Path(str(fused).replace('_fused', ''))
@@ -153,7 +149,6 @@ def test_bad_input_ends_in_one_sentence(models, tmp_path):
 
 
 def test_a_slip_in_the_model_of_the_user_keeps_its_traceback(tmp_path):
-    """What torch or the exporter cannot do is a sentence."""
     (tmp_path / 'config.py').write_text(
         "default_scope = 'mmpretrain'\nmodel = dict(type='ImageClassifier', backbone=dict(type='OwnSlip'))\n"
     )
@@ -176,7 +171,6 @@ class OwnSlip(nn.Module):
 
 
 def test_differences_are_over_the_largest_output():
-    """The worst of all outputs counts, and NaN is no agreement."""
     outputs = [torch.tensor([1.0, -4.0]), torch.tensor([100.0])]
     assert largest_difference(outputs, outputs) == 0
     assert largest_difference([outputs[0] + 0.5, outputs[1] + 1], outputs) == 0.125
@@ -187,7 +181,6 @@ def test_differences_are_over_the_largest_output():
     'name', ['vit_fashion-mnist', 'resnet_fashion-mnist', 'swin_fashion-mnist', 'segformer_mit_scenes']
 )
 def test_torch_export_of_the_fused_model_is_that_of_the_vanilla_one(name, models):
-    """The same operators in the same order, the same parameters and buffers; and it computes what unfused does."""
     vanilla, denoised, _ = models(name)
     images = images_of(name, 2)
     programs = [torch.export.export(Deployed(model), (images,)) for model in (fuse_model(denoised), vanilla)]
@@ -204,7 +197,6 @@ def test_torch_export_of_the_fused_model_is_that_of_the_vanilla_one(name, models
 @pytest.mark.parametrize('quantiser', [benchmark.by_torch, benchmark.by_onnxruntime])
 @pytest.mark.parametrize(('strength', 'factor'), [(0.3, 1.6), (0.001, 1.2)])
 def test_int8_costs_the_fused_model_what_it_costs_the_vanilla_one(quantiser, strength, factor):
-    """The same size to the byte, and about the same error: the weaker the denoisers, the closer."""
     *models, shape = benchmark.build_pair('vit_fashion-mnist', strength)
     with torch.no_grad():
         fused, vanilla = (quantiser(model, random_images(16, shape)) for model in models)
@@ -214,7 +206,6 @@ def test_int8_costs_the_fused_model_what_it_costs_the_vanilla_one(quantiser, str
 
 
 def test_the_benchmark_measures_exporters_and_int8():
-    """Here of one model; a fixed batch and torch.export are exact for all of them."""
     parser = benchmark.argparse.ArgumentParser()
     benchmark.add_arguments(parser)
     text, figures = benchmark.run(parser.parse_args(['--models', 'resnet_fashion-mnist']))

@@ -52,7 +52,6 @@ def fuzz(count, check, **strategies):
 
 
 def test_there_are_two_thousand_inputs():
-    """Each test makes sure of its own number."""
     assert sum(map(sum, (d.values() for d in (COUNTS, CONFIGS, OPTIONS, CHECKPOINTS)))) >= 2000
 
 

@@ -113,7 +113,6 @@ def check(inferencer, model):
 
 
 def test_detection(tmp_path):
-    """mmdet's takes the weights alone, and has the palette."""
     from mmdet.apis import DetInferencer
 
     model, fused = fuse(DETECTION, tmp_path)
@@ -125,7 +124,6 @@ def test_detection(tmp_path):
 
 
 def test_segmentation(tmp_path):
-    """mmseg's takes the weights alone, and has the palette."""
     from mmseg.apis import MMSegInferencer
 
     model, fused = fuse(SEGMENTATION, tmp_path)
@@ -137,7 +135,6 @@ def test_segmentation(tmp_path):
 
 
 def test_classification(tmp_path):
-    """mmpretrain's takes a config beside the weights; the text in the file is one."""
     from mmpretrain.apis import ImageClassificationInferencer
 
     model, fused = fuse(CLASSIFICATION, tmp_path)

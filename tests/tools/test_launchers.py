@@ -75,7 +75,6 @@ def test_bash_reads_it(path):
 
 @pytest.mark.parametrize('name', USAGE)
 def test_wrong_arguments(name, stubs, tmp_path):
-    """One argument less than needed: one sentence on what is, nothing is started; the same for GPUS that are none."""
     needed = USAGE[name].split(' [')[0].split()
     wrong = [needed[:-1]] + ([[*needed[:-1], count] for count in ('0', 'two')] if needed[-1] == 'GPUS' else [])
     for args in wrong:
@@ -85,7 +84,6 @@ def test_wrong_arguments(name, stubs, tmp_path):
 
 @pytest.mark.parametrize('name', ['dist_train', 'dist_test'])
 def test_what_torchrun_gets(name, stubs, tmp_path):
-    """The defaults for one machine, the variables for several, and the remaining arguments as they are."""
     files = ['my config.py'] if name == 'dist_train' else ['my config.py', 'a.pth']
     program = str(TOOLS / f'{name.removeprefix("dist_")}.py')
     rest = [program, *files, '--launcher=pytorch', '--cfg-options', 'a="b c"', 'MASTER_PORT is not set']
@@ -102,7 +100,6 @@ def test_what_torchrun_gets(name, stubs, tmp_path):
 
 @pytest.mark.parametrize('name', ['slurm_train', 'slurm_test'])
 def test_what_srun_gets(name, stubs, tmp_path):
-    """The defaults of eight GPUs, fewer and more than a machine has, and all variables."""
     program = ['python', '-u', str(TOOLS / f'{name.removeprefix("slurm_")}.py'), 'c.py']
     program += ['--work-dir=runs/a b'] if name == 'slurm_train' else ['runs/a b']
     program += ['--launcher=slurm', '--cfg-options', 'x=1']
@@ -131,7 +128,6 @@ def test_what_srun_gets(name, stubs, tmp_path):
 
 @pytest.mark.parametrize('line', COMMANDS)
 def test_the_commands_of_the_page(line, stubs):
-    """Each is accepted, and the program and the config that it names are there."""
     result = subprocess.run(['bash', '-c', line], cwd=ROOT, env={'PATH': stubs}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     words = [word for word in result.stdout.splitlines() if word.endswith('.py')]
@@ -171,7 +167,6 @@ def runs(tmp_path_factory):
 
 
 def test_a_killed_process_ends_the_run(runs):
-    """All end, the exit code is not zero, the log names the signal, and the checkpoints so far are whole."""
     root, killed, left, _ = runs
     assert 'SIGKILL' in killed
     assert left == {'epoch_1.pth', 'epoch_1_fused.pth'}
@@ -179,7 +174,6 @@ def test_a_killed_process_ends_the_run(runs):
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_killed(runs):
-    """Weights, denoisers, statistics and optimizer are bitwise those of the whole run; so are the fused weights."""
     root, _, _, resumed = runs
     assert 'resumed epoch: 1, iter: 4' in resumed
     ours, whole = (torch.load(root / run / 'epoch_3.pth', weights_only=False) for run in ('resumed', 'whole'))
@@ -194,7 +188,6 @@ def test_a_resumed_run_ends_as_one_that_was_not_killed(runs):
 
 
 def test_two_processes_evaluate_every_image_once(runs):
-    """dist_test gives the value that the loaded model has over all images."""
     root = runs[0]
     launch('dist_test', 'run.py', 'whole/epoch_3.pth', 2, '--work-dir', 'tested', cwd=root)
     (log,) = (root / 'tested').glob('*/*.json')

@@ -105,7 +105,6 @@ def read_all(run):
 
 @pytest.mark.parametrize('name', LIBRARIES)
 def test_every_tool_takes_a_lazy_config(name, data, tmp_path):
-    """Train, fuse with --verify, evaluate fused, and unfused with the config that the run wrote."""
     library = LIBRARIES[name]
     denoised, vanilla = LAZY / f'{name}_denoiserep.py', LAZY / f'{name}_baseline_ft.py'
 
@@ -141,7 +140,6 @@ def test_print_targets(kind, tmp_path):
 
 
 def test_options_of_the_tools_know_objects_as_types():
-    """--amp, --show-dir, --tta and --verify on lazy configs; what they change can still be written and read again."""
     for name, drawing in {
         'resnet18_8xb16_cifar10': dict(enable=True, out_dir='drawn'),
         'mask_rcnn_r50_fpn_1x_coco': dict(draw=True, test_out_dir='drawn'),

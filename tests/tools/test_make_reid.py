@@ -11,7 +11,7 @@ import pytest
 from articles import BAD_FOLDERS, IMAGES, missing_source, read_tree, write_source
 from mmdenoiserep.datasets.reid_datasets import Market1501
 from studies import make_reid
-from tools_helpers import run_process, run_tool, sentence
+from tools_helpers import run_tool, sentence
 
 FEW = ('--ids', 5, '--test-ids', 3, '--cameras', 3)
 
@@ -33,7 +33,6 @@ def made(tmp_path_factory):
 
 
 def test_market1501_reads_it(made):
-    """Each camera sees each identity twice, and once more as a query; the distractors come on top."""
     train, query, gallery = (samples(made, split) for split in ('train', 'query', 'gallery'))
     people = [item for item in gallery if item[0] != 0]
     assert Counter(item[:2] for item in train) == {(pid, camera): 2 for pid in range(1, 6) for camera in range(3)}
@@ -44,7 +43,6 @@ def test_market1501_reads_it(made):
 
 
 def test_an_article_is_one_identity(made):
-    """Training, testing and distractors share no article."""
     train, query, gallery = (samples(made, split) for split in ('train', 'query', 'gallery'))
     articles = {}
     for pid, _, article in train + query + gallery:
@@ -150,7 +148,3 @@ def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(make_reid, 'write_image', fail)
     assert 'No space left' in sentence(make_reid, tmp_path / 'out')
     assert not list(tmp_path.iterdir())
-
-
-def test_help(tmp_path):
-    assert '--per-camera' in run_process('make_reid', '--help', cwd=tmp_path)

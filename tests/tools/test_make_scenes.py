@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from articles import BAD_FOLDERS, IMAGES, LABELS, missing_source, read_tree, write_source
 from helpers import ROOT
 from studies import make_scenes
-from tools_helpers import run_process, run_tool, sentence
+from tools_helpers import run_tool, sentence
 
 SOURCE = ROOT / 'demo' / 'fashion-mnist'
 COUNTS = {'training': 6, 'validation': 3}
@@ -222,7 +222,3 @@ def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(make_scenes, 'write_image', fail)
     assert 'No space left' in sentence(make_scenes, tmp_path / 'out')
     assert not list(tmp_path.iterdir())
-
-
-def test_help(tmp_path):
-    assert '--overwrite' in run_process('make_scenes', '--help', cwd=tmp_path)

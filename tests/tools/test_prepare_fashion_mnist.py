@@ -7,7 +7,7 @@ import pytest
 from mmpretrain.datasets import FashionMNIST
 
 from helpers import ROOT
-from tools_helpers import run_process, run_tool, sentence
+from tools_helpers import run_tool, sentence
 
 SHIPPED = ROOT / 'demo/fashion-mnist'
 PARTS = 'images-idx3', 'labels-idx1'
@@ -130,7 +130,3 @@ def test_bad_sources(both_splits, tmp_path, spoil, message):
     spoil(both_splits)
     assert message in sentence('prepare_fashion_mnist', tmp_path / 'out', '--source', both_splits)
     assert [path.name for path in tmp_path.iterdir()] == ['source'], 'nothing is left behind'
-
-
-def test_help(tmp_path):
-    assert '--source' in run_process('prepare_fashion_mnist', '--help', cwd=tmp_path)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from pathlib import Path
 
 import cv2
@@ -20,7 +19,7 @@ from mmdenoiserep import fuse_checkpoint
 from mmdenoiserep.apis import matches
 from mmdenoiserep.apis.config import load_config
 from mmdenoiserep.apis.model import build_model
-from tools_helpers import find_tool, python, run_tool, sentence
+from tools_helpers import run_tool, sentence
 
 MEAN, STD = [90.0, 100.0, 110.0], [50.0, 60.0, 70.0]
 CONFIG = f"""
@@ -114,9 +113,6 @@ def write_matches():
     evaluator.evaluate(len(dataset))
 
 
-# The picture
-
-
 def drawn(monkeypatch, *args):
     """Draws, and returns the rows of the figure, each the axes with an image."""
     figures = []
@@ -130,7 +126,6 @@ def drawn(monkeypatch, *args):
 
 
 def test_the_picture(monkeypatch):
-    """The query in grey, right matches in green, wrong ones in red, with the figures of the file below the images."""
     entries = json.loads(Path('matches.json').read_text())
     rows = drawn(monkeypatch, '--queries', '6')
     assert len(rows) == len(entries) == 6
@@ -172,7 +167,6 @@ def test_random_queries_depend_on_the_seed_alone(monkeypatch):
 
 
 def test_fewer_matches_than_columns(monkeypatch):
-    """The rest of the row stays empty."""
     entries = json.loads(Path('matches.json').read_text())
     entries[1]['matches'] = entries[1]['matches'][:2]
     Path('fewer.json').write_text(json.dumps(entries))
@@ -191,7 +185,6 @@ def test_a_data_set_that_brings_its_images(monkeypatch):
 
 
 def test_images_behind_wrappers_and_in_grey():
-    """The pipeline is shortened inside of a wrapper, and the loading step keeps its options."""
     cfg = Config.fromfile('config.py')
     cfg.test_dataloader.dataset.pipeline[0].color_type = 'grayscale'
     cfg.test_dataloader.dataset = dict(type='RepeatDataset', times=1, dataset=cfg.test_dataloader.dataset)
@@ -213,7 +206,6 @@ def test_images_behind_wrappers_and_in_grey():
     ],
 )
 def test_images_of_other_kinds_are_drawn_as_people_see_them(pixels, colour):
-    """Blue with alpha, as floats, in 12 bits, with more channels; and grey in 12 bits."""
     entries = json.loads(Path('matches.json').read_text())
     images = {image['sample_idx']: pixels for entry in entries[:1] for image in (entry, *entry['matches'])}
     for axes in matches._draw(entries[:1], images).axes[:2]:
@@ -269,9 +261,6 @@ def test_bad_arguments_of_the_picture():
     )
 
 
-# Features
-
-
 def features_by_hand(model, paths):
     """Features of image files one by one, without the library's pipeline and preprocessing."""
     rows = []
@@ -302,7 +291,6 @@ def images(tmp_path):
 
 
 def test_features_are_those_of_the_model(images):
-    """From all folders, in sorted order, in batches of any size, with the preprocessing at the top of the config."""
     names = ['a/1.bmp', 'a/2.JPG', 'b.png', 'c/d/3.jpeg', 'z.png']
     model = build('config.py')
     model.load_state_dict(torch.load('config.pth')['state_dict'])
@@ -315,7 +303,6 @@ def test_features_are_those_of_the_model(images):
 
 
 def test_features_of_denoised_and_fused_checkpoints(images):
-    """The same ones, and not those of the model without its denoisers."""
     fuse_checkpoint('denoised.pth', 'fused.pth', overwrite=True)
     denoised, _ = extracted('denoised.py', 'denoised.pth', images)
     fused, _ = extracted('config.py', 'fused.pth', images)
@@ -401,15 +388,3 @@ def test_a_broken_image_is_named(images):
     (images / 'c/broken.png').write_bytes((images / 'z.png').read_bytes()[:40])
     text = sentence('extract_features', 'config.py', 'config.pth', images, 'no.npz', '--device', 'cpu')
     assert text.startswith(f'{images / "c/broken.png"} cannot be read') and not Path('no.npz').exists()
-
-
-# As commands
-
-
-@pytest.mark.parametrize('name', ['draw_matches', 'extract_features'])
-def test_help_is_shown_at_once(name):
-    """With all options, without importing torch."""
-    result = python('-X', 'importtime', find_tool(name), '--help', cwd='.')
-    assert '--overwrite' in result and '--cfg-options' in result
-    imported = re.findall(r'[| ](\w+)$', result, re.MULTILINE)
-    assert 'argparse' in imported and not {'torch', 'mmengine', 'numpy', 'matplotlib'} & set(imported)

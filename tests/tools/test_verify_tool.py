@@ -134,7 +134,6 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('kind', MODEL_KINDS)
 def test_verify(kind, folder):
-    """The fused file of every kind of model is verified and written, and a vanilla one in its place would not pass."""
     config, checkpoint, model = write(folder, *MODEL_KINDS[kind])
     assert run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config) is None
     state = torch.load(folder / 'out.pth', weights_only=True)['state_dict']
@@ -145,8 +144,6 @@ def test_verify(kind, folder):
 
 
 def test_a_wrong_fusion_is_found(folder, monkeypatch):
-    """Also in files that hold a part of the weights."""
-
     def vanilla(state):
         return type(state)((key, value) for key, value in state.items() if '.denoiser.' not in key), {}
 
@@ -159,7 +156,6 @@ def test_a_wrong_fusion_is_found(folder, monkeypatch):
 
 
 def test_nothing_to_compare(folder):
-    """A backbone without outputs is a failure with a sentence."""
     model = {'type': 'Writing', 'backbone': wrapped({'type': 'Silent'}), 'head': {'classes': 3}}
     config, checkpoint, _ = write(folder, model)
     assert 'no floating-point tensor' in run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config)
@@ -167,14 +163,12 @@ def test_nothing_to_compare(folder):
 
 
 def test_a_backbone_that_did_not_run(folder):
-    """Images of another size than the backbone takes are named, with what to set."""
     model = {'type': 'Writing', 'backbone': wrapped({'type': 'Masking'}, image_size=2), 'head': {'classes': 3}}
     config, checkpoint, _ = write(folder, model)
     assert 'image_size' in run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config)
 
 
 def test_a_bug_of_the_users_keeps_its_traceback(folder):
-    """An error in the forward of a backbone is not blamed on the file."""
     model = {'type': 'Writing', 'backbone': wrapped({'type': 'Failing'}), 'head': {'classes': 3}}
     config, checkpoint, _ = write(folder, model)
     with pytest.raises(NameError, match='undefined_name'):
@@ -195,7 +189,6 @@ def test_a_bug_of_the_users_keeps_its_traceback(folder):
     ids=['vanilla', 'denoised', 'semi', 'denoised semi', 'two', 'one of two', 'lora'],
 )
 def test_print_targets(model, scope, layers, counts, tmp_path, capsys):
-    """The layers of every backbone are printed, wherever it stands; where some are denoised, theirs alone."""
     cfg = {'default_scope': scope, 'model': model}
     (tmp_path / 'config.py').write_text(''.join(f'{key} = {value!r}\n' for key, value in cfg.items()))
     run_tool('print_targets', tmp_path / 'config.py', '--targets', f'.*{layers}.*')
@@ -205,6 +198,5 @@ def test_print_targets(model, scope, layers, counts, tmp_path, capsys):
 
 
 def test_print_targets_without_a_backbone(tmp_path):
-    """A model without a backbone is refused."""
     (tmp_path / 'config.py').write_text("model = dict(type='TimmClassifier', model_name='resnet18')\n")
     assert 'no backbone' in run('print_targets', tmp_path / 'config.py')

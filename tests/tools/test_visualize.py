@@ -24,7 +24,7 @@ from mmdenoiserep.apis.images import Folder, open_images
 from mmdenoiserep.apis.model import build_model
 from mmdenoiserep.apis.pixels import to_rgb
 from tiny_datasets import write_fashion_mnist, write_scenes
-from tools_helpers import find_tool, python, run_tool, sentence
+from tools_helpers import run_tool, sentence
 
 DEMO = ROOT / 'configs/demo'
 VIT = 'vit_fashion-mnist'
@@ -65,9 +65,6 @@ def table_of(printed):
     return {row[0]: [float(x) for x in row[2:5]] for row in rows if len(row) == 7 and row[1] in ('Linear', 'Conv2d')}
 
 
-# Every kind of model
-
-
 @pytest.mark.parametrize(
     'name, attends', [(VIT, True), ('mask-rcnn_swin_scenes', False), ('segformer_mit_scenes', True)]
 )
@@ -93,9 +90,6 @@ def test_all_figures_of_every_kind_of_model(name, attends, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ['out'], 'nothing is left behind'
 
 
-# Numbers
-
-
 def features(model, batch, name):
     """Returns what a layer of a ViT gives, (images, tokens, C), float64."""
     found = []
@@ -107,7 +101,6 @@ def features(model, batch, name):
 
 
 def test_the_table_has_the_signal_to_noise_ratios(tmp_path, capsys):
-    """Against the formula on whole tensors, where the model after has denoisers that were not fused yet."""
     denoised = f'{VIT}_denoiserep'
     files = [checkpoint(VIT), checkpoint(denoised, 1)]
     run_tool(
@@ -174,7 +167,6 @@ def test_images_are_corrupted_as_corrupt_images_does(tmp_path):
 
 @pytest.mark.parametrize('kind', ['uint16', 'uint16 as float32', 'alpha', 'six channels'])
 def test_images_of_other_kinds_reach_the_model_as_they_are_loaded(kind, tmp_path):
-    """Clean ones unchanged, noisy ones in the same dtype and range, or refused by name; people see all of them."""
     rng = np.random.default_rng(0)
     shape, dtype = {'alpha': ((32, 32, 4), np.uint8), 'six channels': ((32, 32, 6), np.uint16)}.get(
         kind, ((32, 32), np.uint16)
@@ -264,12 +256,8 @@ def test_images_that_are_left_out_only_when_they_are_corrupted(flat, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-# Attention and maps
-
-
 @pytest.mark.parametrize('with_cls_token', [True, False])
 def test_attention_is_that_of_the_last_block(with_cls_token):
-    """Recomputed from the output of the last qkv layer."""
     arch = dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32)
     config = dict(type='mmpretrain.VisionTransformer', arch=arch, img_size=(32, 48), patch_size=8)
     out_type = 'cls_token' if with_cls_token else 'avg_featmap'
@@ -322,9 +310,6 @@ def test_maps_with_channels_first_and_last():
     assert torch.equal(visualization.to_map(x.permute(0, 2, 3, 1), 4 / 6), x[0])
 
 
-# Bad input
-
-
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path):
     config, weights, out = DEMO / f'{VIT}.py', checkpoint(VIT), tmp_path / 'out'
     good = [config, weights, weights, '--out', out]
@@ -360,8 +345,3 @@ def test_arguments_that_make_no_sense(capsys):
         with pytest.raises(SystemExit) as stopped:
             run_tool('visualize', 'a.py', 'b.pth', 'c.pth', '--out', 'd', *option)
         assert stopped.value.code == 2 and option[0] in capsys.readouterr().err
-
-
-def test_help_does_without_torch():
-    result = python('-X', 'importtime', find_tool('visualize'), '--help', cwd='.')
-    assert 'AFTER.pth' in result and '| torch\n' not in result and 'argparse' in result
