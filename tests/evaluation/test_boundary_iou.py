@@ -72,13 +72,10 @@ def test_wrong_class_in_the_right_place():
 
 
 @pytest.mark.parametrize(
-    'labels, contour',
+    ('labels', 'contour'),
     [
         (np.zeros((8, 8)), [28, 0]),  # 64 less the 6 x 6 inside
-        (
-            square(0, 0),
-            [28, 12],
-        ),  # 16 less the 2 x 2 inside; 48 less 6 x 6 - 4 x 4 that touch neither border nor square
+        (square(0, 0), [28, 12]),  # 16 less 2 x 2; 48 less the 6 x 6 - 4 x 4 that touch neither border nor square
     ],
 )
 def test_image_border_is_a_contour(labels, contour):
@@ -143,10 +140,7 @@ def test_against_explicit_loops(shape, ratio, distance):
     classes = generator.choice(200, 6, replace=False)
     classes[0] = 199
     patches = np.kron(generator.integers(0, 6, (4, 5)), np.ones((7, 7), np.int64))
-    truth, prediction = (
-        classes[patches][: shape[0], : shape[1]],
-        classes[np.roll(patches, 2, 1)][: shape[0], : shape[1]],
-    )
+    truth, prediction = (classes[p][: shape[0], : shape[1]] for p in (patches, np.roll(patches, 2, 1)))
     noise = generator.random(shape)
     prediction = np.where(noise < 0.02, classes[1], prediction)
     truth = np.where(noise > 0.97, IGNORED, truth)
@@ -180,12 +174,11 @@ def test_another_ignore_index():
 
 def test_areas_are_summed_over_images_of_any_size():
     generator = np.random.default_rng(1)
-    shapes, distances = [(8, 8), (40, 30), (64, 64)], [1, 1, 2]
-    pairs = [generator.integers(0, 3, (2, *shape)) for shape in shapes]
-    pairs = [
-        np.kron(pair, np.ones((1, 6, 6), np.int64))[:, : s[0], : s[1]] for pair, s in zip(pairs, shapes, strict=True)
-    ]
-    total = np.sum([reference(p, t, 3, d) for (p, t), d in zip(pairs, distances, strict=True)], axis=0)
+    pairs = []
+    for height, width in ((8, 8), (40, 30), (64, 64)):
+        patches = np.kron(generator.integers(0, 3, (2, 11, 11)), np.ones((1, 6, 6), np.int64))
+        pairs.append(patches[:, :height, :width])
+    total = np.sum([reference(p, t, 3, d) for (p, t), d in zip(pairs, (1, 1, 2), strict=True)], axis=0)
     result = evaluate(pairs, 'abcd', dict(type='BoundaryIoUMetric'))
     assert result == {'mBIoU': pytest.approx(100 * (total[0] / total[1]).mean(), abs=0.006)}
 
