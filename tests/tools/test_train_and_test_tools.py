@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
 from mmengine.runner import CheckpointLoader, checkpoint
 
 from mmdenoiserep.apis.config import load_config
@@ -42,7 +41,9 @@ FLEXIBLE = """
 runner_type, strategy = 'FlexibleRunner', dict(type='SingleDeviceStrategy')
 env_cfg, default_hooks = dict(dist_cfg=dict(backend='gloo')), dict()
 """
-DENOISED = dict(type='DenoiseRepBackbone', backbone=dict(type='ResNet', depth=18), image_size=16)
+WRAP = "model['backbone'] = dict(type='DenoiseRepBackbone', backbone=vit)\n"
+HOOK = "custom_hooks = [dict(type='DenoiseLossHook'), dict(type='DenoiseFusionHook')]\n"
+IMPORT = "custom_imports['imports'].append('mine')\n"
 NUMBER = itertools.count()
 OWN_NAMES = ['common', 'images', 'launch', 'calibrate', 'train', 'verify']
 """Modules of the user that are called as some of the tools are, or were."""
@@ -51,7 +52,7 @@ OWN_NAMES = ['common', 'images', 'launch', 'calibrate', 'train', 'verify']
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """A folder to work in, with images and a config; the process is left as it was."""
-    allowed, scopes = torch.serialization.get_safe_globals(), dict(DefaultScope._instance_dict)
+    allowed = torch.serialization.get_safe_globals()
     schemes, modules = dict(CheckpointLoader._schemes), set(sys.modules)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -64,8 +65,6 @@ def folder(tmp_path, monkeypatch):
     yield tmp_path
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(allowed)
-    DefaultScope._instance_dict.clear()
-    DefaultScope._instance_dict.update(scopes)
     CheckpointLoader._schemes = schemes
     for name in {'mine', *OWN_NAMES} & (set(sys.modules) - modules):
         del sys.modules[name]
@@ -144,12 +143,11 @@ def test_a_config_that_says_resume_is_tested(runner):
 
 
 @pytest.mark.parametrize('runner', ['', FLEXIBLE])
-@pytest.mark.parametrize('name', ['train', 'test'])
-def test_weights_of_another_model(name, runner):
+@pytest.mark.parametrize(('name', 'args', 'options'), [('train', [], ['load_from=mae.pth']), ('test', ['mae.pth'], [])])
+def test_weights_of_another_model(name, args, options, runner):
     Path('config.py').write_text(CONFIG + runner)
     torch.save({f'blocks.{i}.weight': torch.zeros(2) for i in range(9)}, 'mae.pth')
-    args = ['config.py', 'mae.pth'] if name == 'test' else ['config.py']
-    said = refusal(name, *args, '--work-dir', 'w', options=[] if name == 'test' else ['load_from=mae.pth'])
+    said = refusal(name, 'config.py', *args, '--work-dir', 'w', options=options)
     assert 'blocks.0.weight' in said and 'backbone.cls_token' in said and 'mae.pth' in said
 
 
@@ -205,8 +203,8 @@ RUNS = {
 @pytest.mark.parametrize('name', RUNS)
 def test_a_bug_of_the_user_keeps_its_traceback(bug, name, folder):
     weights()
-    own = "custom_imports['imports'].append('mine')\nvit['type'], data['type'] = 'Own', 'OwnData'\n"
-    Path('config.py').write_text(f"{CONFIG}{own}pipeline.insert(1, dict(type='OwnStep'))\n")
+    own = "vit['type'], data['type'] = 'Own', 'OwnData'\npipeline.insert(1, dict(type='OwnStep'))\n"
+    Path('config.py').write_text(f'{CONFIG}{IMPORT}{own}')
     for slip, kind in SLIPS.items():
         (folder / 'mine.py').write_text(OWN.format(bug=bug, slip=slip))
         importlib.invalidate_caches()
@@ -264,12 +262,18 @@ def test_a_missing_file_is_a_sentence(name, missing):
         ([], ['randomness.seed.x=1'], '--cfg-options do not fit'),
         ([], ['work_dir=[1,'], '--cfg-options cannot be read'),
         ([], ['train_dataloader.dataset.pipeline.99.type=X'], '--cfg-options do not fit'),
-        ([], ["custom_hooks=[{'type': 'DenoiseLossHook'}]"], 'DenoiseLossHook found no denoised layer in the model'),
-        ([], [f'model.backbone={DENOISED}'], 'add custom_hooks'),
     ],
 )
 def test_a_training_that_cannot_begin_ends_in_one_sentence(args, options, words):
     assert words in refusal('train', 'config.py', '--work-dir', 'w', *args, options=options)
+
+
+@pytest.mark.parametrize(
+    ('line', 'words'), [(HOOK, 'found no denoised layer in the model'), (WRAP, 'add custom_hooks')]
+)
+def test_denoisers_and_their_hook_need_each_other(line, words):
+    Path('config.py').write_text(CONFIG + line)
+    assert words in refusal('train', 'config.py', '--work-dir', 'w')
 
 
 OUTER = """
@@ -287,8 +291,7 @@ class Outer(torch.nn.Module):
 def test_a_backbone_within_another_model_is_calibrated(folder):
     start = torch.load(weights(), weights_only=True)['state_dict']
     (folder / 'mine.py').write_text(OUTER)
-    imports = "custom_imports['imports'].append('mine')\n"
-    Path('config.py').write_text(f"{CONFIG}{imports}model = dict(type='Outer', detector=model)\n")
+    Path('config.py').write_text(f"{CONFIG}{IMPORT}model = dict(type='Outer', detector=model)\n")
     wrap = "model['detector']['backbone'] = dict(type='DenoiseRepBackbone', backbone=vit)\n"
     Path('den.py').write_text(Path('config.py').read_text() + wrap)
     state = {f'detector.{key}': value for key, value in start.items()}
@@ -363,9 +366,7 @@ class Mine(CustomDataset):
 
 def test_plain_classes_of_the_user_in_the_metainfo(folder):
     (folder / 'mine.py').write_text(CLASSES)
-    text = f"{CONFIG}custom_imports['imports'].append('mine')\ndata['type'] = 'Mine'\n"
-    hooks = "custom_hooks = [dict(type='DenoiseLossHook'), dict(type='DenoiseFusionHook')]\n"
-    Path('config.py').write_text(f"{text}{hooks}model['backbone'] = dict(type='DenoiseRepBackbone', backbone=vit)\n")
+    Path('config.py').write_text(f"{CONFIG}{IMPORT}data['type'] = 'Mine'\n{HOOK}{WRAP}")
     tool('train', 'config.py', '--work-dir', 'a')
     meta = torch.load('a/epoch_1_fused.pth', weights_only=True)['meta']['dataset_meta']
     assert meta == dict(classes=('a', 'b'))
@@ -378,8 +379,7 @@ def test_plain_classes_of_the_user_in_the_metainfo(folder):
 def test_own_modules_called_as_those_of_the_tools(how, folder):
     for name in OWN_NAMES:
         (folder / f'{name}.py').write_text(f'print("the user\'s own {name}")\n')
-    wrap = "model['backbone'] = dict(type='DenoiseRepBackbone', backbone=vit)\n"
-    Path('config.py').write_text(f"{CONFIG}custom_imports['imports'] += {OWN_NAMES}\n{wrap}")
+    Path('config.py').write_text(f"{CONFIG}custom_imports['imports'] += {OWN_NAMES}\n{WRAP}")
     command = "import sys, denoiserep_commands as c; sys.argv[0] = 'denoiserep-print-targets'; c.main()"
     script = [find_tool('print_targets')] if how == 'script' else ['-c', command]
     printed = python(*script, 'config.py', cwd=folder, env=dict(PYTHONPATH=folder))

@@ -8,7 +8,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
-from hardening_helpers import run
+from hardening_helpers import as_config, run
 from helpers import randomise
 from mmdenoiserep.core.files import fused
 from mmdenoiserep.engine.backbone import find_guards
@@ -52,6 +52,7 @@ WRITES = """
 import torch
 from mmengine.registry import MODELS
 
+@MODELS.register_module(force=True)
 class Writing(torch.nn.Module):
     'Sets what its config must not have, as DINO does with its head, and takes out what it has used.'
     def __init__(self, backbone, head, data_preprocessor=None):
@@ -62,8 +63,7 @@ class Writing(torch.nn.Module):
         self.head = torch.nn.Linear(head['in_channels'], head.pop('classes'))
         backbone['type'] = 'Gone'
 
-MODELS.register_module(module=Writing, force=True)
-
+@MODELS.register_module(force=True)
 class Masking(torch.nn.Module):
     'Hides half of the image at random, in eval mode too, and returns an object.'
     def __init__(self):
@@ -77,21 +77,17 @@ class Masking(torch.nn.Module):
         result.features = self.fc(self.conv(x * hidden).mean((2, 3)))
         return result
 
-MODELS.register_module(module=Masking, force=True)
-
+@MODELS.register_module(force=True)
 class Silent(Masking):
     'Returns nothing.'
     def forward(self, x):
         super().forward(x)
 
-MODELS.register_module(module=Silent, force=True)
-
+@MODELS.register_module(force=True)
 class Failing(Masking):
     'Has a bug that shows on two images only.'
     def forward(self, x):
         return super().forward(x) if len(x) == 1 else undefined_name
-
-MODELS.register_module(module=Failing, force=True)
 """
 
 
@@ -100,7 +96,7 @@ def write(folder, model, scope='mmpretrain', edit=lambda state: state):
     (folder / 'verify_models.py').write_text(WRITES)
     cfg = {'default_scope': scope, 'custom_imports': {'imports': ['mmdenoiserep', 'verify_models']}, 'model': model}
     path = folder / 'config.py'
-    path.write_text(''.join(f'{key} = {value!r}\n' for key, value in cfg.items()))
+    path.write_text(as_config(cfg))
     config = Config.fromfile(path)
     with DefaultScope.overwrite_default_scope(scope):
         built = MODELS.build(copy.deepcopy(config.model))
@@ -139,8 +135,7 @@ def test_verify(kind, folder):
     state = torch.load(folder / 'out.pth', weights_only=True)['state_dict']
     names = [name for name, _, _ in find_guards(model)]
     assert names == (['student.backbone', 'teacher.backbone'] if kind == 'soft teacher' else [names[0]])
-    assert state
-    assert not any('.denoiser.' in key for key in state)
+    assert state and not any('.denoiser.' in key for key in state)
 
 
 def test_a_wrong_fusion_is_found(folder, monkeypatch):
@@ -155,28 +150,30 @@ def test_a_wrong_fusion_is_found(folder, monkeypatch):
         assert not (folder / 'out.pth').exists()
 
 
-def test_nothing_to_compare(folder):
-    model = {'type': 'Writing', 'backbone': wrapped({'type': 'Silent'}), 'head': {'classes': 3}}
+def writing(kind, **options):
+    """A model that writes into its config, with a backbone of a kind."""
+    return {'type': 'Writing', 'backbone': wrapped({'type': kind}, **options), 'head': {'classes': 3}}
+
+
+@pytest.mark.parametrize(
+    ('model', 'words'),
+    [(writing('Silent'), 'no floating-point tensor'), (writing('Masking', image_size=2), 'image_size')],
+    ids=['nothing to compare', 'images too small'],
+)
+def test_backbones_that_cannot_be_compared(model, words, folder):
     config, checkpoint, _ = write(folder, model)
-    assert 'no floating-point tensor' in run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config)
+    assert words in run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config)
     assert not (folder / 'out.pth').exists()
 
 
-def test_a_backbone_that_did_not_run(folder):
-    model = {'type': 'Writing', 'backbone': wrapped({'type': 'Masking'}, image_size=2), 'head': {'classes': 3}}
-    config, checkpoint, _ = write(folder, model)
-    assert 'image_size' in run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config)
-
-
 def test_a_bug_of_the_users_keeps_its_traceback(folder):
-    model = {'type': 'Writing', 'backbone': wrapped({'type': 'Failing'}), 'head': {'classes': 3}}
-    config, checkpoint, _ = write(folder, model)
+    config, checkpoint, _ = write(folder, writing('Failing'))
     with pytest.raises(NameError, match='undefined_name'):
         run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config)
 
 
 @pytest.mark.parametrize(
-    'model, scope, layers, counts',
+    ('model', 'scope', 'layers', 'counts'),
     [
         (classifier(VIT), 'mmpretrain', 'ffn', [2]),
         (classifier(wrapped(VIT, image_size=16)), 'mmpretrain', 'ffn', [2]),
@@ -189,8 +186,7 @@ def test_a_bug_of_the_users_keeps_its_traceback(folder):
     ids=['vanilla', 'denoised', 'semi', 'denoised semi', 'two', 'one of two', 'lora'],
 )
 def test_print_targets(model, scope, layers, counts, tmp_path, capsys):
-    cfg = {'default_scope': scope, 'model': model}
-    (tmp_path / 'config.py').write_text(''.join(f'{key} = {value!r}\n' for key, value in cfg.items()))
+    (tmp_path / 'config.py').write_text(as_config({'default_scope': scope, 'model': model}))
     run_tool('print_targets', tmp_path / 'config.py', '--targets', f'.*{layers}.*')
     printed = capsys.readouterr().out
     assert [int(line.split()[0]) for line in printed.splitlines() if ' layers denoised' in line] == counts
