@@ -12,6 +12,8 @@ from mmdenoiserep.apis.backbones import backbone_configs, check_input, find_back
 from mmdenoiserep.core import InputError
 
 RESNET = {'type': 'ResNet', 'depth': 18, 'base_channels': 4, 'stem_channels': 4, 'norm_eval': True}
+ARCH = {'embed_dims': 8, 'num_layers': 1, 'num_heads': 2, 'feedforward_channels': 8}
+LOSS = {'type': 'PixelReconstructionLoss', 'criterion': 'L2'}
 DENOISED = {'type': 'DenoiseRepBackbone', 'backbone': RESNET, 'image_size': 32, 'rank': 2}
 
 
@@ -21,11 +23,11 @@ def build(scope, config):
         return MODELS.build(copy.deepcopy(config))
 
 
-def detector(**options):
+def detector(backbone=RESNET):
     """The smallest detector with a ResNet."""
     head = {'type': 'RetinaHead', 'num_classes': 2, 'in_channels': 8, 'feat_channels': 8, 'stacked_convs': 1}
     neck = {'type': 'FPN', 'in_channels': [4, 8, 16, 32], 'out_channels': 8, 'num_outs': 5}
-    return ConfigDict(type='RetinaNet', backbone=RESNET, neck=neck, bbox_head=head, **options)
+    return ConfigDict(type='RetinaNet', backbone=backbone, neck=neck, bbox_head=head)
 
 
 @pytest.mark.parametrize(
@@ -57,18 +59,16 @@ def test_a_lazy_config():
     assert list(backbone_configs(cfg._cfg_dict['model'])) == ['backbone']
 
 
-def test_semi_supervised_detector():
-    config = detector()
-    config.backbone = DENOISED
-    for predict_on in ('student', 'teacher', None):
-        test = {'predict_on': predict_on} if predict_on else {}
-        model = build(
-            'mmdet', {'type': 'SemiBaseDetector', 'detector': config, 'semi_train_cfg': {}, 'semi_test_cfg': test}
-        )
-        assert list(find_backbones(model)) == ['student.backbone', 'teacher.backbone']
-        name = predicting_backbone(model)
-        assert name == f'{predict_on or "teacher"}.backbone'
-        assert model.get_submodule(name) is find_backbones(model)[name]
+@pytest.mark.parametrize('predict_on', ['student', 'teacher', None])
+def test_semi_supervised_detector(predict_on):
+    """semi_test_cfg names the backbone that predicts, by default the teacher's."""
+    test = {'predict_on': predict_on} if predict_on else {}
+    config = {'type': 'SemiBaseDetector', 'detector': detector(DENOISED), 'semi_train_cfg': {}, 'semi_test_cfg': test}
+    model = build('mmdet', config)
+    assert list(find_backbones(model)) == ['student.backbone', 'teacher.backbone']
+    name = predicting_backbone(model)
+    assert name == f'{predict_on or "teacher"}.backbone'
+    assert model.get_submodule(name) is find_backbones(model)[name]
 
 
 def test_one_backbone_under_two_names():
@@ -80,18 +80,19 @@ def test_one_backbone_under_two_names():
     assert predicting_backbone(model) == 'backbone'
 
 
-@pytest.mark.parametrize('method', ['MoCo', 'BYOL'])
+NECK = {'type': 'MoCoV2Neck', 'in_channels': 32, 'hid_channels': 4, 'out_channels': 4}
+PREDICTOR = {'type': 'LinearNeck', 'in_channels': 4, 'out_channels': 4, 'gap_dim': 0}
+METHODS = {
+    'MoCo': {'head': {'type': 'ContrastiveHead', 'loss': {'type': 'CrossEntropyLoss'}}, 'queue_len': 8},
+    'BYOL': {'head': {'type': 'LatentPredictHead', 'loss': LOSS, 'predictor': PREDICTOR}},
+}
+
+
+@pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('backbone', [RESNET, DENOISED])
 def test_an_average_of_the_backbone_does_not_predict(method, backbone):
     """Self-supervised models keep a momentum copy of their denoised backbone, which has a guard as well."""
-    neck = {'type': 'MoCoV2Neck', 'in_channels': 32, 'hid_channels': 4, 'out_channels': 4}
-    predictor = {'type': 'LinearNeck', 'in_channels': 4, 'out_channels': 4, 'gap_dim': 0}
-    head, options = {'type': 'LatentPredictHead', 'loss': {'type': 'PixelReconstructionLoss', 'criterion': 'L2'}}, {}
-    if method == 'MoCo':
-        head, options = {'type': 'ContrastiveHead', 'loss': {'type': 'CrossEntropyLoss'}}, {'queue_len': 8}
-    else:
-        head['predictor'] = predictor
-    model = build('mmpretrain', {'type': method, 'backbone': backbone, 'neck': neck, 'head': head, **options})
+    model = build('mmpretrain', {'type': method, 'backbone': backbone, 'neck': NECK, **METHODS[method]})
     assert len(find_backbones(model)) == (2 if backbone is DENOISED else 1)
     assert predicting_backbone(model) == 'backbone'
 
@@ -106,8 +107,7 @@ def test_a_denoised_backbone_of_any_name():
 @pytest.mark.parametrize('backbone', [RESNET, DENOISED])
 def test_a_backbone_in_a_list(backbone):
     encoder = [backbone, {'type': 'GlobalAveragePooling'}]
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
-        model = MODELS.build({'type': 'ImageToImageRetriever', 'image_encoder': encoder, 'prototype': ''})
+    model = build('mmpretrain', {'type': 'ImageToImageRetriever', 'image_encoder': encoder, 'prototype': ''})
     assert predicting_backbone(model) == 'image_encoder.0'
     assert type(model.get_submodule('image_encoder.0')).__name__ == 'ResNet'
 
@@ -182,23 +182,18 @@ def test_ways_that_cannot_be_followed_are_left_alone():
     check_input(nn.ModuleDict(dict(backbone=nn.Identity())), 'backbone', images)
 
 
-ARCH = dict(embed_dims=8, num_layers=1, num_heads=2, feedforward_channels=8)
-LOSS = dict(type='PixelReconstructionLoss', criterion='L2')
+MAE = dict(
+    backbone=dict(type='MAEViT', arch=ARCH, img_size=32, patch_size=16),
+    neck=dict(type='SimMIMLinearDecoder', in_channels=8, encoder_stride=32),
+    head=dict(type='MAEPretrainHead', loss=LOSS),
+)
 
 
 @pytest.mark.parametrize(
-    'scope, model',
+    ('scope', 'model'),
     [
         ('mmpretrain', dict(type='ImageClassifier', backbone=RESNET)),
-        (
-            'mmpretrain',
-            dict(
-                type='MAE',
-                backbone=dict(type='MAEViT', arch=ARCH, img_size=32, patch_size=16),
-                neck=dict(type='SimMIMLinearDecoder', in_channels=8, encoder_stride=32),
-                head=dict(type='MAEPretrainHead', loss=LOSS),
-            ),
-        ),
+        ('mmpretrain', dict(type='MAE', **MAE)),
         ('mmdet', detector()),
         ('mmdet', dict(type='SoftTeacher', detector=detector(), semi_train_cfg={}, semi_test_cfg={})),
     ],
