@@ -4,14 +4,29 @@ import argparse
 import importlib
 import json
 import operator
+import pickle
 import sys
 import time
 
 import pytest
 import torch
 
+from helpers import relative
+from mmdenoiserep.models.selective_scan import selective_scan
 from studies import benchmark
-from studies.benchmarks import calibrate, cost, deployment, fuse, growth, measure, profile, rank, reid_metric, start
+from studies.benchmarks import (
+    calibrate,
+    cost,
+    deployment,
+    fuse,
+    growth,
+    measure,
+    profile,
+    rank,
+    reid_metric,
+    start,
+    vmamba,
+)
 
 SMALL = cost.Shape('mmpretrain::resnet/resnet18_8xb16_cifar10.py', (32, 32), 2)
 MIB = 2**20
@@ -19,14 +34,20 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Measures a small ResNet, and no memory in processes of their own."""
+    """Measures small models, and no memory in processes of their own, to which functions and arguments can be sent."""
+
+    def in_this_process(function, *args, imports=()):
+        function, args = pickle.loads(pickle.dumps((function, args)))
+        return function(*args), 100.0
+
     peak_memory = measure.peak_memory
     monkeypatch.setattr(cost, 'SHAPES', {'small': SMALL})
     monkeypatch.setattr(cost, 'PROCESSES', 1)
     monkeypatch.setattr(profile, 'MODEL', 'small')
     monkeypatch.setattr(growth, 'IMAGES', (32, 64))
     monkeypatch.setattr(growth, 'WIDTHS', (48, 96))
-    monkeypatch.setattr(measure, 'peak_memory', lambda function, *args, imports=(): (function(*args), 100.0)[1])
+    monkeypatch.setattr(vmamba, 'STAGES', ((2, 9),))
+    monkeypatch.setattr(measure, 'peak_memory', lambda *args, **more: in_this_process(*args, **more)[1])
     return peak_memory
 
 
@@ -99,6 +120,7 @@ def test_both_ways_of_the_metric_agree(monkeypatch):
         (rank, ['--widths', 8, 24, '--vectors', 32, '--repeats', 1], '| 24 | '),
         (reid_metric, ['--size', 20, 40, 4], '| 20 x 40 x 4 | loops |'),
         (start, ['--repeats', 1], '| fuse_checkpoint.py |'),
+        (vmamba, ['--size', 32, '--batch', 2, '--repeats', 3], '| 81 positions, 2 channels, forward'),
     ],
 )
 def test_small_runs(module, words, row, tmp_path):
@@ -119,3 +141,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert len(content['seconds']['fuse_checkpoint.py']) == 5
     assert {'processor', 'cores', 'threads', 'torch', 'mmengine', 'mmdet'} <= set(content['machine'])
     assert set(benchmark.NAMES) >= {'reid_metric', 'cost', deployment.__name__.rpartition('.')[2]}
+
+
+def test_the_loop_of_the_benchmark_is_the_scan():
+    values = [value.detach().double() for value in vmamba.make_scan(3, 100)]
+    assert relative(vmamba.scan_by_loop(*values), selective_scan(*values)) < 1e-10
