@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from helpers import relative
+from mmdenoiserep.apis.export import random_images
 from mmdenoiserep.models.selective_scan import selective_scan
 from studies import benchmark
 from studies.benchmarks import (
@@ -114,6 +115,7 @@ def test_both_ways_of_the_metric_agree(monkeypatch):
     [
         (calibrate, ['--size', 32, '--batch', 2, '--repeats', 1], '| ViT-S/16 | domain, one in '),
         (cost, ['--models', 'small', '--repeats', 2], '| small | memory of a joint step |'),
+        (deployment, ['--models', 'resnet_fashion-mnist'], '| resnet_fashion-mnist | onnxruntime | '),
         (fuse, ['--sizes', 8, 17, 34, '--repeats', 1], '| 34 | '),
         (growth, ['--size', 32, '--layers', 1, '--repeats', 1], 'images^'),
         (profile, ['--batch', 2, '--steps', 1, '--rows', 3], '| aten::'),
@@ -128,6 +130,10 @@ def test_small_runs(module, words, row, tmp_path):
     module.add_arguments(parser)
     text, figures = module.run(parser.parse_args([*map(str, words)]))
     assert row in text
+    if module is deployment:  # a fixed batch and torch.export are exact for all models
+        (measured,) = figures['rows']
+        assert len(measured['exports']) == 5 and max(measured['exports'].values()) < 1e-4
+        assert set(measured['int8']) == {'torch', 'onnxruntime'}
     assert json.loads(json.dumps(figures, default=str))
 
 
@@ -146,3 +152,21 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 def test_the_loop_of_the_benchmark_is_the_scan():
     values = [value.detach().double() for value in vmamba.make_scan(3, 100)]
     assert relative(vmamba.scan_by_loop(*values), selective_scan(*values)) < 1e-10
+
+
+@pytest.mark.parametrize('quantiser', [deployment.by_torch, deployment.by_onnxruntime])
+@pytest.mark.parametrize(('strength', 'factor'), [(0.3, 1.6), (0.001, 1.2)])
+def test_int8_costs_the_fused_model_what_it_costs_the_vanilla_one(quantiser, strength, factor):
+    *models, shape = deployment.build_pair('vit_fashion-mnist', strength)
+    with torch.no_grad():
+        fused, vanilla = (quantiser(model, random_images(16, shape)) for model in models)
+    assert fused['int8_bytes'] == vanilla['int8_bytes'] < 0.7 * fused['float32_bytes']
+    assert 0 < vanilla['error'] < 0.05
+    assert 1 / factor < fused['error'] / vanilla['error'] < factor
+
+
+def test_a_failing_exporter_is_named():
+    def fails(wide):
+        raise NotImplementedError(wide)
+
+    assert deployment.attempt(fails, True) == 'NotImplementedError'

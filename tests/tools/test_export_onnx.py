@@ -14,9 +14,8 @@ import mmdenoiserep  # noqa: F401
 from helpers import ROOT, randomise, relative
 from mmdenoiserep import apply_denoiserep, fuse_checkpoint, fuse_model
 from mmdenoiserep.apis.config import load_config
-from mmdenoiserep.apis.export import Deployed, largest_difference, random_images
+from mmdenoiserep.apis.export import Deployed, largest_difference
 from mmdenoiserep.apis.model import build_model
-from studies.benchmarks import deployment as benchmark
 from tools_helpers import run_tool, sentence
 
 DEMO = ROOT / 'configs/demo'
@@ -137,15 +136,17 @@ def test_bad_input_ends_in_one_sentence(models, tmp_path):
     config = DEMO / 'vit_fashion-mnist.py'
     *_, fused = models('vit_fashion-mnist')
     unfused = Path(str(fused).replace('_fused', ''))
-    output = tmp_path / 'out.onnx'
-    assert f'tools/fuse_checkpoint.py {unfused} ' in sentence('export_onnx', config, unfused, output)
-    assert 'does not exist' in sentence('export_onnx', config, tmp_path / 'none.pth', output)
-    assert 'does not fit' in sentence('export_onnx', DEMO / 'resnet_fashion-mnist.py', fused, output)
-    assert 'must end with .onnx' in sentence('export_onnx', config, fused, tmp_path / 'out.pth')
-    assert not list(tmp_path.iterdir())
-    output.write_text('mine')
-    assert 'exists' in sentence('export_onnx', config, fused, output)
-    assert output.read_text() == 'mine'
+    output, taken = tmp_path / 'out.onnx', tmp_path / 'taken.onnx'
+    taken.write_text('mine')
+    for words, *args in (
+        (f'tools/fuse_checkpoint.py {unfused} ', config, unfused, output),
+        ('does not exist', config, tmp_path / 'none.pth', output),
+        ('does not fit', DEMO / 'resnet_fashion-mnist.py', fused, output),
+        ('must end with .onnx', config, fused, tmp_path / 'out.pth'),
+        ('exists', config, fused, taken),
+    ):
+        assert words in sentence('export_onnx', *args)
+    assert list(tmp_path.iterdir()) == [taken] and taken.read_text() == 'mine'
 
 
 def test_a_slip_in_the_model_of_the_user_keeps_its_traceback(tmp_path):
@@ -192,31 +193,3 @@ def test_torch_export_of_the_fused_model_is_that_of_the_vanilla_one(name, models
         outputs = [p.module()(images)[0] for p in programs]
     (expected,) = run(denoised, name, images)
     assert relative(outputs[0], expected) < 1e-4 and relative(outputs[1], expected) > 1e-2
-
-
-@pytest.mark.parametrize('quantiser', [benchmark.by_torch, benchmark.by_onnxruntime])
-@pytest.mark.parametrize(('strength', 'factor'), [(0.3, 1.6), (0.001, 1.2)])
-def test_int8_costs_the_fused_model_what_it_costs_the_vanilla_one(quantiser, strength, factor):
-    *models, shape = benchmark.build_pair('vit_fashion-mnist', strength)
-    with torch.no_grad():
-        fused, vanilla = (quantiser(model, random_images(16, shape)) for model in models)
-    assert fused['int8_bytes'] == vanilla['int8_bytes'] < 0.7 * fused['float32_bytes']
-    assert 0 < vanilla['error'] < 0.05
-    assert 1 / factor < fused['error'] / vanilla['error'] < factor
-
-
-def test_the_benchmark_measures_exporters_and_int8():
-    parser = benchmark.argparse.ArgumentParser()
-    benchmark.add_arguments(parser)
-    text, figures = benchmark.run(parser.parse_args(['--models', 'resnet_fashion-mnist']))
-    (row,) = figures['rows']
-    assert row['image'] == (1, 28, 28) and len(row['exports']) == 5 and max(row['exports'].values()) < 1e-4
-    assert set(row['int8']) == {'torch', 'onnxruntime'}
-    assert '| resnet_fashion-mnist | 1 x 28 x 28 | ' in text and '| resnet_fashion-mnist | onnxruntime | ' in text
-
-
-def test_a_failing_exporter_is_named():
-    def fails(wide):
-        raise NotImplementedError(wide)
-
-    assert benchmark.attempt(fails, True) == 'NotImplementedError'

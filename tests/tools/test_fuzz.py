@@ -150,9 +150,9 @@ def places(content, path=()):
             yield from places(value, (*path, key))
 
 
-def entry(draw, content):
-    """Draws an entry of nested dicts and lists: its owner and its key."""
-    *way, key = draw(st.sampled_from(list(places(content))))
+def entry(draw, content, ways=()):
+    """Draws an entry of nested dicts and lists: its owner and its key, or one of some other ways."""
+    *way, key = draw(st.sampled_from([*ways, *places(content)]))
     for part in way:
         content = content[part]
     return content, key
@@ -176,10 +176,10 @@ def spoiled_contents(draw, content, marker):
     """A checkpoint in which some entries are replaced, removed or renamed; or something else altogether."""
     odd = st.sampled_from(sorted(ODD)).map(lambda name: ODD[name]()) | st.sampled_from(payloads(marker))
     content = copy.deepcopy(content)
-    if draw(st.integers(0, 20)) == 0:
-        return draw(odd)
     for _ in range(draw(st.integers(1, 3))):
-        owner, key = entry(draw, content)
+        owner, key = entry(draw, content, ways=[(None,)])
+        if key is None:
+            return draw(odd)
         what = draw(st.sampled_from(['replace', 'replace', 'replace', 'remove', 'rename', 'reshape', 'spoil']))
         if what == 'remove':
             del owner[key]

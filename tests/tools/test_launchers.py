@@ -27,16 +27,11 @@ PAGE = (ROOT / 'docs/distributed.md').read_text(encoding='utf-8')
 COMMANDS = re.findall(r'^.*bash tools/\w+\.sh .*$', PAGE, re.MULTILINE)
 CONFIG = """
 custom_imports = dict(imports=['mmdenoiserep', 'launched'], allow_failed_imports=False)
-model = dict(
-    type='TinyModel',
-    backbone=dict(type='DenoiseRepBackbone', backbone=dict(type='TinyBackbone'), image_size=9),
-)
-train_dataloader = dict(
-    batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=True), dataset=dict(type='TinyDataset')
-)
-test_dataloader = dict(
-    batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dict(type='TinyDataset')
-)
+backbone = dict(type='DenoiseRepBackbone', backbone=dict(type='TinyBackbone'), image_size=9)
+model = dict(type='TinyModel', backbone=backbone)
+data = dict(batch_size=2, num_workers=0, dataset=dict(type='TinyDataset'))
+train_dataloader = dict(data, sampler=dict(type='DefaultSampler', shuffle=True))
+test_dataloader = dict(data, sampler=dict(type='DefaultSampler', shuffle=False))
 test_evaluator = dict(type='MeanOutput')
 train_cfg = dict(by_epoch=True, max_epochs=3)
 test_cfg = dict()
@@ -68,11 +63,6 @@ def stubs(tmp_path):
     return f'{tmp_path / "stubs"}:/usr/bin:/bin'
 
 
-@pytest.mark.parametrize('path', sorted(TOOLS.glob('*.sh')), ids=lambda path: path.stem)
-def test_bash_reads_it(path):
-    subprocess.run(['bash', '-n', path], check=True)
-
-
 @pytest.mark.parametrize('name', USAGE)
 def test_wrong_arguments(name, stubs, tmp_path):
     needed = USAGE[name].split(' [')[0].split()
@@ -82,20 +72,18 @@ def test_wrong_arguments(name, stubs, tmp_path):
         assert (out, error) == ('', f'usage: {TOOLS / name}.sh {USAGE[name]}\n')
 
 
-@pytest.mark.parametrize('name', ['dist_train', 'dist_test'])
-def test_what_torchrun_gets(name, stubs, tmp_path):
-    files = ['my config.py'] if name == 'dist_train' else ['my config.py', 'a.pth']
+@pytest.mark.parametrize(
+    ('name', 'files'), [('dist_train', ['my config.py']), ('dist_test', ['my config.py', 'a.pth'])]
+)
+def test_what_torchrun_gets(name, files, stubs, tmp_path):
     program = str(TOOLS / f'{name.removeprefix("dist_")}.py')
     rest = [program, *files, '--launcher=pytorch', '--cfg-options', 'a="b c"', 'MASTER_PORT is not set']
-    common = ['python', '-m', 'torch.distributed.run']
-    args = [*files, 4, '--cfg-options', 'a="b c"']
-    out, _ = script(name, *args, cwd=tmp_path, PATH=stubs)
-    one = ['--nnodes=1', '--node-rank=0', '--nproc-per-node=4', '--master-addr=127.0.0.1', '--master-port=29500']
-    assert out.splitlines() == common + one + rest
     several = dict(NNODES='2', NODE_RANK='1', MASTER_ADDR='10.0.0.7', PORT='1234')
-    out, _ = script(name, *args, cwd=tmp_path, PATH=stubs, **several)
+    one = ['--nnodes=1', '--node-rank=0', '--nproc-per-node=4', '--master-addr=127.0.0.1', '--master-port=29500']
     two = ['--nnodes=2', '--node-rank=1', '--nproc-per-node=4', '--master-addr=10.0.0.7', '--master-port=1234']
-    assert out.splitlines() == common + two + rest
+    for variables, expected in (({}, one), (several, two)):
+        out, _ = script(name, *files, 4, '--cfg-options', 'a="b c"', cwd=tmp_path, PATH=stubs, **variables)
+        assert out.splitlines() == ['python', '-m', 'torch.distributed.run', *expected, *rest]
 
 
 @pytest.mark.parametrize('name', ['slurm_train', 'slurm_test'])
@@ -105,10 +93,8 @@ def test_what_srun_gets(name, stubs, tmp_path):
     program += ['--launcher=slurm', '--cfg-options', 'x=1']
 
     def srun(**variables):
-        out, _ = script(
-            name, 'gpu', 'my job', 'c.py', 'runs/a b', '--cfg-options', 'x=1', cwd=tmp_path, PATH=stubs, **variables
-        )
-        *lines, port = out.splitlines()
+        args = ['gpu', 'my job', 'c.py', 'runs/a b', '--cfg-options', 'x=1']
+        *lines, port = script(name, *args, cwd=tmp_path, PATH=stubs, **variables)[0].splitlines()
         assert lines[:3] == ['srun', '--partition=gpu', '--job-name=my job']
         assert lines[-len(program) :] == program
         return [*lines[3 : -len(program)], port]
@@ -120,9 +106,8 @@ def test_what_srun_gets(name, stubs, tmp_path):
     assert srun() == expected(8, 8)
     assert srun(GPUS='2') == expected(2, 2)
     assert srun(GPUS='16') == expected(16, 8)
-    assert srun(
-        GPUS='8', GPUS_PER_NODE='4', CPUS_PER_TASK='3', SRUN_ARGS='--time=1:00 --exclusive', PORT='1234'
-    ) == expected(8, 4, 3, ['--time=1:00', '--exclusive'], 1234)
+    every = dict(GPUS='8', GPUS_PER_NODE='4', CPUS_PER_TASK='3', SRUN_ARGS='--time=1:00 --exclusive', PORT='1234')
+    assert srun(**every) == expected(8, 4, 3, ['--time=1:00', '--exclusive'], 1234)
     assert srun(MASTER_PORT='4321') == expected(8, 8, port=4321)
 
 
@@ -133,10 +118,7 @@ def test_the_commands_of_the_page(line, stubs):
     words = [word for word in result.stdout.splitlines() if word.endswith('.py')]
     assert len(words) == 2 and all((ROOT / word).is_file() for word in words)
     assert any(word in result.stdout.split() for word in ('--launcher=pytorch', '--launcher=slurm'))
-
-
-def test_the_page_names_them_all():
-    assert {re.search(r'tools/(\w+)\.sh', line)[1] for line in COMMANDS} == set(USAGE)
+    assert {re.search(r'tools/(\w+)\.sh', each)[1] for each in COMMANDS} == set(USAGE), 'the page has all scripts'
 
 
 def launch(name, *args, cwd, code=0):

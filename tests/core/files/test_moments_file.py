@@ -20,7 +20,13 @@ def test_moments_come_back_from_their_file(tmp_path):
 
 @pytest.mark.parametrize(
     'change',
-    [dict(mean=torch.zeros(1, 4)), dict(covariance=None), dict(count=0 / torch.zeros(())), dict(count=-5)],
+    [
+        dict(mean=torch.zeros(1, 4)),
+        dict(covariance=None),
+        dict(count=0 / torch.zeros(())),
+        dict(count=-5),
+        pytest.param(dict(count=2**70), marks=pytest.mark.xfail(raises=OverflowError, strict=True)),
+    ],
 )
 def test_damaged_files_of_moments_are_refused(change, tmp_path):
     save_moments({'fc': Moments.of(torch.randn(1, 5, 40))}, tmp_path / 'm.pth', {})
