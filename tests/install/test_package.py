@@ -183,19 +183,15 @@ def index():
 
 
 def test_the_papers_numbers_are_labelled(index):
+    """They are those of configs/README.md, and stand on no config with numbers of ours."""
     paper, ours = index
-    listed = {
-        row[0].split('`')[1].split('/')[1] + '_denoiserep': row[-1].split(', ')
-        for row in rows((ROOT / 'configs/README.md').read_text())
-        if re.fullmatch(r'[\d.]+, [\d.]+', row[-1])
-    }
+    table = [row for row in rows((ROOT / 'configs/README.md').read_text()) if re.fullmatch(r'[\d.]+, [\d.]+', row[-1])]
+    listed = {row[0].split('`')[1].split('/')[1] + '_denoiserep': row[-1].split(', ') for row in table}
     assert len(listed) == 6
-    found = {}
-    for name, model in paper.items():
-        assert all(metric.endswith(", the paper's") for _, metric in numbers(model))
-        found[name] = [str(value) for value in sorted(numbers(model).values())]
-    assert found == listed
-    assert not any("the paper's" in metric for model in ours.values() for _, metric in numbers(model))
+    assert {name: [str(value) for value in sorted(numbers(model).values())] for name, model in paper.items()} == listed
+    for models, labelled in ((paper, True), (ours, False)):
+        metrics = [metric for model in models.values() for _, metric in numbers(model)]
+        assert all(metric.endswith(", the paper's") == labelled for metric in metrics)
 
 
 def test_our_numbers_are_those_of_the_studies(index):
