@@ -70,7 +70,6 @@ def is_slip(error):
 
 
 def contents(folder):
-    """Returns size and time of every file below a folder."""
     return {p: (p.lstat().st_size, p.lstat().st_mtime_ns) for p in folder.rglob('*') if not p.is_dir()}
 
 
@@ -107,7 +106,6 @@ def commands(small, out, config=None, checkpoint=None):
 
 
 def read_checkpoint(path):
-    """Reads a checkpoint as torch does on a machine without this package."""
     return torch.load(path, weights_only=True)['state_dict']
 
 
@@ -139,7 +137,6 @@ def survive(folder, command):
 
 
 def as_config(settings):
-    """Returns the text of a config."""
     return ''.join(f'{key} = {value!r}\n' for key, value in settings.items())
 
 

@@ -23,7 +23,6 @@ PER_SPLIT = 3
 
 
 def write_image(path: Path, generator: np.random.Generator, size: tuple[int, int] = (64, 80)) -> None:
-    """Writes a random colour image of (height, width)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse = generator.integers(0, 256, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8)
     assert cv2.imwrite(str(path), cv2.resize(coarse, size[::-1]))
@@ -312,12 +311,10 @@ def write_cuhk03_protocol(path: Path, listed: list[tuple[str, int, int, str]]) -
 
 
 def write_scenes(root: Path) -> None:
-    """The scenes of the demo, composed by their own command."""
     run_tool('make_scenes', root, '--train', PER_SPLIT, '--val', PER_SPLIT)
 
 
 def write_fashion_reid(root: Path) -> None:
-    """Articles before several cameras, in Market-1501's layout, by their own command."""
     run_tool('make_reid', root, '--ids', 4, '--test-ids', 2)
 
 

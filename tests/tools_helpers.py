@@ -45,10 +45,11 @@ def sentence(tool, *args, cwd=None):
     return text
 
 
-def python(*args, cwd, code=0, env=()):
-    """Runs Python on this checkout, which comes behind a PYTHONPATH in ``env``, and returns all that it printed."""
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', **dict(env)}
-    env['PYTHONPATH'] = os.pathsep.join([*map(str, filter(None, [dict(env).get('PYTHONPATH')])), str(ROOT)])
+def python(*args, cwd, code=0, env=(), checkout=True):
+    """Runs Python and returns all that it printed; this checkout comes behind the PYTHONPATH of ``env``."""
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': '', **dict(env)}
+    if checkout:
+        env['PYTHONPATH'] = os.pathsep.join([*map(str, filter(None, [env['PYTHONPATH']])), str(ROOT)])
     command = [sys.executable, '-W', 'ignore', *map(str, args)]
     result = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=900)
     output = result.stdout + result.stderr

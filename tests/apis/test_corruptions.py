@@ -11,7 +11,6 @@ CHANNELS = [(), (1,), (3,), (4,), (6,)]
 
 
 def picture(channels=(3,), dtype=np.uint8, seed=0):
-    """Random values over the whole range, (40, 50, *channels)."""
     most = np.iinfo(dtype).max
     return np.random.default_rng(seed).integers(0, most, (40, 50, *channels), dtype, endpoint=True)
 

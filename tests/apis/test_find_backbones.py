@@ -10,35 +10,29 @@ from torch import nn
 
 from mmdenoiserep.apis.backbones import backbone_configs, check_input, find_backbones, predicting_backbone
 from mmdenoiserep.core import InputError
+from tiny_models import RESNET, VIT, detector, semi, wrapped
 
-RESNET = {'type': 'ResNet', 'depth': 18, 'base_channels': 4, 'stem_channels': 4, 'norm_eval': True}
-ARCH = {'embed_dims': 8, 'num_layers': 1, 'num_heads': 2, 'feedforward_channels': 8}
+DENOISED = wrapped(RESNET)
 LOSS = {'type': 'PixelReconstructionLoss', 'criterion': 'L2'}
-DENOISED = {'type': 'DenoiseRepBackbone', 'backbone': RESNET, 'image_size': 32, 'rank': 2}
 
 
 def build(scope, config):
-    """Build a model in the scope of a library."""
     with DefaultScope.overwrite_default_scope(scope):
         return MODELS.build(copy.deepcopy(config))
-
-
-def detector(backbone=RESNET):
-    """The smallest detector with a ResNet."""
-    head = {'type': 'RetinaHead', 'num_classes': 2, 'in_channels': 8, 'feat_channels': 8, 'stacked_convs': 1}
-    neck = {'type': 'FPN', 'in_channels': [4, 8, 16, 32], 'out_channels': 8, 'num_outs': 5}
-    return ConfigDict(type='RetinaNet', backbone=backbone, neck=neck, bbox_head=head)
 
 
 @pytest.mark.parametrize(
     'model, paths',
     [
         ({'type': 'ImageClassifier', 'backbone': RESNET}, ['backbone']),
-        ({'type': 'SoftTeacher', 'detector': detector()}, ['detector.backbone']),
+        ({'type': 'SoftTeacher', 'detector': detector(RESNET)}, ['detector.backbone']),
         ({'type': 'LAD', 'backbone': RESNET, 'teacher_backbone': RESNET, 'neck': {}}, ['backbone', 'teacher_backbone']),
         ({'type': 'SegTTAModel', 'module': {'type': 'EncoderDecoder', 'backbone': DENOISED}}, ['module.backbone']),
         ({'type': 'CLIP', 'visual': DENOISED, 'text': RESNET}, ['visual']),
-        ({'type': 'Ensemble', 'models': [detector(), detector()]}, ['models.0.backbone', 'models.1.backbone']),
+        (
+            {'type': 'Ensemble', 'models': [detector(RESNET), detector(RESNET)]},
+            ['models.0.backbone', 'models.1.backbone'],
+        ),
         ({'type': 'X', 'backbone': {'type': 'LoRAModel', 'module': {'type': 'Y', 'backbone': RESNET}}}, ['backbone']),
     ],
     ids=['classifier', 'soft teacher', 'LAD', 'TTA', 'CLIP', 'list', 'LoRA'],
@@ -62,9 +56,7 @@ def test_a_lazy_config():
 @pytest.mark.parametrize('predict_on', ['student', 'teacher', None])
 def test_semi_supervised_detector(predict_on):
     """semi_test_cfg names the backbone that predicts, by default the teacher's."""
-    test = {'predict_on': predict_on} if predict_on else {}
-    config = {'type': 'SemiBaseDetector', 'detector': detector(DENOISED), 'semi_train_cfg': {}, 'semi_test_cfg': test}
-    model = build('mmdet', config)
+    model = build('mmdet', {**semi(DENOISED), 'semi_test_cfg': {'predict_on': predict_on} if predict_on else {}})
     assert list(find_backbones(model)) == ['student.backbone', 'teacher.backbone']
     name = predicting_backbone(model)
     assert name == f'{predict_on or "teacher"}.backbone'
@@ -183,7 +175,7 @@ def test_ways_that_cannot_be_followed_are_left_alone():
 
 
 MAE = dict(
-    backbone=dict(type='MAEViT', arch=ARCH, img_size=32, patch_size=16),
+    backbone=dict(type='MAEViT', arch=VIT['arch'], img_size=32, patch_size=16),
     neck=dict(type='SimMIMLinearDecoder', in_channels=8, encoder_stride=32),
     head=dict(type='MAEPretrainHead', loss=LOSS),
 )
@@ -194,8 +186,8 @@ MAE = dict(
     [
         ('mmpretrain', dict(type='ImageClassifier', backbone=RESNET)),
         ('mmpretrain', dict(type='MAE', **MAE)),
-        ('mmdet', detector()),
-        ('mmdet', dict(type='SoftTeacher', detector=detector(), semi_train_cfg={}, semi_test_cfg={})),
+        ('mmdet', detector(RESNET)),
+        ('mmdet', {**semi(RESNET), 'type': 'SoftTeacher'}),
     ],
     ids=['classifier', 'MAE', 'detector', 'soft teacher'],
 )

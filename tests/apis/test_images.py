@@ -49,8 +49,6 @@ class LoadNegative(LoadImageFromFile):
 
 @TRANSFORMS.register_module()
 class Slip(BaseTransform):
-    """A bug of the user: raises what it is told to."""
-
     def __init__(self, error):
         self.error = error
 
@@ -190,7 +188,6 @@ PIPELINE = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
 
 
 def config(dataset, train=None, **more):
-    """Returns a config with a test data set, and a training data set."""
     loaders = dict(test_dataloader=dict(batch_size=2, dataset=dataset))
     if train is not None:
         loaders['train_dataloader'] = dict(batch_size=2, dataset=train)
@@ -221,8 +218,6 @@ def both(cfg, folder):
 
 
 class Model(nn.Module):
-    """Has what batches need."""
-
     def __init__(self):
         super().__init__()
         self.data_preprocessor = ImgDataPreprocessor()

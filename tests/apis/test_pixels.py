@@ -18,20 +18,17 @@ RGB = Image.fromarray(RNG.integers(0, 256, (24, 36, 3), np.uint8))
 
 
 def pillow(image, kind, **options):
-    """Returns a file as Pillow writes it."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
 def opencv(suffix, dtype, channels=()):
-    """Returns a file of random pixels as OpenCV writes it."""
     pixels = RNG.integers(0, np.iinfo(dtype).max, (24, 36, *channels), dtype)
     return cv2.imencode(suffix, pixels)[1].tobytes()
 
 
 def turned(mode='RGB', orientation=6):
-    """Returns EXIF with an orientation and a maker."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = orientation, 'Phone'
     return exif.tobytes()

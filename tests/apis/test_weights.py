@@ -19,8 +19,6 @@ BY_CHANCE = {'head.1.bias': torch.zeros(4)}
 
 
 class Net(nn.Module):
-    """A backbone with BatchNorm, and a head."""
-
     def __init__(self, classes=4):
         super().__init__()
         self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
@@ -28,7 +26,6 @@ class Net(nn.Module):
 
 
 def trained(classes=4):
-    """The state dict of a trained model, statistics included."""
     torch.manual_seed(0)
     net = Net(classes)
     for module in net.modules():
@@ -50,7 +47,6 @@ def load(model, content, purpose):
 
 
 def without(state, *parts):
-    """Returns a state dict without the names that have one of some parts."""
     return {key: value for key, value in state.items() if not any(part in key for part in parts)}
 
 
@@ -197,7 +193,6 @@ def test_lora():
 
 
 def denoised(targets='all', rank=None):
-    """A model whose backbone has denoisers."""
     net = Net()
     apply_denoiserep(net.backbone, targets, rank=rank, example_input=torch.zeros(1, 3, 9, 9))
     return randomise(net)

@@ -151,7 +151,6 @@ def test_variants_inherit():
 
 
 def released_checkpoints():
-    """Returns the address of every checkpoint that the installed libraries name, with the name of its config."""
     checkpoints = {}
     for library in ('mmdet', 'mmseg', 'mmpretrain'):
         folder = Path(find_spec(library).origin).parent / '.mim/configs'
@@ -172,7 +171,6 @@ def checkpoints_inside(config):
 
 
 def last_checkpoint(cfg):
-    """Returns the file name of what a whole run of a config leaves."""
     loop = cfg.train_cfg
     return f'epoch_{loop.max_epochs}.pth' if 'max_epochs' in loop else f'iter_{loop.max_iters}.pth'
 
@@ -199,7 +197,6 @@ def test_controls_start_from_trained_checkpoints():
 
 @pytest.fixture(scope='session')
 def data(tmp_path_factory):
-    """A folder with every data set, tiny; the configs find them there as they are."""
     root = tmp_path_factory.mktemp('run')
     write_all(root)
     return root
@@ -244,7 +241,6 @@ def divide(size, divisor):
 
 
 def replace_settings(config, values):
-    """Sets some keys wherever they occur, in place."""
     for key, item in config.items():
         if key in values:
             config[key] = values[key]

@@ -73,7 +73,6 @@ def test_lazy_and_text_configs_say_the_same(name):
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """A folder to work in, with the data where the configs expect it."""
     root = tmp_path_factory.mktemp('lazy')
     (root / 'data').mkdir()
     write_cifar10(root / 'data/cifar10')

@@ -64,7 +64,6 @@ def samples(dataset):
 
 
 def seen(dataset):
-    """Returns the sorted pairs of identity and camera."""
     return sorted((sample['pid'], sample['camid']) for sample in samples(dataset))
 
 
@@ -503,7 +502,6 @@ def without_labeled(root):
 
 
 def listing(name):
-    """Returns a list of files for the protocol."""
     return np.array([[name]] * 31, object)
 
 

@@ -25,7 +25,6 @@ def areas(prediction, truth, num_classes=2, ratio=0.02):
 
 
 def evaluate(pairs, classes, *metrics):
-    """Run mmengine's Evaluator over pairs of label maps (prediction, truth) in batches of two."""
     with DefaultScope.overwrite_default_scope('mmseg'):
         evaluator = Evaluator(list(metrics))
     evaluator.dataset_meta = dict(classes=classes)
@@ -42,7 +41,6 @@ def evaluate(pairs, classes, *metrics):
 
 
 def square(left, top=2, side=4):
-    """Class 1 in a square, class 0 around it."""
     labels = np.zeros((8, 8), np.int64)
     labels[top : top + side, left : left + side] = 1
     return labels

@@ -47,7 +47,6 @@ def columns(rows):
 
 
 def by_hand(**options):
-    """Ranks the case above."""
     arguments = [side for sides in zip(columns(QUERIES), columns(GALLERY), strict=True) for side in sides]
     return rank_matches(*arguments, **options)
 
@@ -196,7 +195,6 @@ def arguments(samples, normalize=True):
 
 
 def percent(figures):
-    """The figures under the names and in the unit of the metric."""
     return {f'reid/{name}': pytest.approx(100 * value, abs=1e-9) for name, value in figures.items()}
 
 

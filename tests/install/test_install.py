@@ -27,7 +27,6 @@ def project(tmp_path):
 
 
 def install(project, python='./stub'):
-    """Runs the script; returns its exit code, what it printed, and the pip calls that it made."""
     log = project / 'pip.log'
     log.write_text('')
     command = ['bash', 'requirements/install.sh']

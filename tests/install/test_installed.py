@@ -1,14 +1,12 @@
 """The package as a wheel in another place, and a user's own configs outside of the repository."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+import tools_helpers
 from engine_helpers import is_denoiser
 from tiny_datasets import write_ade20k, write_coco, write_imagenet
 
@@ -53,24 +51,14 @@ DATA = {
 
 
 def python(*args, cwd, path, code=0):
-    """Runs Python in a folder with another one first in its path, and returns all that it printed."""
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(path)}
-    command = [sys.executable, '-W', 'ignore', *map(str, args)]
-    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
-    output = result.stdout + result.stderr
-    assert result.returncode == code, output[-4000:]
-    return output
-
-
-def pip(*args, cwd):
-    python('-m', 'pip', '--disable-pip-version-check', '--no-cache-dir', *args, cwd=cwd, path='')
+    return tools_helpers.python(*args, cwd=cwd, code=code, env=dict(PYTHONPATH=str(path)), checkout=False)
 
 
 @pytest.fixture(scope='session')
 def site(wheel):
-    """A folder that the wheel is installed into, not editable."""
     folder = wheel.with_name('site')
-    pip('install', '--no-index', '--no-deps', '--target', folder, wheel, cwd=wheel.parent)
+    pip = ['-m', 'pip', '--disable-pip-version-check', '--no-cache-dir', 'install', '--no-index', '--no-deps']
+    python(*pip, '--target', folder, wheel, cwd=wheel.parent, path='')
     return folder
 
 

@@ -42,7 +42,6 @@ def source(*folders):
 
 
 def run(*command, cwd):
-    """Runs a command without the checkout in its path and returns all that it printed."""
     env = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'} | {'OMP_NUM_THREADS': '1'}
     result = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
     output = result.stdout + result.stderr
@@ -63,7 +62,6 @@ def environment(folder, *package):
 
 @pytest.fixture(scope='session')
 def programs(wheel, tmp_path_factory):
-    """The folder of the console commands of an environment in which the wheel is installed."""
     return environment(tmp_path_factory.mktemp('user') / 'venv', wheel)
 
 
@@ -160,12 +158,10 @@ def test_a_users_config_inherits_from_the_installed_package(programs, tmp_path):
 
 
 def numbers(model):
-    """Returns the metrics of a model of the index by data set and name."""
     return {(result.dataset, name): value for result in model.results for name, value in result.metrics.items()}
 
 
 def rows(text):
-    """Returns the cells of all rows of the tables in a Markdown text."""
     return [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines() if line[:2] == '| ']
 
 

@@ -70,7 +70,6 @@ def run(tmp_path_factory):
 
 
 def sentence(result):
-    """Returns the one line with which a tool refuses."""
     assert result.returncode == 1 and not result.stdout, result.stderr[-2000:]
     (line,) = result.stderr.splitlines()
     return line

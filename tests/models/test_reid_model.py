@@ -21,7 +21,6 @@ from tools_helpers import run_tool, sentence
 
 
 def triplets(features, identities, margin):
-    """The loss by its definition, one anchor after the other."""
     losses = []
     for i, anchor in enumerate(features):
         distances = [math.dist(anchor.tolist(), other.tolist()) for other in features]

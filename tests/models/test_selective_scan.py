@@ -43,7 +43,6 @@ def arguments(length, states=1, channels=3, directions=4, batch=2, dtype=torch.f
 
 
 def by_definition(u, delta, A, B, C, D, delta_bias):
-    """The recurrence, one position after the other."""
     channels = u.shape[1] // B.shape[1]
     step = F.softplus(delta + delta_bias[:, None])
     B, C = (x.repeat_interleave(channels, 1) for x in (B, C))

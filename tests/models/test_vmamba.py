@@ -123,7 +123,6 @@ def layer_norm(x, weight, bias):
 
 
 def linear(x, weight, bias=None):
-    """Of the channels of (B, C, H, W)."""
     y = torch.einsum('oc,bchw->bohw', weight, x)
     return y if bias is None else y + bias[:, None, None]
 
@@ -340,7 +339,6 @@ def assert_holds(model, state, **renamed):
 
 @pytest.fixture
 def classifier_file(tmp_path):
-    """A training checkpoint of the release."""
     state = state_of(released(**FOUR_STAGES))
     ema = {name: torch.zeros_like(value) for name, value in state.items()}
     path = tmp_path / 'vssm_ckpt_epoch_1.pth'
@@ -423,7 +421,6 @@ def test_every_library_finds_it(scope):
 
 
 def classifier(num_classes, **options):
-    """A classifier of mmpretrain."""
     init_default_scope('mmpretrain')
     backbone = dict(type='VMamba', arch=FOUR_STAGES, **options)
     head = dict(type='LinearClsHead', num_classes=num_classes, in_channels=128)

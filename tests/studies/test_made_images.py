@@ -36,7 +36,6 @@ def made(tmp_path_factory):
 
 
 def read_tree(folder):
-    """Returns the bytes of every file below a folder, by relative path."""
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 
 
@@ -233,7 +232,6 @@ def test_overwrite_replaces_the_images(name, words, count, made, tmp_path):
 
 
 def idx(content, *shape):
-    """Returns a gzipped idx file."""
     header = b'\0\0\x08' + bytes([len(shape)]) + b''.join(size.to_bytes(4, 'big') for size in shape)
     return gzip.compress(header + content)
 

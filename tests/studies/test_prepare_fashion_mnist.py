@@ -29,7 +29,6 @@ def write_split(folder, split, images, labels):
 
 
 def random_split(count, seed):
-    """Makes noisy images, with the labels in turn."""
     images = np.random.default_rng(seed).integers(0, 256, (count, 28, 28), dtype=np.uint8)
     return images, np.arange(count, dtype=np.uint8) % 10
 

@@ -89,7 +89,6 @@ def results(tmp_path):
 
 
 def write(work_dir, name, seed, run):
-    """Writes a finished measurement."""
     folder = work_dir / f'{name}/seed_{seed}'
     folder.mkdir(parents=True)
     (folder / measurement.RESULT).write_text(json.dumps(run))

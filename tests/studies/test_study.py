@@ -30,7 +30,6 @@ def write_log(path, *entries):
 
 
 def write_run(folder, metrics, losses=(0.0101, 0.0099)):
-    """Writes the logs of one experiment and seed; ``metrics`` has one dict a stage."""
     for stage, logged in zip(study_report.STAGES, metrics, strict=True):
         if stage.endswith('fused'):
             write_log(folder / stage / 'time/time.json', logged)

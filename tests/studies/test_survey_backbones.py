@@ -143,7 +143,6 @@ def test_unknown_class():
 
 
 def read(text):
-    """Returns the rows of a table."""
     rows = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip('|').split('|')]

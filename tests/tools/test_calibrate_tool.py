@@ -90,7 +90,6 @@ def source(name):
 
 
 def fit(name, output, *args):
-    """Fits a model to its test images and returns the path of the file."""
     files = DEMO / f'{name}.py', checkpoint(name), output
     run_tool('calibrate', 'domain', *files, '--source', source(name), '--verify', *args)
     return output

@@ -23,7 +23,6 @@ SIDES = {'segformer_mit_scenes': 64, 'mask-rcnn_swin_scenes': 64}
 
 
 def build(config):
-    """Returns the model of a config with random weights and statistics."""
     torch.manual_seed(0)
     return randomise(build_model(load_config(config)))
 

@@ -12,12 +12,10 @@ from hardening_helpers import Command, commands, contents, make_small, read_chec
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
-    """A small model with its files."""
     return make_small(tmp_path_factory.mktemp('small'))
 
 
 def all_commands(small, out):
-    """Returns a command for every tool that writes."""
     vit = {name: torch.ones(2) for name in ('cls_token', 'pos_embed', 'patch_embed.proj.weight')}
     torch.save(vit, small / 'vit.pth')
     name, copy, scenes, reid, fashion = (out / name for name in ('out.pth', 'copy', 'scenes', 'reid', 'fashion'))

@@ -76,7 +76,6 @@ def nested(depth, wide=False):
 
 
 def knot():
-    """A list that holds itself."""
     value = []
     value.append(value)
     return value
@@ -249,7 +248,6 @@ def spoiled_archives(draw, whole):
 
 
 def saved(content, zipped):
-    """Returns the bytes of a file with this content."""
     file = io.BytesIO()
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
     return file.getvalue()
@@ -269,7 +267,6 @@ def try_saving(content, zipped):
 
 
 def spoiled_files(content, marker):
-    """Bytes of malformed checkpoints."""
     archive, legacy = saved(content, True), saved(content, False)
     made = st.builds(try_saving, spoiled_contents(content, marker), st.booleans())
     return made | made | spoiled_archives(archive) | spoiled_bytes(archive) | spoiled_bytes(legacy)
@@ -284,12 +281,10 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
-    """A small model with its files."""
     return make_small(tmp_path_factory.mktemp('small'))
 
 
 def fuzz_files(name, tool, arguments, content, work):
-    """Gives a tool that rewrites a checkpoint malformed ones."""
     source, target = work[0] / 'in.pth', work[0] / 'out.pth'
     command = Command(tool, [*arguments, source, target], target, read_checkpoint)
     fuzz_command(COUNTS[name], command, source, content, work)

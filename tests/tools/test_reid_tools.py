@@ -90,13 +90,11 @@ def work(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def in_work(work, monkeypatch):
-    """Lets every test run in that folder."""
     monkeypatch.chdir(work)
     init_default_scope('mmpretrain')
 
 
 def write_matches():
-    """Evaluates the vanilla model."""
     cfg = Config.fromfile('config.py')
     model = build_model(load_config('config.py'))
     model.load_state_dict(torch.load('config.pth')['state_dict'])
@@ -207,7 +205,6 @@ def test_images_of_other_kinds_are_drawn_as_people_see_them(pixels, colour):
 
 
 def changed(change):
-    """Writes a changed file of matches."""
     entries = json.loads(Path('matches.json').read_text())
     change(entries)
     Path('changed.json').write_text(json.dumps(entries))
@@ -313,7 +310,6 @@ def test_a_pipeline_without_a_loading_step_gets_one_and_an_unused_classifier_may
 
 
 def with_state(change):
-    """Writes the vanilla checkpoint with other parameters."""
     state = torch.load('config.pth')['state_dict']
     change(state)
     torch.save(dict(state_dict=state), 'other.pth')

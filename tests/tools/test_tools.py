@@ -108,7 +108,6 @@ def write_configs(folder, vanilla):
 
 @pytest.fixture(scope='session')
 def user_configs(tmp_path_factory):
-    """Configs outside of the repository, by library; detection takes the configs of the demo."""
     root = tmp_path_factory.mktemp('configs')
     return {
         'mmdet': (DEMO / 'mask-rcnn_swin_scenes.py', DEMO / 'mask-rcnn_swin_scenes_denoiserep.py'),

@@ -76,7 +76,6 @@ def tool(name, *args, options=()):
 
 
 def refusal(name, *args, options=()):
-    """Returns the sentence that such a tool ends with."""
     return sentence(name, *args, '--cfg-options', f'experiment_name=run{next(NUMBER)}', *options)
 
 
@@ -89,7 +88,6 @@ def weights(number=7.0, path='start.pth', **others):
 
 
 def token(path):
-    """Returns the number in the class token of a checkpoint."""
     return torch.load(path, weights_only=False)['state_dict']['backbone.cls_token'].mean().item()
 
 

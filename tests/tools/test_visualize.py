@@ -46,13 +46,11 @@ def in_work(work, monkeypatch):
 
 
 def build(name, seed=0):
-    """Returns the model of a small config with random weights, denoisers and statistics."""
     torch.manual_seed(seed)
     return randomise(build_model(load_config(DEMO / f'{name}.py')), seed=seed)
 
 
 def checkpoint(name, seed=0):
-    """Returns the path of its checkpoint, written once."""
     path = Path(f'{name}_{seed}.pth').absolute()
     if not path.exists():
         torch.save(dict(meta={}, state_dict=build(name, seed).state_dict()), path)
@@ -164,8 +162,6 @@ def test_images_of_other_kinds_reach_the_model_as_they_are_loaded(kind):
     pictures = np.random.default_rng(0).integers(0, most, (2, *shape)).astype(dtype)
 
     class Take(BaseTransform):
-        """Loads as users' own steps do."""
-
         def transform(self, results):
             image = pictures[int(Path(results['img_path']).stem)]
             return results | dict(img=image.astype(np.float32) if 'as float32' in kind else image)
