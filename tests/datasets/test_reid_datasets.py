@@ -247,8 +247,7 @@ def test_a_part_without_images(kind, part, tree):
 def test_listed_images_that_are_missing(kind, folder, tree):
     root = tree(kind)
     test = samples(kind(str(root), 'test'))
-    lost = sorted(sample['img_path'] for sample in test if sample['img_path'].startswith(str(root / folder)))
-    os.unlink(lost[0])
+    os.unlink(min(sample['img_path'] for sample in test if sample['img_path'].startswith(str(root / folder))))
     with pytest.raises(InputError, match=r'(?s)^\S+\.jpg is missing \(1 of the \d+ images in .*\): unpack'):
         kind(str(root), 'test')
     shutil.rmtree(root / folder)
@@ -389,30 +388,23 @@ def test_unknown_arguments(kind, arguments, expected, originals):
 # Statistics
 
 
+MARKET_LOG = [
+    'Market1501 query: 1 left out that are no images: Thumbs.db',
+    'Market1501 query: 3 identities, 4 images, 3 cameras (published: 750 identities, 3,368 images)',
+    'Market1501 gallery: 1 left out that are no images: Thumbs.db',
+    'Market1501 gallery: 4 identities, 10 images, 3 cameras (published: 751 identities, 15,913 images)',
+]
+CUHK03_LOG = 'CUHK03 detected train: 5 identities, 18 images, 2 cameras (published: 767 identities, 7,365 images)'
+VEHICLE_LOG = 'VehicleID test 1600: 4 identities, 16 images (published: 1,600 identities, 13,377 images)'
+
+
 @pytest.mark.parametrize(
     ('kind', 'arguments', 'lines'),
     [
-        (
-            Market1501,
-            dict(split='test'),
-            [
-                'Market1501 query: 1 left out that are no images: Thumbs.db',
-                'Market1501 query: 3 identities, 4 images, 3 cameras (published: 750 identities, 3,368 images)',
-                'Market1501 gallery: 1 left out that are no images: Thumbs.db',
-                'Market1501 gallery: 4 identities, 10 images, 3 cameras (published: 751 identities, 15,913 images)',
-            ],
-        ),
-        (
-            CUHK03,
-            dict(split='train', style='detected'),
-            ['CUHK03 detected train: 5 identities, 18 images, 2 cameras (published: 767 identities, 7,365 images)'],
-        ),
+        (Market1501, dict(split='test'), MARKET_LOG),
+        (CUHK03, dict(split='train', style='detected'), [CUHK03_LOG]),
         (VehicleID, dict(split='train'), ['VehicleID train: 5 identities, 20 images']),
-        (
-            VehicleID,
-            dict(split='test', size=1600),
-            ['VehicleID test 1600: 4 identities, 16 images (published: 1,600 identities, 13,377 images)'],
-        ),
+        (VehicleID, dict(split='test', size=1600), [VEHICLE_LOG]),
     ],
 )
 def test_the_log_says_what_was_found_and_what_was_not_taken(kind, arguments, lines, originals, monkeypatch):

@@ -17,8 +17,6 @@ from mmdenoiserep.models.reid_vit import source_grid
 from mmdenoiserep.tasks.reid import BNNeckReIDHead, PKSampler, ReIDVisionTransformer, batch_hard_triplet_loss
 from tools_helpers import run_tool, sentence
 
-# The triplet loss
-
 
 def triplets(features, identities, margin):
     losses = []
@@ -62,9 +60,6 @@ def test_the_triplet_loss_is_computed_in_float32_under_autocast():
     with torch.autocast('cpu', torch.bfloat16):
         actual = batch_hard_triplet_loss(features, identities)
     assert actual.dtype == torch.float32 and actual == expected
-
-
-# The head
 
 
 def head(**options):
@@ -124,9 +119,6 @@ def test_wrong_options_of_the_head_are_named(options, word):
     assert word in message(error)
 
 
-# Position encodings
-
-
 ARCH = dict(embed_dims=8, num_layers=1, num_heads=2, feedforward_channels=16)
 
 
@@ -169,9 +161,6 @@ def test_encodings_of_the_right_size_are_loaded_as_they_are():
     nn.init.normal_(source.pos_embed)
     target.load_state_dict(source.state_dict())
     assert torch.equal(source.pos_embed, target.pos_embed)
-
-
-# Released weights
 
 
 def released(prefix, **options):
@@ -268,9 +257,6 @@ def test_the_names_are_registered_where_configs_look():
         init_default_scope(scope)
         with MODELS.switch_scope_and_registry(None) as registry:
             assert registry.get('BNNeckReIDHead') is BNNeckReIDHead
-
-
-# Backbones
 
 
 SWIN = dict(embed_dims=12, depths=[1, 1], num_heads=[1, 2])

@@ -464,9 +464,9 @@ def test_a_released_classifier_is_converted_with_its_head(classifier_file, tmp_p
 
 
 def test_what_is_no_classifier_is_not_converted(tmp_path):
-    torch.save(dict(model={'conv1.weight': torch.ones(1)}), tmp_path / 'other.pth')
-    assert 'other.pth' in sentence('convert_checkpoint', 'vmamba', tmp_path / 'other.pth', tmp_path / 'converted.pth')
-    assert not (tmp_path / 'converted.pth').exists()
+    source, target = tmp_path / 'other.pth', tmp_path / 'converted.pth'
+    torch.save(dict(model={'conv1.weight': torch.ones(1)}), source)
+    assert 'other.pth' in sentence('convert_checkpoint', 'vmamba', source, target) and not target.exists()
 
 
 # With denoisers

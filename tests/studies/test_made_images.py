@@ -39,9 +39,6 @@ def read_tree(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 
 
-# Scenes
-
-
 @pytest.mark.parametrize('split', COUNTS)
 def test_masks_agree_with_semantic_map(made, split):
     scenes = made['make_scenes']
@@ -123,9 +120,6 @@ def test_splits_share_no_article(tmp_path, monkeypatch):
     assert not seen['training'] & seen['validation']
 
 
-# Identities
-
-
 def samples(folder, split):
     """Returns identity, camera and article of the images as Market1501 reads them."""
     dataset = Market1501(str(folder), split)
@@ -187,9 +181,6 @@ def test_cameras_matter(tmp_path):
     assert cameras[nearest].mean() > 0.8
     similarity[pids & cameras] = -1
     assert pids[np.arange(len(similarity)), similarity.argmax(1)].mean() < 0.2
-
-
-# Both
 
 
 @pytest.mark.parametrize('name', SMALL)

@@ -51,9 +51,6 @@ def fuzz(count, check, **strategies):
     assert seen >= count
 
 
-# Malformed checkpoints
-
-
 class Payload:
     """Calls a function when it is unpickled."""
 
