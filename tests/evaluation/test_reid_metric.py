@@ -25,9 +25,6 @@ from mmdenoiserep.evaluation import reid_ranking as ranking
 from mmdenoiserep.evaluation.reid_metric import KEYS, ReIDMetric, draw_queries
 from mmdenoiserep.evaluation.reid_ranking import rank_matches
 
-# By hand
-
-
 GALLERY = [(0.0, 1, 0), (1.0, 2, 1), (3.0, 1, 1), (6.0, 1, 1)]  # a to d: feature, pid, camid
 QUERIES = [
     (2.5, 1, 0),  # a is removed; c .25, b 2.25, d 12.25: matches at ranks 1 and 3
@@ -67,9 +64,6 @@ def test_the_nearest_entries_leave_out_what_is_removed():
     assert result.nearest[1].tolist() == [1, 2, 0, 3]
     assert result.distances[1].tolist() == [1, 1, 4, 16]
     assert by_hand(num_nearest=2).nearest.tolist() == [[2, 1], [1, 2]]
-
-
-# The definition, query by query
 
 
 def reference(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids):
@@ -120,16 +114,6 @@ def test_against_explicit_loops(chunk_size, dtype):
         assert [figures[f'rank{k}'] for k in (1, 3)] == [np.mean(np.array(first) <= k) for k in (1, 3)]
 
 
-@pytest.mark.parametrize('dtype, error', [(torch.float32, 1e-5), (torch.float64, 1e-14)])
-def test_distances_are_in_the_dtype_of_the_features(dtype, error):
-    case = random_case(9, whole=False, dtype=dtype)
-    result = rank_matches(*case, num_nearest=5)
-    assert result.distances.dtype == dtype
-    pairs = case[1][result.nearest] - case[0][result.queries][:, None]
-    expected = pairs.double().square().sum(2)
-    assert (result.distances.double() - expected).abs().max() < error
-
-
 def test_float64_tells_apart_what_float32_can_not():
     """Two gallery entries at distances 1 and 1 - 2e-12: in float32 the first one wins, in float64 the nearer one."""
     ids = torch.tensor([1]), torch.tensor([2, 1]), torch.tensor([0]), torch.tensor([1, 1])
@@ -138,12 +122,16 @@ def test_float64_tells_apart_what_float32_can_not():
     assert rank_matches(query.float(), gallery.float(), *ids).first_rank.tolist() == [2]
 
 
-def test_autocast_changes_nothing():
-    case = random_case(3, whole=False)
-    expected = rank_matches(*case, num_nearest=9)
+@pytest.mark.parametrize(('dtype', 'error'), [(torch.float32, 1e-5), (torch.float64, 1e-14)])
+def test_distances_are_in_the_dtype_of_the_features_and_autocast_changes_nothing(dtype, error):
+    case = random_case(9, whole=False, dtype=dtype)
+    result = rank_matches(*case, num_nearest=5)
+    assert result.distances.dtype == dtype
+    pairs = case[1][result.nearest] - case[0][result.queries][:, None]
+    assert (result.distances.double() - pairs.double().square().sum(2)).abs().max() < error
     with torch.autocast('cpu', torch.bfloat16):
-        actual = rank_matches(*case, num_nearest=9)
-    assert torch.equal(actual.distances, expected.distances) and actual.figures() == expected.figures()
+        again = rank_matches(*case, num_nearest=5)
+    assert torch.equal(again.distances, result.distances) and again.figures() == result.figures()
 
 
 def test_distances_come_in_chunks_of_bounded_size(monkeypatch):
@@ -157,9 +145,6 @@ def test_distances_come_in_chunks_of_bounded_size(monkeypatch):
         monkeypatch.setattr(ranking, 'CHUNK', bound)
         assert rank_matches(*random_case(0)).figures() == expected
         assert len(sizes) == chunks and max(sizes) <= max(bound, 61)
-
-
-# In mmengine's evaluation
 
 
 def make_samples(seed=0, queries=20, gallery=50, **options):
@@ -251,9 +236,6 @@ def test_features_are_kept_compact_and_in_their_dtype():
         np.testing.assert_array_equal(metric.results[-1]['feature'], batch[-1].detach().numpy())
 
 
-# Trials, as for VehicleID
-
-
 def test_each_trial_draws_one_image_of_each_identity():
     pids = torch.tensor([5, 3, 5, 5, 8, 3, 5])
     drawn = []
@@ -264,11 +246,8 @@ def test_each_trial_draws_one_image_of_each_identity():
         drawn.append(~is_query)
     share = torch.stack(drawn).double().mean(0)
     assert torch.allclose(share, torch.tensor([1 / 4, 1 / 2, 1 / 4, 1 / 4, 1, 1 / 2, 1 / 4]).double(), atol=0.1)
-
-
-def test_seeds_share_no_trial():
-    pids = torch.arange(30).repeat_interleave(9)
-    assert len({draw_queries(pids, seed, trial).numpy().tobytes() for seed in range(4) for trial in range(4)}) == 16
+    many = torch.arange(30).repeat_interleave(9)  # seeds share no trial
+    assert len({draw_queries(many, seed, trial).numpy().tobytes() for seed in range(4) for trial in range(4)}) == 16
 
 
 def test_figures_are_means_over_the_trials():
@@ -297,9 +276,6 @@ def test_an_identity_with_one_image_has_no_query():
     with pytest.raises(InputError, match='0 queries and 2 gallery images: every identity has only one image') as error:
         evaluate(samples[1:], trials=4)
     assert message(error)
-
-
-# Matches
 
 
 def test_the_matches_file(tmp_path):
@@ -349,9 +325,6 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
 
 
-# Several processes
-
-
 def worker(rank, folder):
     """One of two processes; the sampler pads 69 images to 70."""
     os.chdir(folder)
@@ -378,9 +351,6 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
         assert json.loads((tmp_path / f'result{rank}.json').read_text()) == expected
     assert (tmp_path / 'rank0.json').read_text() == (tmp_path / 'alone.json').read_text()
     assert not (tmp_path / 'rank1.json').exists()
-
-
-# Bad input
 
 
 def test_registered_in_the_root():

@@ -43,9 +43,6 @@ def image(*shape, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
 
 
-# The names of the release
-
-
 def released(dims, depths, ssm_ratio):
     """Names and shapes in a released classifier."""
 
@@ -110,9 +107,6 @@ def test_names_shapes_and_totals_are_the_published_ones(name, dims, depths, ssm_
     backbone = sum(p.numel() for key, p in model.named_parameters() if not key.startswith('outnorm'))
     assert backbone == without
     assert not list(model.buffers())
-
-
-# The forward
 
 
 def layer_norm(x, weight, bias):
@@ -204,18 +198,15 @@ def test_every_parameter_gets_the_gradient_of_the_naive_forward():
         assert torch.isfinite(a).all() and a.any() and relative(a, e) < 1e-9, name
 
 
+@pytest.mark.parametrize('stages', [(0, 1, 2, 3), (1, 3)])
 @pytest.mark.parametrize(('height', 'width'), [(64, 96), (50, 33), (5, 7), (1, 1)])
-def test_every_image_size_works(height, width):
-    model = build(FOUR_STAGES, torch.float32)
-    for i, y in enumerate(model(image(1, 3, height, width, dtype=torch.float32))):
+def test_every_image_size_works_and_only_the_stages_asked_for_are_returned(height, width, stages):
+    model = build(FOUR_STAGES, torch.float32, out_indices=stages, in_channels=1)
+    norms = [name for name, _ in model.named_children() if name.startswith('outnorm')]
+    assert norms == [f'outnorm{i}' for i in stages]
+    for i, y in zip(stages, model(image(1, 1, height, width, dtype=torch.float32)), strict=True):
         stride = 4 * 2**i
         assert y.shape == (1, 16 * 2**i, -(-height // stride), -(-width // stride)) and torch.isfinite(y).all()
-
-
-def test_only_the_stages_asked_for_are_returned_and_have_a_norm():
-    model = build(FOUR_STAGES, out_indices=(1, 3), in_channels=1)
-    assert [name for name, _ in model.named_children() if name.startswith('outnorm')] == ['outnorm1', 'outnorm3']
-    assert [y.shape[1] for y in model(image(1, 1, 32, 32))] == [32, 128]
 
 
 @pytest.mark.parametrize(
@@ -234,9 +225,6 @@ def test_wrong_options_are_named(options, words):
     with pytest.raises(ValueError) as error:
         VMamba(**options)
     assert all(word in message(error) for word in words)
-
-
-# Training
 
 
 def test_checkpointing_changes_no_gradient():
@@ -320,9 +308,6 @@ def test_the_config_of_the_docstring_spares_the_scan_from_weight_decay():
     groups = build_optim_wrapper(model, config).optimizer.param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)] for group in groups if not group['weight_decay'] for p in group['params']} == marked
-
-
-# Files of the release
 
 
 def state_of(shapes, seed=0):
@@ -412,9 +397,6 @@ def test_what_does_not_fit_is_an_error():
     assert 'mlp.fc1.weight' in str(error.value) and 'op.gate' in str(error.value)
 
 
-# In the libraries
-
-
 @pytest.mark.parametrize('scope', [None, 'mmdet', 'mmseg', 'mmpretrain'])
 def test_every_library_finds_it(scope):
     assert type(MODELS.build(dict(type='VMamba', arch=SMALL, out_indices=(1,), _scope_=scope))) is VMamba
@@ -469,9 +451,6 @@ def test_what_is_no_classifier_is_not_converted(tmp_path):
     assert 'other.pth' in sentence('convert_checkpoint', 'vmamba', source, target) and not target.exists()
 
 
-# With denoisers
-
-
 def test_every_linear_layer_of_the_blocks_gets_a_denoiser_and_fuses_exactly():
     model = build()
     x = image(1, 3, 40, 28)
@@ -508,9 +487,6 @@ def test_the_factory_builds_it_and_vanilla_weights_load(classifier_file):
     fused = fuse_model(model)
     assert torch.equal(fused.layers[0].downsample[1].weight, state['layers.0.downsample.1.weight'])
     assert verify_fusion(model.double(), example_input=image(2, 3, 32, 48)).differences[0].max_rel < 1e-9
-
-
-# Elsewhere
 
 
 def test_the_fused_backbone_runs_in_onnxruntime(tmp_path):
