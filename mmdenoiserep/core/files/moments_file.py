@@ -72,7 +72,7 @@ def load_moments(path: str | os.PathLike) -> tuple[dict[str, Moments], dict[str,
     for name, layer in content[MOMENTS].items():
         try:
             moments[name] = _unpack(layer)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, OverflowError) as error:
             raise CheckpointError(f'{path} holds no usable moments of {name} ({error})') from None
     return moments, dict(content['meta'])
 
