@@ -26,7 +26,7 @@ MMENGINE_ALONE = [
 ]
 BY_OBJECTS = 'tests/core/calibration/test_processes.py'
 """Needs numpy besides: torch 2.6 can't send objects between processes without it."""
-STACK = [ENGINE, 'tests/tools/test_tools.py']
+STACK = ['tests/engine', 'tests/tools/test_tools.py']
 """Test files that meet mmengine most: its registries, hooks, runners, checkpoints and configs."""
 
 PURELIB = 'import sysconfig; print(sysconfig.get_path("purelib"))'

@@ -83,10 +83,12 @@ class Command(NamedTuple):
 
 
 def commands(small, out, config=None, checkpoint=None):
-    """Returns a command for each tool on the files of :func:`make_small`, or on another config or checkpoint."""
+    """Returns a command for each tool that takes a config or a checkpoint, those of :func:`make_small` by default."""
     both = [config or small / 'config.py', checkpoint or small / 'config.pth']
     reid = [config or small / 'reid.py', checkpoint or small / 'reid.pth']
     name, log = out / 'out.pth', ['--work-dir', small.parent / 'log']
+    figures = ['--out', out / 'figures', '--show', 1, '--num-images', 2]
+    export = [both[0], checkpoint or small / 'fused.pth', out / 'out.onnx']
     return dict(
         print_targets=Command('print_targets', both[:1]),
         fuse=Command('fuse_checkpoint', [both[1], name], name, read_checkpoint),
@@ -97,21 +99,13 @@ def commands(small, out, config=None, checkpoint=None):
         extract=Command('extract_features', [*reid, small / 'images', out / 'out.npz'], out / 'out.npz', np.load),
         draw=Command('draw_matches', [both[0], small / 'matches.json', out / 'out.png'], out / 'out.png', read_image),
         test=Command('test', [*both, *log, '--out', out / 'out.pkl'], out / 'out.pkl', read_pickle),
-        visualize=Command(
-            'visualize',
-            [*both, small / 'config.pth', '--out', out / 'figures', '--show', 1, '--num-images', 2],
-            out / 'figures',
-            os.listdir,
-        ),
-        export=Command(
-            'export_onnx', [both[0], checkpoint or small / 'fused.pth', out / 'out.onnx'], out / 'out.onnx', onnx.load
-        ),
+        visualize=Command('visualize', [*both, small / 'config.pth', *figures], out / 'figures', os.listdir),
+        export=Command('export_onnx', export, out / 'out.onnx', onnx.load),
         train=Command('train', [both[0], *log, *(['--resume', checkpoint] if checkpoint else [])]),
     )
 
 
 def read_checkpoint(path):
-    """Reads a checkpoint as torch does on a machine without this package."""
     return torch.load(path, weights_only=True)['state_dict']
 
 
@@ -149,20 +143,11 @@ def as_config(settings):
 def small_config(folder, reid=False):
     """Returns the config of a classifier, or of a model for re-identification, of the images in ``folder/images``."""
     steps = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=16), dict(type='PackInputs')]
-    images = str(folder / 'images')
-    loader = dict(
-        batch_size=2,
-        num_workers=0,
-        sampler=dict(type='DefaultSampler', shuffle=False),
-        dataset=dict(type='CustomDataset', data_root=images, pipeline=steps, serialize_data=False),
-    )
-    vit = dict(
-        type='VisionTransformer',
-        img_size=16,
-        patch_size=8,
-        out_type='cls_token',
-        arch=dict(embed_dims=8, num_layers=1, num_heads=2, feedforward_channels=8),
-    )
+    dataset = dict(type='CustomDataset', data_root=str(folder / 'images'), pipeline=steps, serialize_data=False)
+    sampler = dict(type='DefaultSampler', shuffle=False)
+    loader = dict(batch_size=2, num_workers=0, sampler=sampler, dataset=dataset)
+    arch = dict(embed_dims=8, num_layers=1, num_heads=2, feedforward_channels=8)
+    vit = dict(type='VisionTransformer', img_size=16, patch_size=8, out_type='cls_token', arch=arch)
     classifier = dict(type='VisionTransformerClsHead', num_classes=2, in_channels=8, topk=(1,))
     return dict(
         default_scope='mmpretrain',

@@ -23,7 +23,6 @@ PER_SPLIT = 3
 
 
 def write_image(path: Path, generator: np.random.Generator, size: tuple[int, int] = (64, 80)) -> None:
-    """Writes a random colour image of (height, width)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse = generator.integers(0, 256, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8)
     assert cv2.imwrite(str(path), cv2.resize(coarse, size[::-1]))
@@ -198,29 +197,25 @@ def sightings(part: str) -> list[tuple[int, int, int]]:
     return [(number, pid, camera) for number, (pid, camera) in enumerate(pairs, {'gallery': 51}.get(part, 1))]
 
 
+PARTS = {'train': 'bounding_box_train', 'query': 'query', 'gallery': 'bounding_box_test'}
+"""Folders of Market-1501 and of DukeMTMC-reID."""
+
+
 def write_market1501(root: Path) -> None:
     """Market-1501: names of identity, camera, sequence, frame and box; junk and distractors in the gallery."""
     generator = np.random.default_rng(8)
-    folders = {'train': 'bounding_box_train', 'query': 'query', 'gallery': 'bounding_box_test'}
-    for part, folder in folders.items():
-        names = [f'{pid:04d}_c{camera}s1_{number:06d}_01.jpg' for number, pid, camera in sightings(part)]
-        if part == 'gallery':
-            names += [
-                '-1_c1s1_000401_03.jpg',
-                '-1_c2s1_000402_00.jpg',
-                '0000_c1s1_000151_01.jpg',
-                '0000_c3s2_000376_03.jpg',
-            ]
-        for name in names:
-            write_image(root / folder / name, generator, (64, 32))
+    others = ('-1_c1s1_000401_03', '-1_c2s1_000402_00', '0000_c1s1_000151_01', '0000_c3s2_000376_03')
+    for part, folder in PARTS.items():
+        names = [f'{pid:04d}_c{camera}s1_{number:06d}_01' for number, pid, camera in sightings(part)]
+        for name in (*names, *others) if part == 'gallery' else names:
+            write_image(root / folder / f'{name}.jpg', generator, (64, 32))
         (root / folder / 'Thumbs.db').write_bytes(b'thumbnails of Windows')
 
 
 def write_dukemtmcreid(root: Path) -> None:
     """DukeMTMC-reID: names of identity, camera and frame; a distractor in the gallery has an identity of its own."""
     generator = np.random.default_rng(9)
-    folders = {'train': 'bounding_box_train', 'query': 'query', 'gallery': 'bounding_box_test'}
-    for part, folder in folders.items():
+    for part, folder in PARTS.items():
         for number, pid, camera in sightings(part) + [(90, 7139, 8)] * (part == 'gallery'):
             write_image(root / folder / f'{pid:04d}_c{camera}_f{number:07d}.jpg', generator, (64, 32))
 
@@ -316,12 +311,10 @@ def write_cuhk03_protocol(path: Path, listed: list[tuple[str, int, int, str]]) -
 
 
 def write_scenes(root: Path) -> None:
-    """The scenes of the demo, composed by their own command."""
     run_tool('make_scenes', root, '--train', PER_SPLIT, '--val', PER_SPLIT)
 
 
 def write_fashion_reid(root: Path) -> None:
-    """Articles before several cameras, in Market-1501's layout, by their own command."""
     run_tool('make_reid', root, '--ids', 4, '--test-ids', 2)
 
 

@@ -1,5 +1,6 @@
 """Runs tools and studies as commands: in this process, and in one of their own."""
 
+import json
 import os
 import runpy
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from denoiserep_commands import launch
 from helpers import ROOT
@@ -18,13 +20,7 @@ def find_tool(name):
 
 
 def run_tool(tool, *args, cwd=None):
-    """Runs a tool in this process; it ends with an error or SystemExit where its own process would end so.
-
-    Args:
-        tool: Name of a tool or of a module of studies, or such a module, parts of which may be replaced.
-        *args: Its arguments.
-        cwd: Folder to run in.
-    """
+    """Runs a tool in this process, by its name, or a module of which parts may be replaced; errors come as they are."""
     path = find_tool(tool) if isinstance(tool, str) else Path(tool.__file__)
     start, given, known = os.getcwd(), sys.argv, sys.path[:]
     sys.argv = [str(path), *map(str, args)]
@@ -49,26 +45,38 @@ def sentence(tool, *args, cwd=None):
     return text
 
 
-def python(*args, cwd, code=0, env=()):
-    """Runs Python on this checkout, with its warnings off, and returns all that it printed.
-
-    Args:
-        *args: Its arguments.
-        cwd: Folder to run in.
-        code: The expected exit code.
-        env: Further variables of the environment; this checkout comes behind their ``PYTHONPATH``.
-    """
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', **dict(env)}
-    env['PYTHONPATH'] = os.pathsep.join([*map(str, filter(None, [dict(env).get('PYTHONPATH')])), str(ROOT)])
+def python(*args, cwd, code=0, env=(), checkout=True):
+    """Runs Python and returns all that it printed; this checkout comes behind the PYTHONPATH of ``env``."""
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': '', **dict(env)}
+    if checkout:
+        env['PYTHONPATH'] = os.pathsep.join([*map(str, filter(None, [env['PYTHONPATH']])), str(ROOT)])
     command = [sys.executable, '-W', 'ignore', *map(str, args)]
-    result = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=600)
+    result = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=900)
     output = result.stdout + result.stderr
     assert result.returncode == code, output[-4000:]
     return output
 
 
 def run_process(name, *args, cwd, code=0, env=()):
-    """Runs a tool, or a module of studies, as a user does; see :func:`python`."""
+    """Runs a tool, or a module of studies, as a user does."""
     path = find_tool(name)
     module = ['-m', '.'.join(path.relative_to(ROOT).with_suffix('').parts)]
     return python(*(module if path.is_relative_to(ROOT / 'studies') else [path]), *args, cwd=cwd, code=code, env=env)
+
+
+def with_random_denoisers(source, target):
+    """Rewrites a checkpoint with denoisers large enough to change what the model computes."""
+    checkpoint = torch.load(source, weights_only=False)
+    generator = torch.Generator().manual_seed(0)
+    for key, value in checkpoint['state_dict'].items():
+        if '.denoiser.' in key:
+            value.copy_(0.1 * torch.randn(value.shape, generator=generator) / value.shape[-1] ** 0.5)
+    torch.save(checkpoint, target)
+    return target
+
+
+def metrics(work_dir):
+    """Returns the numbers of the last evaluation in a work dir, without its timings."""
+    newest = max(work_dir.glob('*/*.json'), key=lambda path: path.stat().st_mtime)
+    line = json.loads(newest.read_text().splitlines()[-1])
+    return {key: value for key, value in line.items() if key not in ('time', 'data_time', 'step')}

@@ -58,39 +58,34 @@ class Subject:
         cfg: The config.
         checkpoint: Path of the checkpoint.
         model: The model, with or without denoisers, in eval mode.
-        name: Name of the backbone in the model.
+        part: What is calibrated: the backbone, or :class:`Extractor`, the backbone with the neck.
         meta: ``meta`` of the checkpoint.
-        weights: Checksum of the backbone's weights before the calibration.
+        about: What a file of moments has to agree on: checksum of the weights, and how images become inputs.
         images: Batches of preprocessed images, (B, C, H, W).
         most: Largest number of images in all processes.
         example: One preprocessed image, (1, C, H, W).
-        layers: Layers of the backbone by name, in the order of execution.
+        layers: Layers of the part by name, in the order of execution.
     """
 
     cfg: Config
     checkpoint: str
     model: nn.Module
-    name: str
+    part: nn.Module
     meta: dict[str, Any]
-    weights: str
+    about: dict[str, Any]
     images: Batches
     most: int
     example: Tensor
     layers: Mapping[str, Any]
 
     @property
-    def backbone(self) -> nn.Module:
-        """The backbone, which is the part that is calibrated."""
-        return self.model.get_submodule(self.name)
-
-    @property
     def total(self) -> int:
         """Number of images in all processes, without those left out so far."""
         return min(self.most, len(self.images.dataset.dataset)) - sum_processes(len(self.images.left_out))
 
-    def choose_every(self, layers: Iterable[str]) -> int:
-        """Returns the stride of the sampling for some layers, see :func:`choose_every`."""
-        return choose_every(measure_activations(self.backbone, layers, self.example), self.total)
+    def choose_strides(self, inputs: bool = False) -> dict[str, int]:
+        """Returns the stride of the sampling for each layer, see :func:`choose_strides`."""
+        return choose_strides(measure_vectors(self.part, self.layers, self.example, inputs), self.total)
 
 
 def open_subject(
@@ -147,15 +142,15 @@ def open_subject(
             f'the state dict of the model of {cfg.filename} leaves out {lost[0]} and {len(lost) - 1} others (LoRA?), '
             'so their calibration would be lost; merge the adapters into the weights first'
         )
-    weights = fingerprint(model.get_submodule(name).state_dict())
+    part = model.get_submodule(name) if denoised else Extractor.of(model, name)
+    about = dict(weights=fingerprint(part.state_dict()), preprocessing=preprocessing_of(cfg))
     to_device(model, device)
     with config_at_fault(cfg.filename):
         images = _open_batches(cfg, model, folder, split, num_images, batch_size)
         example = next(iter(images))[:1]
         check_input(model, name, example)
-        backbone = model.get_submodule(name)
-        layers = denoised_layers(backbone) if denoised else select_layers(backbone, 'all', example_input=example)
-    return Subject(cfg, str(checkpoint), model, name, meta, weights, images, num_images, example, layers)
+        layers = denoised_layers(part) if denoised else select_layers(part, 'all', example_input=example)
+    return Subject(cfg, str(checkpoint), model, part, meta, about, images, num_images, example, layers)
 
 
 def _open_batches(

@@ -11,7 +11,6 @@ CHANNELS = [(), (1,), (3,), (4,), (6,)]
 
 
 def picture(channels=(3,), dtype=np.uint8, seed=0):
-    """Random values over the whole range, (40, 50, *channels)."""
     most = np.iinfo(dtype).max
     return np.random.default_rng(seed).integers(0, most, (40, 50, *channels), dtype, endpoint=True)
 
@@ -35,8 +34,9 @@ def test_sixteen_bits_are_corrupted_as_eight_bits_are(corruption, channels):
     image = picture(channels)
     deep = image.astype(np.uint16) * 257
     if corruption == 'jpeg':
-        with pytest.raises(InputError, match='8-bit'):
-            corrupt(deep, corruption, 10, 0, 0)
+        for refused, word in ((deep, '8-bit'), (picture((6,)), '6')):
+            with pytest.raises(InputError, match=word):
+                corrupt(refused, corruption, 10, 0, 0)
         return
     shallow, deep = (corrupt(x, corruption, SEVERITIES[corruption], 5, 7) for x in (image, deep))
     assert deep.dtype == np.uint16 and deep.shape == shallow.shape
@@ -48,7 +48,6 @@ def test_sixteen_bits_are_corrupted_as_eight_bits_are(corruption, channels):
 @pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
 @pytest.mark.parametrize('channels', CHANNELS)
 def test_noise_has_the_standard_deviation_that_was_asked_for(severity, dtype, channels):
-    """In each channel, and independent of the other ones; alpha stays."""
     most = np.iinfo(dtype).max
     image = np.full((200, 200, *channels), most // 2, dtype)
     change = (corrupt(image, 'noise', severity, 0, 0).astype(float) - image) / most
@@ -101,22 +100,14 @@ def test_values_of_an_unknown_range_are_refused_and_pass_when_clean(image):
     assert corrupt(image, 'clean', 0, 0, 0) is image
 
 
-def test_jpeg_of_six_channels_is_refused():
-    with pytest.raises(InputError, match='6'):
-        corrupt(picture((6,)), 'jpeg', 10, 0, 0)
-
-
-def test_a_faint_blur_leaves_the_image():
-    image = picture()
-    assert np.array_equal(corrupt(image, 'blur', RANGES['blur'][0], 0, 0), image)
-
-
 @pytest.mark.parametrize('corruption', RANGES)
 def test_severities_out_of_range_are_refused(corruption):
     least, most = RANGES[corruption]
-    image = np.full((24, 24, 3), 100, np.uint8)
+    image = picture()
     for severity in (least, min(most, 200)):
-        assert corrupt(image, corruption, severity, 0, 0).shape == image.shape
+        corrupted = corrupt(image, corruption, severity, 0, 0)
+        assert corrupted.shape == image.shape
+        assert np.array_equal(corrupted, image) or (corruption, severity) != ('blur', least), 'a faint blur is none'
     for severity in (least - 1, most * 2, np.nan, np.inf, 10.5 if corruption == 'jpeg' else -0.1):
         with pytest.raises(InputError, match=corruption):
             make_transform(corruption, severity, 0)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from mmcv.transforms import BaseTransform, LoadAnnotations, LoadImageFromFile
 from mmengine.config import Config, ConfigDict
-from mmengine.dataset import BaseDataset
+from mmengine.dataset import BaseDataset, Compose
 from mmengine.model import ImgDataPreprocessor
 from mmengine.registry import DATASETS, TRANSFORMS, init_default_scope
 from mmpretrain.datasets import CIFAR10, CustomDataset, PackInputs
@@ -26,23 +26,14 @@ from torch.utils.data import DataLoader, Dataset
 from helpers import ROOT
 from mmdenoiserep.apis import images as images_module
 from mmdenoiserep.apis.calibration import with_progress_bar
-from mmdenoiserep.apis.config import load_config, use_tta
+from mmdenoiserep.apis.config import use_tta
 from mmdenoiserep.apis.export import image_shape
 from mmdenoiserep.apis.folders import find_images
-from mmdenoiserep.apis.images import (
-    Batches,
-    NoImage,
-    datasets_of,
-    image_channels,
-    open_images,
-    take_evenly,
-)
+from mmdenoiserep.apis.images import Batches, NoImage, datasets_of, image_channels, open_images, take_evenly
 from mmdenoiserep.apis.matches import _read_images
-from mmdenoiserep.apis.model import build_model
 from mmdenoiserep.apis.visualization import CorruptedImages
 from mmdenoiserep.core import InputError
 from tiny_datasets import write_fashion_mnist
-from tools_helpers import run_tool
 
 COUNT = 8
 
@@ -57,20 +48,60 @@ class LoadNegative(LoadImageFromFile):
 
 
 @TRANSFORMS.register_module()
-class ThermalReader(BaseTransform):
-    """A loading step whose name does not say that it loads; reads arrays with six channels."""
+class Slip(BaseTransform):
+    def __init__(self, error):
+        self.error = error
 
     def transform(self, results):
-        image = np.load(results['img_path'])
-        return results | dict(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
+        raise self.error('a slip in my own step')
+
+
+def step(function):
+    """Registers a step of the user under the name of a function."""
+    members = dict(transform=lambda self, results: results | function(results))
+    return TRANSFORMS.register_module(module=type(function.__name__, (BaseTransform,), members))
+
+
+@step
+def ThermalReader(results):
+    """A loading step whose name does not say that it loads; reads arrays with six channels."""
+    image = np.load(results['img_path'])
+    return dict(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
+
+
+@step
+def LoadTwice(results):
+    """No loading step, whatever its name is: changes an image that is loaded."""
+    return dict(img=results['img'] // 2)
+
+
+@step
+def NeedsLabel(results):
+    return dict(twice=2 * results['gt_label'])
+
+
+@step
+def SlipWhileLoading(results):
+    return dict(img=cv2.imread(results['img_path'])[[[0]] * 9].reshape(3, 1))
+
+
+@step
+def LoadPillow(results):
+    """Loads for the transforms of torchvision."""
+    return dict(img=Image.open(results['img_path']))
+
+
+@step
+def LoadFromImg(results):
+    return dict(img=cv2.imread(results['img']))
 
 
 @TRANSFORMS.register_module()
-class LoadTwice(BaseTransform):
-    """No loading step, whatever its name is: changes an image that is loaded."""
+class LoadAndPack(BaseTransform):
+    """Packs what it loads, as steps of the user that know nothing of ``img``."""
 
     def transform(self, results):
-        return results | dict(img=results['img'] // 2)
+        return dict(inputs=torch.from_numpy(cv2.imread(results['img_path'])).permute(2, 0, 1))
 
 
 @TRANSFORMS.register_module()
@@ -79,31 +110,6 @@ class OwnAnnotations(LoadAnnotations):
 
     def transform(self, results):
         return results | dict(gt=results['instances'][0])
-
-
-@TRANSFORMS.register_module()
-class NeedsLabel(BaseTransform):
-    """A step of the user that needs annotations."""
-
-    def transform(self, results):
-        return results | dict(twice=2 * results['gt_label'])
-
-
-@TRANSFORMS.register_module()
-class Slip(BaseTransform):
-    """A bug of the user: raises what it is told to."""
-
-    def __init__(self, error):
-        self.error = error
-
-    def transform(self, results):
-        raise self.error('a slip in my own step')
-
-
-@TRANSFORMS.register_module()
-class SlipWhileLoading(BaseTransform):
-    def transform(self, results):
-        return results | dict(img=cv2.imread(results['img_path'])[[[0]] * 9].reshape(3, 1))
 
 
 @TRANSFORMS.register_module()
@@ -133,8 +139,6 @@ class Plain(Dataset):
     """A data set of the user that knows nothing of mmengine: packs on its own, under another attribute."""
 
     def __init__(self, root, pipeline, missing=()):
-        from mmengine.dataset import Compose
-
         self.paths = sorted(Path(root).rglob('*.png'))
         self.steps = Compose(pipeline)
         self.missing = missing
@@ -184,7 +188,6 @@ PIPELINE = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
 
 
 def config(dataset, train=None, **more):
-    """Returns a config with a test data set, and a training data set."""
     loaders = dict(test_dataloader=dict(batch_size=2, dataset=dataset))
     if train is not None:
         loaders['train_dataloader'] = dict(batch_size=2, dataset=train)
@@ -204,9 +207,17 @@ def order(root):
     return [path.name for path in sorted(root.rglob('*.png'))]
 
 
-class Model(nn.Module):
-    """Has what batches need."""
+def pixels(packed):
+    """Returns the pixels of an image, (H, W, C), in the order in which it reaches the model."""
+    return packed['inputs'].permute(1, 2, 0).numpy()
 
+
+def both(cfg, folder):
+    """Returns the images of a folder, and those of the test data set."""
+    return open_images(cfg, folder=folder), open_images(cfg)
+
+
+class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.data_preprocessor = ImgDataPreprocessor()
@@ -217,7 +228,6 @@ class Model(nn.Module):
 
 @pytest.mark.parametrize('where', ['folder', 'test', 'train'])
 def test_own_loading_steps_stay(root, where):
-    """Whatever their names are; training images are loaded as the test images are, without augmentation."""
     steps = [dict(type='LoadNegative'), dict(type='LoadTwice'), PIPELINE[1]]
     train = custom(root, [PIPELINE[0], dict(type='RandomFlip', prob=1.0), PIPELINE[1]])
     cfg = config(custom(root, steps), train)
@@ -225,19 +235,7 @@ def test_own_loading_steps_stay(root, where):
     assert len(images) == COUNT
     for i, path in enumerate(sorted(root.rglob('*.png'))):
         expected = (255 - cv2.imread(str(path))) // 2
-        assert np.array_equal(images[i]['inputs'].permute(1, 2, 0).numpy(), expected)
-
-
-def test_arrays_with_six_channels_through_the_reader_of_the_config(tmp_path):
-    """The suffix is that of the config; the standard loading step could not read them."""
-    (tmp_path / 'a').mkdir()
-    for i in range(3):
-        np.save(tmp_path / f'a/{i}.npy', picture(i, (8, 8, 6)))
-    steps = [dict(type='ThermalReader'), PIPELINE[1]]
-    cfg = config(custom(tmp_path, steps, extensions=('.npy',)))
-    for images in (open_images(cfg, folder=tmp_path), open_images(cfg)):
-        assert len(images) == 3
-        assert np.array_equal(images[2]['inputs'].permute(1, 2, 0).numpy(), picture(2, (8, 8, 6)))
+        assert np.array_equal(pixels(images[i]), expected)
 
 
 @DATASETS.register_module()
@@ -256,42 +254,35 @@ class SpectraByCall(BaseSegDataset):
         super().__init__(img_suffix='.npy', **more)
 
 
-@pytest.mark.parametrize('kind', ['SpectraBySignature', 'SpectraByCall', SpectraByCall])
+@pytest.mark.parametrize('kind', ['CustomDataset', 'SpectraBySignature', 'SpectraByCall', SpectraByCall, CustomDataset])
 @pytest.mark.parametrize('wrapped', [False, True])
-def test_suffixes_that_the_class_of_a_data_set_brings(tmp_path, kind, wrapped):
-    """As HSIDrive20Dataset of mmseg, whose images are .npy."""
+def test_six_channels_and_suffixes_of_the_config_or_of_the_class_of_the_data_set(tmp_path, kind, wrapped):
+    """As HSIDrive20Dataset of mmseg, whose images are .npy; types may be classes, as in lazy configs."""
+    (tmp_path / 'a').mkdir()
     for i in range(3):
-        np.save(tmp_path / f'{i}.npy', picture(i, (8, 8, 6)))
-    pack = dict(type='mmseg.PackSegInputs')
-    data = dict(type=kind, data_prefix=dict(img_path=str(tmp_path)), pipeline=[dict(type='ThermalReader'), pack])
+        np.save(tmp_path / f'a/{i}.npy', picture(i, (8, 8, 6)))
+    named = isinstance(kind, str)
+    steps = [dict(type='ThermalReader' if named else ThermalReader), PIPELINE[1] if named else dict(type=PackInputs)]
+    data = dict(type=kind, data_prefix=dict(img_path=str(tmp_path / 'a')), pipeline=steps)
+    if kind in ('CustomDataset', CustomDataset):
+        data = dict(type=kind, data_root=str(tmp_path), extensions=('.npy',), pipeline=steps)
     cfg = config(dict(type='RepeatDataset', times=2, dataset=data) if wrapped else data)
-    for images in (open_images(cfg, folder=tmp_path), open_images(cfg)):
+    for images in both(cfg, tmp_path):
         assert len(images) == 3
-        assert np.array_equal(images[2]['inputs'].permute(1, 2, 0).numpy(), picture(2, (8, 8, 6)))
+        assert np.array_equal(pixels(images[2]), picture(2, (8, 8, 6)))
 
 
 def test_folders_of_pgm(tmp_path):
-    """CustomDataset takes them by default."""
     for i in range(2):
         cv2.imwrite(str(tmp_path / f'{i}.pgm'), picture(i, (8, 8)))
     cfg = config(custom(tmp_path, with_label=False))
     assert [len(open_images(cfg, folder=tmp_path)), len(open_images(cfg)), len(find_images(tmp_path))] == [2, 2, 2]
 
 
-def test_types_may_be_classes(root):
-    """As in lazy configs."""
-    steps = [dict(type=LoadNegative), dict(type=PackInputs)]
-    cfg = config(dict(type=CustomDataset, data_root=str(root), pipeline=steps))
-    expected = 255 - cv2.imread(str(root / '0/0.png'))
-    for images in (open_images(cfg), open_images(cfg, folder=root)):
-        assert np.array_equal(images[0]['inputs'].permute(1, 2, 0).numpy(), expected)
-
-
 @pytest.mark.parametrize('kind', ['LoadAnnotations', 'mmdet.LoadAnnotations', 'mmdet.LoadProposals', 'OwnAnnotations'])
 def test_steps_that_load_annotations_are_left_out(root, kind):
-    cfg = config(custom(root, [PIPELINE[0], dict(type=kind), PIPELINE[1]]))
-    assert names(open_images(cfg, folder=root)) == order(root)
-    assert names(open_images(cfg)) == order(root)
+    for images in both(config(custom(root, [PIPELINE[0], dict(type=kind), PIPELINE[1]])), root):
+        assert names(images) == order(root)
 
 
 def test_a_step_of_the_user_that_needs_annotations_works_where_they_are(root):
@@ -301,20 +292,18 @@ def test_a_step_of_the_user_that_needs_annotations_works_where_they_are(root):
         open_images(cfg, folder=root)[0]
 
 
-@pytest.mark.parametrize(
-    'channels, shape', [(1, (1, 16, 16)), (3, (3, 16, 16)), (4, (4, 16, 16))], ids=['grey', 'colour', 'four']
-)
-def test_a_folder_is_read_in_the_channels_of_the_model_where_no_step_loads(tmp_path, channels, shape):
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_a_folder_is_read_in_the_channels_of_the_model_where_no_step_loads(tmp_path, channels):
     """MNIST's and CUHK-03's pipelines start from arrays. A resizing step wants an image, a packing one does not."""
     cv2.imwrite(str(tmp_path / '0.png'), picture(0, (16, 16, 4)))
     backbone = dict(type='ResNet', depth=18, in_channels=channels)
     for steps in ([PIPELINE[1]], [dict(type='RandomCrop', crop_size=16), PIPELINE[1]]):
         cfg = config(custom(tmp_path, steps), model=dict(type='ImageClassifier', backbone=backbone))
         packed = open_images(cfg, folder=tmp_path, model=nn.Identity())[0]
-        assert packed['inputs'].shape == shape
+        assert packed['inputs'].shape == (channels, 16, 16)
         flag = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR, 4: cv2.IMREAD_UNCHANGED}[channels]
         expected = cv2.imread(str(tmp_path / '0.png'), flag).reshape(16, 16, channels)
-        assert np.array_equal(packed['inputs'].permute(1, 2, 0).numpy(), expected)
+        assert np.array_equal(pixels(packed), expected)
 
 
 def test_six_channels_are_read_by_no_standard_step(root):
@@ -348,7 +337,7 @@ def test_files_are_read_in_the_colours_of_the_arrays_of_the_data_set(tmp_path, w
     files, arrays = open_images(cfg, folder=tmp_path, model=nn.Identity()), open_images(cfg)
     for i in range(2):
         assert torch.equal(files[i]['inputs'], arrays[i]['inputs'])
-        assert np.array_equal(arrays[i]['inputs'].permute(1, 2, 0).numpy(), picture(i)[..., ::-1])
+        assert np.array_equal(pixels(arrays[i]), picture(i)[..., ::-1])
     for images in (files, arrays):
         assert np.array_equal(images.load(1), picture(1)[..., ::-1])
         seen = CorruptedImages(images, 'clean')
@@ -386,7 +375,7 @@ def wrappers(root):
 
 
 @pytest.mark.parametrize('name', wrappers(ROOT / 'tools'))
-def test_training_images_are_those_of_the_wrapped_data_set(root, name):
+def test_images_are_those_of_the_wrapped_data_set(root, name):
     """Each as the test pipeline gives it: not mixed, not augmented; a repeated one once."""
     wrapped, expected = wrappers(root)[name]
     cfg = config(custom(root), wrapped)
@@ -395,19 +384,14 @@ def test_training_images_are_those_of_the_wrapped_data_set(root, name):
     assert names(images) == expected
     for i in (0, len(images) - 1):
         path = images[i]['data_samples'].img_path
-        assert np.array_equal(images[i]['inputs'].permute(1, 2, 0).numpy(), cv2.imread(path))
+        assert np.array_equal(pixels(images[i]), cv2.imread(path))
         assert images.info(i)['img_path'] == path
     assert cfg.to_dict() == before, 'the config stays as it is'
-
-
-@pytest.mark.parametrize('name', ['fold', 'concat', 'repeat', 'class balanced', 'repeat in concat', 'list'])
-def test_test_images_are_those_of_the_wrapped_data_set(root, name):
-    wrapped, expected = wrappers(root)[name]
-    assert names(open_images(config(wrapped))) == expected
+    if name in ('fold', 'concat', 'repeat', 'class balanced', 'repeat in concat', 'list'):
+        assert names(open_images(config(wrapped))) == expected
 
 
 def test_lazy_configs(root, tmp_path):
-    """In which the types are objects that are imported when they are needed."""
     (tmp_path / 'lazy.py').write_text(
         'from mmengine.dataset import ConcatDataset, RepeatDataset\n'
         'from mmpretrain.datasets import CustomDataset, KFoldDataset, LoadImageFromFile, PackInputs, RandomFlip\n'
@@ -430,19 +414,18 @@ def test_lazy_configs(root, tmp_path):
     ):
         assert names(images) == expected
         path = images[0]['data_samples'].img_path
-        assert np.array_equal(images[0]['inputs'].permute(1, 2, 0).numpy(), cv2.imread(path))
+        assert np.array_equal(pixels(images[0]), cv2.imread(path))
     assert image_channels(cfg, nn.Identity()) == 5
 
 
 def test_a_list_of_data_loaders(root):
-    """As loops over several test sets have; each part keeps its own pipeline."""
     negative = [dict(type='LoadNegative'), PIPELINE[1]]
     parts = [custom(root / '0', with_label=False), custom(root / '1', negative, with_label=False)]
     cfg = Config(dict(default_scope='mmpretrain', test_dataloader=[dict(dataset=part) for part in parts]))
     images = open_images(cfg)
     assert names(images) == ['0.png', '2.png', '4.png', '6.png', '1.png', '3.png', '5.png', '7.png']
-    assert np.array_equal(images[0]['inputs'].permute(1, 2, 0).numpy(), cv2.imread(str(root / '0/0.png')))
-    assert np.array_equal(images[4]['inputs'].permute(1, 2, 0).numpy(), 255 - cv2.imread(str(root / '1/1.png')))
+    assert np.array_equal(pixels(images[0]), cv2.imread(str(root / '0/0.png')))
+    assert np.array_equal(pixels(images[4]), 255 - cv2.imread(str(root / '1/1.png')))
     with pytest.raises(InputError, match='2 different pipelines'):
         open_images(cfg, folder=root)
 
@@ -458,7 +441,6 @@ def test_a_data_set_of_parts_with_different_pipelines_is_named(root):
 
 @pytest.mark.parametrize('wrapped', [False, True])
 def test_built_data_sets(root, wrapped):
-    """In configs that are written in Python; they stay as they are."""
     steps = [dict(type='LoadNegative'), PIPELINE[1]]
     data = DATASETS.build(custom(root, steps))
     if wrapped:
@@ -467,9 +449,9 @@ def test_built_data_sets(root, wrapped):
     cfg._cfg_dict['test_dataloader'] = ConfigDict(dataset=data)
     before = data[0]['inputs']
     expected = 255 - cv2.imread(str(root / '0/0.png'))
-    for images in (open_images(cfg), open_images(cfg, folder=root)):
+    for images in both(cfg, root):
         assert names(images) == order(root)
-        assert np.array_equal(images[0]['inputs'].permute(1, 2, 0).numpy(), expected)
+        assert np.array_equal(pixels(images[0]), expected)
         changed = images.after_loading(lambda image, index: image * 0)
         assert not changed[0]['inputs'].any() and images[0]['inputs'].any()
     assert torch.equal(data[0]['inputs'], before)
@@ -482,7 +464,7 @@ def test_a_data_set_of_the_user_that_mmengine_does_not_know(root):
     flip = dict(type='Plain', root=str(root), pipeline=[PIPELINE[0], dict(type='RandomFlip', prob=1.0), PIPELINE[1]])
     for images in (open_images(config(data)), open_images(config(data, flip), 'train')):
         assert names(images) == order(root)
-        assert np.array_equal(images[0]['inputs'].permute(1, 2, 0).numpy(), cv2.imread(str(root / '0/0.png')))
+        assert np.array_equal(pixels(images[0]), cv2.imread(str(root / '0/0.png')))
     image = open_images(config(dict(type='Bare')))[1]
     assert isinstance(image, NoImage) and 'comes as tuple' in image.sentence
     with pytest.raises(InputError, match='Bare'):
@@ -493,24 +475,23 @@ def test_detection_without_and_with_the_wrapper_of_mosaic(tmp_path):
     """YOLOX's way: the inner pipeline only loads, the outer one mixes and packs."""
     for i in range(3):
         cv2.imwrite(str(tmp_path / f'{i}.png'), picture(i))
-    coco = dict(
-        images=[dict(id=i, file_name=f'{i}.png', width=16, height=16) for i in range(3)],
-        annotations=[dict(id=i, image_id=i, category_id=1, bbox=[1, 1, 8, 8], area=64, iscrowd=0) for i in range(2)],
-        categories=[dict(id=1, name='a')],
-    )
+    boxes = [dict(id=i, image_id=i, category_id=1, bbox=[1, 1, 8, 8], area=64, iscrowd=0) for i in range(2)]
+    pictures = [dict(id=i, file_name=f'{i}.png', width=16, height=16) for i in range(3)]
+    coco = dict(images=pictures, annotations=boxes, categories=[dict(id=1, name='a')])
     (tmp_path / 'a.json').write_text(json.dumps(coco))
     known = dict(ann_file=str(tmp_path / 'a.json'), data_prefix=dict(img=str(tmp_path)), metainfo=dict(classes=('a',)))
+    known['type'] = 'CocoDataset'
     loading = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True)]
     mixing = [dict(type='Mosaic', img_scale=(16, 16)), dict(type='PackDetInputs')]
-    inner = dict(type='CocoDataset', **known, pipeline=loading, filter_cfg=dict(filter_empty_gt=True))
+    inner = dict(known, pipeline=loading, filter_cfg=dict(filter_empty_gt=True))
     train = dict(type='MultiImageMixDataset', dataset=inner, pipeline=mixing)
-    test = dict(type='CocoDataset', **known, test_mode=True, pipeline=[*loading, dict(type='PackDetInputs')])
-    cfg = Config(dict(default_scope='mmdet', train_dataloader=dict(dataset=train), test_dataloader=dict(dataset=test)))
+    cfg = config(dict(known, test_mode=True, pipeline=[*loading, mixing[1]]), train)
+    cfg.default_scope = 'mmdet'
     for split, count in dict(train=2, test=3).items():  # the training leaves out what has no box
         images = open_images(cfg, split)
         assert len(images) == count
         for i in range(count):
-            assert np.array_equal(images[i]['inputs'].permute(1, 2, 0).numpy(), picture(i))
+            assert np.array_equal(pixels(images[i]), picture(i))
             assert not len(images[i]['data_samples'].gt_instances)
 
 
@@ -530,17 +511,15 @@ def test_segmentation_with_labels_that_are_not_read(tmp_path):
 def test_the_validation_pipeline_stands_in_for_a_test_pipeline(root):
     cfg = Config(dict(default_scope='mmpretrain', val_dataloader=dict(dataset=custom(root))))
     assert names(open_images(cfg, folder=root)) == names(open_images(cfg, 'val')) == order(root)
-    with pytest.raises(InputError, match='no test_dataloader'):
-        open_images(cfg)
-    with pytest.raises(InputError, match='no test_dataloader'):
-        open_images(Config(dict(default_scope='mmpretrain')), folder=root)
+    for none, where in ((cfg, {}), (Config(dict(default_scope='mmpretrain')), dict(folder=root))):
+        with pytest.raises(InputError, match='no test_dataloader'):
+            open_images(none, **where)
 
 
 # Images that are not there
 
 
 def test_what_the_config_leaves_out_is_skipped_and_named(root, tmp_path, capsys):
-    """By ``ignore_empty``, by a filter of the user, by the user's data set; no other image takes its place."""
     copy = tmp_path / 'copy'
     for path in root.rglob('*.png'):
         (copy / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -578,52 +557,48 @@ def test_nothing_is_left(root):
         list(Batches(Model(), open_images(config(custom(root, steps))), 2))
 
 
-@pytest.mark.parametrize('kind', ['KFoldDataset', 'RepeatDataset', ''])
-def test_empty_data_sets(root, kind, tmp_path):
+@pytest.mark.parametrize('wrapper', [dict(type='KFoldDataset'), dict(type='RepeatDataset', times=2), None])
+def test_empty_data_sets(root, wrapper, tmp_path):
     data = dict(type='Half', data_root=str(tmp_path), pipeline=PIPELINE)
-    if kind:
-        data = dict(type=kind, dataset=data, **(dict(times=2) if kind == 'RepeatDataset' else {}))
     with pytest.raises(InputError, match='data set of train_dataloader in the config is empty'):
-        open_images(config(custom(root), data), 'train')
+        open_images(config(custom(root), dict(wrapper, dataset=data) if wrapper else data), 'train')
 
 
 @pytest.mark.parametrize('content', [b'', b'no picture'])
 @pytest.mark.parametrize('step', ['LoadImageFromFile', 'LoadNegative'])
-def test_files_that_cannot_be_read_are_named(root, tmp_path, content, step):
-    """Also in a process that reads ahead, and also by a step of the user."""
+def test_files_that_cannot_be_read_are_named(tmp_path, content, step):
     (tmp_path / 'a').mkdir()
     cv2.imwrite(str(tmp_path / 'a/0.png'), picture(0))
     (tmp_path / 'a/1.png').write_bytes(content)
-    cfg = config(custom(tmp_path, [dict(type=step), PIPELINE[1]]))
-    for images in (open_images(cfg, folder=tmp_path), open_images(cfg)):
+    for images in both(config(custom(tmp_path, [dict(type=step), PIPELINE[1]])), tmp_path):
         with pytest.raises(InputError, match='a/1.png cannot be read') as raised:
             list(Batches(Model(), images, 1, workers=1 if content else 0))
         assert 'Traceback' not in str(raised.value)
 
 
-def test_data_sets_that_cannot_be_read(root):
-    with pytest.raises(InputError, match='train_dataloader in the config cannot be read'):
-        open_images(config(custom(root), custom('nowhere')), 'train')
-    with pytest.raises(InputError, match='train_dataloader cannot be read.*NoSuch'):
-        open_images(config(custom(root), dict(type='NoSuchDataset')), 'train')
-    with pytest.raises(ZeroDivisionError, match='my own data set'):
-        open_images(config(custom(root), dict(type='Buggy', data_root=str(root), pipeline=[])), 'train')
+@pytest.mark.parametrize(
+    ('data', 'error', 'words'),
+    [
+        (custom('nowhere'), InputError, 'train_dataloader in the config cannot be read'),
+        (dict(type='NoSuchDataset'), InputError, 'train_dataloader cannot be read.*NoSuch'),
+        (dict(type='Buggy', data_root='nowhere', pipeline=[]), ZeroDivisionError, 'my own data set'),
+    ],
+)
+def test_data_sets_that_cannot_be_read(root, data, error, words):
+    with pytest.raises(error, match=words):
+        open_images(config(custom(root), data), 'train')
 
 
-@pytest.mark.parametrize('error', [ValueError, KeyError, AssertionError, OSError])
-def test_slips_in_steps_of_the_user_keep_their_traceback(root, error):
-    cfg = config(custom(root, [PIPELINE[0], dict(type='Slip', error=error), PIPELINE[1]]))
-    for images in (open_images(cfg, folder=root), open_images(cfg)):
-        with pytest.raises(error, match='a slip in my own step') as raised:
+SLIPS = [(dict(type='Slip', error=e), e, 'in my own step') for e in (ValueError, KeyError, AssertionError, OSError)]
+
+
+@pytest.mark.parametrize(('slip', 'error', 'text'), [*SLIPS, (dict(type='SlipWhileLoading'), ValueError, 'reshape')])
+def test_slips_in_steps_of_the_user_keep_their_traceback(root, slip, error, text):
+    steps = [*([] if text == 'reshape' else PIPELINE[:1]), slip, PIPELINE[1]]
+    for images in both(config(custom(root, steps)), root):
+        with pytest.raises(error, match=text) as raised:
             list(Batches(Model(), images, 1))
-        assert any('Slip' in repr(entry.frame.code.raw.co_qualname) for entry in raised.traceback)
-
-
-def test_a_slip_while_loading_keeps_its_traceback(root):
-    cfg = config(custom(root, [dict(type='SlipWhileLoading'), PIPELINE[1]]))
-    for images in (open_images(cfg, folder=root), open_images(cfg)):
-        with pytest.raises(ValueError, match='reshape'):
-            list(Batches(Model(), images, 1))
+        assert text == 'reshape' or any('Slip' in repr(e.frame.code.raw.co_qualname) for e in raised.traceback)
 
 
 def test_several_images_of_one_are_refused_by_name(root):
@@ -635,25 +610,8 @@ def test_several_images_of_one_are_refused_by_name(root):
 # CorruptedImages images
 
 
-@TRANSFORMS.register_module()
-class LoadAndPack(BaseTransform):
-    """Packs what it loads, as steps of the user that know nothing of ``img``."""
-
-    def transform(self, results):
-        return dict(inputs=torch.from_numpy(cv2.imread(results['img_path'])).permute(2, 0, 1))
-
-
-@TRANSFORMS.register_module()
-class LoadPillow(BaseTransform):
-    """Loads for the transforms of torchvision."""
-
-    def transform(self, results):
-        return results | dict(img=Image.open(results['img_path']))
-
-
 @pytest.mark.parametrize('kind, word', [('LoadAndPack', 'no img'), ('LoadPillow', 'PngImageFile')])
 def test_what_is_loaded_as_no_array_is_not_taken_for_changed(root, kind, word):
-    """It reaches the model as it is, but what should be corrupted would be clean."""
     steps = [dict(type=kind), *([dict(type='torchvision/PILToTensor'), PIPELINE[1]] if word != 'no img' else [])]
     for where in (dict(), dict(folder=root)):
         images = open_images(config(custom(root, steps)), **where)
@@ -673,17 +631,11 @@ class PathsUnderImg(BaseDataset):
         return [dict(img=str(path)) for path in sorted(Path(self.data_root).rglob('*.png'))]
 
 
-@TRANSFORMS.register_module()
-class LoadFromImg(BaseTransform):
-    def transform(self, results):
-        return results | dict(img=cv2.imread(results['img']))
-
-
 def test_the_path_of_an_image_is_no_image(root):
     steps = [dict(type='LoadFromImg'), PIPELINE[1]]
     cfg = config(dict(type='PathsUnderImg', data_root=str(root), pipeline=steps))
     images = open_images(cfg, after_loading=lambda image, index: image // 2)
-    assert np.array_equal(images[0]['inputs'].permute(1, 2, 0).numpy(), cv2.imread(str(root / '0/0.png')) // 2)
+    assert np.array_equal(pixels(images[0]), cv2.imread(str(root / '0/0.png')) // 2)
     assert images.load(0).shape == (16, 16, 3)
 
 
@@ -703,7 +655,6 @@ def test_random_steps_draw_the_same_for_clean_and_for_corrupted_images(root, ste
 
 
 def test_images_are_changed_right_after_they_are_loaded(root):
-    """Before what the pipeline does to them, with the number of the image, in folders, data sets and wrappers."""
     seen = []
 
     def change(image, index):
@@ -724,7 +675,6 @@ def test_images_are_changed_right_after_they_are_loaded(root):
 
 
 def test_images_that_the_data_set_brings_are_changed(tmp_path):
-    """Fashion-MNIST's come as arrays."""
     write_fashion_mnist(tmp_path / 'data')
     data = dict(type='FashionMNIST', data_root=str(tmp_path / 'data'), split='test', pipeline=[PIPELINE[1]])
     clean, dark = (open_images(config(data), after_loading=f) for f in (None, lambda image, index: image // 2))
@@ -799,11 +749,10 @@ def test_channels_are_asked_of_the_config(backbone, mean, first, expected):
     assert image_shape(cfg, module, (8, 9)) == (expected, 8, 9)
 
 
-def test_the_size_of_an_image_is_the_default_of_the_backbone():
-    cfg = Config(dict(default_scope='mmpretrain', model=dict(backbone=dict(type='SwinTransformerV2'))))
-    assert image_shape(cfg, nn.Identity(), None) == (3, 256, 256)
-    cfg.model.backbone = dict(type='ResNet', depth=18)
-    assert image_shape(cfg, nn.Identity(), None) == (3, 224, 224)
+@pytest.mark.parametrize(('kind', 'size'), [('SwinTransformerV2', 256), ('ResNet', 224)])
+def test_the_size_of_an_image_is_the_default_of_the_backbone(kind, size):
+    cfg = Config(dict(default_scope='mmpretrain', model=dict(backbone=dict(type=kind))))
+    assert image_shape(cfg, nn.Identity(), None) == (3, size, size)
 
 
 # Folders
@@ -855,17 +804,15 @@ def test_folders_that_are_refused(folder, tmp_path):
         find_images(folder)
     (folder / 'gone.png').unlink()
     os.mkfifo(folder / 'pipe.png')
-    with pytest.raises(InputError, match='pipe.png is not a file'):
-        find_images(folder)
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other/a.gif').touch()
-    with pytest.raises(InputError, match='has no images .*it has 1 .gif'):
-        find_images(tmp_path / 'other')
-    with pytest.raises(InputError, match='nowhere is not a folder'):
-        find_images(tmp_path / 'nowhere')
-
-
-# The tools
+    for path, words in (
+        (folder, 'pipe.png is not a file'),
+        (tmp_path / 'other', 'has no images .*it has 1 .gif'),
+        (tmp_path / 'nowhere', 'nowhere is not a folder'),
+    ):
+        with pytest.raises(InputError, match=words):
+            find_images(path)
 
 
 def test_test_time_augmentation_reaches_every_part(root):
@@ -876,38 +823,7 @@ def test_test_time_augmentation_reaches_every_part(root):
     assert len(parts) == 2 and all(part.pipeline == [dict(type='LoadNegative')] for part in parts)
 
 
-TINY = """
-default_scope = 'mmpretrain'
-custom_imports = dict(imports=['own_steps'])
-pipe = [dict(type='LoadImageFromFile'), dict(type='MySlip'), dict(type='PackInputs')]
-test_dataloader = dict(dataset=dict(type='CustomDataset', data_root='{root}', pipeline=pipe))
-train_dataloader = test_dataloader
-backbone = dict(type='VisionTransformer', img_size=16, patch_size=8, out_type='cls_token',
-                arch=dict(embed_dims=8, num_layers=1, num_heads=2, feedforward_channels=8))
-head = dict(type='VisionTransformerClsHead', num_classes=2, in_channels=8)
-model = dict(type='ImageClassifier', backbone=backbone, head=head)
-data_preprocessor = dict(num_classes=2, mean=[127] * 3, std=[64] * 3)
-"""
-
-
-def test_a_slip_of_the_user_is_no_sentence_of_the_tool(root, tmp_path, monkeypatch):
-    """Not one about the config, and not one about the checkpoint."""
-    (tmp_path / 'own_steps.py').write_text(
-        'from mmpretrain.registry import TRANSFORMS\nfrom mmcv.transforms import BaseTransform\n'
-        '@TRANSFORMS.register_module(force=True)\nclass MySlip(BaseTransform):\n    calls = 0\n'
-        '    def transform(self, results):\n        MySlip.calls += 1\n'
-        "        if MySlip.calls > 8:\n            raise ValueError('a slip')\n        return results\n"
-    )
-    (tmp_path / 'config.py').write_text(TINY.format(root=root))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    model = build_model(load_config(tmp_path / 'config.py'))
-    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'c.pth')
-    with pytest.raises(ValueError, match='a slip'):
-        run_tool('calibrate', 'moments', 'config.py', 'c.pth', 'm.pth', '--batch-size', 8, cwd=tmp_path)
-
-
 def test_matches_of_a_wrapped_test_set_find_their_images(root):
-    """Numbers of samples start again in every part; where that leaves a doubt, it is refused."""
     cfg = config(dict(type='ConcatDataset', datasets=[custom(root, indices=[0, 1]), custom(root)]))
     entry = dict(sample_idx=5, img_path=str(root / '1/3.png'))
     (image,) = _read_images(cfg, [entry], Path('m.json')).values()

@@ -18,20 +18,17 @@ RGB = Image.fromarray(RNG.integers(0, 256, (24, 36, 3), np.uint8))
 
 
 def pillow(image, kind, **options):
-    """Returns a file as Pillow writes it."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
 def opencv(suffix, dtype, channels=()):
-    """Returns a file of random pixels as OpenCV writes it."""
     pixels = RNG.integers(0, np.iinfo(dtype).max, (24, 36, *channels), dtype)
     return cv2.imencode(suffix, pixels)[1].tobytes()
 
 
 def turned(mode='RGB', orientation=6):
-    """Returns EXIF with an orientation and a maker."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = orientation, 'Phone'
     return exif.tobytes()
@@ -67,7 +64,6 @@ READERS = ('color', 'grayscale', 'unchanged', 'color_ignore_orientation')
 
 @pytest.mark.parametrize('name', KEPT)
 def test_what_readers_see_stays(name, tmp_path):
-    """Other pixels come back through every reader of the libraries in the same place, depth and number of channels."""
     path, copy = tmp_path / name, tmp_path / f'copy_{name}'
     path.write_bytes(KEPT[name])
     stored = read_stored(path)

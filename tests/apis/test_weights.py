@@ -15,20 +15,18 @@ from mmdenoiserep.apis.weights import LoadingCheck
 from mmdenoiserep.core import InputError
 
 PURPOSES = ('start', 'resume', 'test', 'features')
+BY_CHANCE = {'head.1.bias': torch.zeros(4)}
 
 
 class Net(nn.Module):
-    """A backbone with BatchNorm, and a head."""
-
     def __init__(self, classes=4):
         super().__init__()
         self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
         self.head = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, classes))
 
 
-def trained(classes=4, seed=0):
-    """The state dict of a trained model, statistics included."""
-    torch.manual_seed(seed)
+def trained(classes=4):
+    torch.manual_seed(0)
     net = Net(classes)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -49,7 +47,6 @@ def load(model, content, purpose):
 
 
 def without(state, *parts):
-    """Returns a state dict without the names that have one of some parts."""
     return {key: value for key, value in state.items() if not any(part in key for part in parts)}
 
 
@@ -57,7 +54,6 @@ def without(state, *parts):
 @pytest.mark.parametrize('wrap', [None, 'state_dict', 'model', 'ema'])
 @pytest.mark.parametrize('prefix', ['', 'module.'])
 def test_weights_are_found(purpose, wrap, prefix):
-    """A bare state dict, and one under any key, with the prefix of DDP or not, gives the whole model."""
     state = trained()
     content = {prefix + key: value for key, value in state.items()}
     content = content if wrap is None else {wrap: content, 'epoch': 3, 'args': dict(lr=0.1)}
@@ -75,7 +71,6 @@ def test_weights_are_found(purpose, wrap, prefix):
     ],
 )
 def test_no_name_fits(purpose, rename):
-    """The sentence has the first names of both sides."""
     state = trained()
     with pytest.raises(InputError) as caught:
         load(Net(), dict(state_dict={rename(key): value for key, value in state.items()}), purpose)
@@ -83,24 +78,25 @@ def test_no_name_fits(purpose, rename):
     assert 'in.pth' in str(caught.value) and '0 of 12 parameters' in str(caught.value)
 
 
-@pytest.mark.parametrize('content', [dict(state_dict={}), dict(state_dict=[1]), dict(state_dict=None), dict(epoch=3)])
-def test_no_weights(content):
-    """A file without weights does not pass for a start from nothing."""
-    with pytest.raises(InputError, match='in.pth has no'):
-        load(Net(), content, 'start')
-
-
+@pytest.mark.parametrize(
+    ('content', 'words'),
+    [
+        (dict(state_dict={}), 'in.pth has no'),
+        (dict(state_dict=[1]), 'in.pth has no'),
+        (dict(state_dict=None), 'in.pth has no'),
+        (dict(epoch=3), 'in.pth has no'),
+        ({f'blocks.{i}.weight': torch.zeros(1) for i in range(40)} | BY_CHANCE, 'it has 1 of 12 parameters'),
+    ],
+    ids=['empty', 'list', 'none', 'no state', 'one name by chance'],
+)
 @pytest.mark.parametrize('purpose', PURPOSES)
-def test_hardly_any_name_fits(purpose):
-    """One name that fits by chance among forty is no start either."""
-    others = {f'blocks.{i}.weight': torch.zeros(1) for i in range(40)}
-    with pytest.raises(InputError, match='it has 1 of 12 parameters'):
-        load(Net(), {**others, 'head.1.bias': torch.zeros(4)}, purpose)
+def test_no_weights_and_hardly_any(content, words, purpose):
+    with pytest.raises(InputError, match=words):
+        load(Net(), content, purpose)
 
 
 @pytest.mark.parametrize('classes', [4, 9])
 def test_a_training_may_start_from_a_part(classes):
-    """A backbone alone, and a model with another number of classes, start a training; the rest is initialised."""
     state = trained()
     for part in (without(state, 'head'), state):
         model = load(Net(classes), dict(state_dict=part), 'start')
@@ -109,18 +105,12 @@ def test_a_training_may_start_from_a_part(classes):
 
 
 def test_a_small_backbone_of_a_large_model_is_a_start():
-    """What counts is that the file is used, where the model is much larger."""
-
-    class Large(Net):
-        def __init__(self):
-            super().__init__()
-            self.decoder = nn.Sequential(*(nn.Linear(2, 2) for _ in range(100)))
-
-    state = without(trained(), 'head')
-    model = load(Large(), dict(state_dict=state), 'start')
+    large, state = Net(), without(trained(), 'head')
+    large.decoder = nn.Sequential(*(nn.Linear(2, 2) for _ in range(100)))
+    model = load(large, dict(state_dict=state), 'start')
     assert torch.equal(model.backbone[0].weight, state['backbone.0.weight'])
     with pytest.raises(InputError, match='8 of 212 parameters'):
-        load(Large(), dict(state_dict=state), 'test')
+        load(large, dict(state_dict=state), 'test')
 
 
 @pytest.mark.parametrize('purpose', ['resume', 'test'])
@@ -133,7 +123,6 @@ def test_other_number_of_classes(purpose):
 
 @pytest.mark.parametrize('lost', [('running',), ('running', 'tracked'), ('running_var',), ('backbone.3.running_mean',)])
 def test_missing_statistics(lost, caplog, capsys):
-    """They are named: an error where the model is not trained, a warning where it is."""
     content = dict(state_dict=without(trained(), *lost))
     for purpose in ('test', 'features'):
         with pytest.raises(InputError, match='statistics of .* BatchNorm layers .*backbone.*running'):
@@ -142,59 +131,47 @@ def test_missing_statistics(lost, caplog, capsys):
     load(Net(), dict(state_dict=without(trained(), 'tracked')), 'test')
 
 
-def test_missing_statistics_of_norms_without_parameters():
-    """Norms that are frozen for good hold nothing but buffers, which a file of the parameters lacks."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), FrozenBatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 1))
-    with pytest.raises(InputError, match=r'1\.running_mean'):
-        load(model, dict(state_dict=dict(model.named_parameters())), 'test')
-    load(model, dict(state_dict=model.state_dict()), 'test')
+@pytest.mark.parametrize('lost', [('1.running_mean', '1.running_var'), ('1.',)])
+def test_missing_statistics_of_frozen_layers(lost):
+    """torchvision's FrozenBatchNorm2d has buffers alone; a file without them would leave it the identity."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1))
+    for state in (without(net.state_dict(), *lost), dict(net.named_parameters())):
+        for purpose in ('test', 'features'):
+            with pytest.raises(InputError, match=r'1\.running_mean'):
+                load(net, dict(state_dict=state), purpose)
+    load(net, dict(state_dict=net.state_dict()), 'test')
 
 
-def test_new_batchnorm_of_a_new_head_is_none_of_the_files():
-    """A layer that the file does not know at all starts as it is, statistics included."""
-
-    class WithHead(Net):
-        def __init__(self):
-            super().__init__()
-            self.neck = nn.BatchNorm1d(8)
-
-    for purpose in PURPOSES:
-        load(WithHead(), dict(state_dict=trained()), purpose)
+@pytest.mark.parametrize('purpose', PURPOSES)
+def test_new_batchnorm_of_a_new_head_is_none_of_the_files(purpose):
+    net = Net()
+    net.neck = nn.BatchNorm1d(8)
+    load(net, dict(state_dict=trained()), purpose)
 
 
 class Resizing(Net):
     """Loads a table of another length, as position embeddings are."""
 
-    def __init__(self, length):
+    def __init__(self):
         super().__init__()
-        self.table = nn.Parameter(torch.zeros(length))
+        self.table = nn.Parameter(torch.zeros(5))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        state_dict[f'{prefix}table'] = state_dict[f'{prefix}table'][: len(self.table)]
+        state_dict[f'{prefix}table'] = state_dict[f'{prefix}table'][:5]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def test_a_model_that_changes_shapes_while_it_loads():
-    """What is resized was given."""
-    state = trained() | dict(table=torch.arange(9.0))
-    model = load(Resizing(5), dict(state_dict=state), 'test')
+    model = load(Resizing(), dict(state_dict=trained() | dict(table=torch.arange(9.0))), 'test')
     assert model.table.tolist() == [0, 1, 2, 3, 4]
 
 
-class Averaging(BaseTTAModel):
-    """Test-time augmentation."""
-
-    def merge_preds(self, data_samples_list):
-        """Never called here."""
-
-
 def test_wrapped_models():
-    """A model with test-time augmentation holds the one that is loaded."""
     net = Net()
     net.test_step = None
-    state = trained()
-    model = load(Averaging(net), dict(state_dict=state), 'test')
-    assert torch.equal(model.module.head[0].weight, state['head.0.weight'])
+    wrapper = type('Averaging', (BaseTTAModel,), dict(merge_preds=None))(net)
+    model = load(wrapper, dict(state_dict=trained()), 'test')
+    assert torch.equal(model.module.head[0].weight, trained()['head.0.weight'])
 
 
 def test_lora():
@@ -216,7 +193,6 @@ def test_lora():
 
 
 def denoised(targets='all', rank=None):
-    """A model whose backbone has denoisers."""
     net = Net()
     apply_denoiserep(net.backbone, targets, rank=rank, example_input=torch.zeros(1, 3, 9, 9))
     return randomise(net)
@@ -244,15 +220,11 @@ def test_denoisers_on_one_side():
 
 
 def test_a_module_of_the_user_called_denoiser():
-    """It is the user's own where the model has it."""
-
-    class Own(Net):
-        def __init__(self):
-            super().__init__()
-            self.head.add_module('denoiser', nn.Linear(2, 2))
-
-    state = Own().state_dict()
-    assert torch.equal(load(Own(), dict(state_dict=state), 'test').head.denoiser.weight, state['head.denoiser.weight'])
+    net, other = Net(), Net()
+    for each in (net, other):
+        each.head.add_module('denoiser', nn.Linear(2, 2))
+    weight = net.head.denoiser.weight
+    assert torch.equal(load(other, dict(state_dict=net.state_dict()), 'test').head.denoiser.weight, weight)
 
 
 class Semi(nn.Module):
@@ -269,21 +241,9 @@ class Semi(nn.Module):
 
 
 def test_a_detector_for_a_semi_supervised_model():
-    """Names that only the model itself knows to place count as given, those of denoisers too."""
     for make in (Net, denoised):
         state = make().state_dict()
         model = load(Semi(make), dict(state_dict=state), 'start')
         assert all(torch.equal(value, state[key]) for key, value in model.teacher.state_dict().items())
     with pytest.raises(InputError, match='has denoisers and the config has none'):
         load(Semi(Net), dict(state_dict=denoised().state_dict()), 'start')
-
-
-@pytest.mark.parametrize('lost', [('1.running_mean', '1.running_var'), ('1.',)])
-def test_missing_statistics_of_frozen_layers(lost):
-    """torchvision's FrozenBatchNorm2d has buffers alone; a file without them would leave it the identity."""
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4), nn.Conv2d(4, 4, 3))
-    content = dict(state_dict={key: value for key, value in net.state_dict().items() if not key.startswith(lost)})
-    for purpose in ('test', 'features'):
-        with pytest.raises(InputError, match='1.running_mean'):
-            load(net, content, purpose)
-    load(net, dict(state_dict=net.state_dict()), 'test')

@@ -57,8 +57,7 @@ class Format:
     """How the runs on a data set are made small, and what their evaluation must have measured.
 
     Attributes:
-        batch: Images in the one step of training and the one of evaluation. Two show the first and the last class to
-            a classifier, and let BatchNorm see features of 1 x 1.
+        batch: Images in the one step of training and of evaluation. Two show a classifier its first and last class.
         metrics: Figures of the evaluation.
         shrink: What the sizes of images in the pipelines are divided by.
         instances: Images of an identity in a batch, where the sampler sees to it; the evaluation needs all images then.
@@ -70,17 +69,14 @@ class Format:
     instances: int = 0
 
 
+CLASSES = ('ImageNet', 'CIFAR10', 'CUB', 'OxfordIIITPet', 'Flowers102', 'FashionMNIST')
+IDENTITIES = ('Market1501', 'DukeMTMCReID', 'MSMT17', 'CUHK03', 'VehicleID')
 FORMATS = {
     'CocoDataset': Format(1, ('coco/bbox_mAP',), shrink=4),
     'ADE20KDataset': Format(2, ('mIoU', 'aAcc', 'mBIoU'), shrink=4),
     'BaseSegDataset': Format(2, ('mIoU',)),
-    **dict.fromkeys(
-        ('ImageNet', 'CIFAR10', 'CUB', 'OxfordIIITPet', 'Flowers102', 'FashionMNIST'), Format(2, ('accuracy/top1',))
-    ),
-    **dict.fromkeys(
-        ('Market1501', 'DukeMTMCReID', 'MSMT17', 'CUHK03', 'VehicleID'),
-        Format(8, ('reid/mAP', 'reid/rank1', 'reid/mINP'), instances=4),
-    ),
+    **dict.fromkeys(CLASSES, Format(2, ('accuracy/top1',))),
+    **dict.fromkeys(IDENTITIES, Format(8, ('reid/mAP', 'reid/rank1', 'reid/mINP'), instances=4)),
 }
 SIZES = ('scale', 'scales', 'crop_size', 'size')
 """Keys of pipelines and preprocessors that hold sizes of images."""
@@ -115,23 +111,13 @@ def whole_way(names):
     return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
 
 
-# What the files say
-
-
 def test_every_config_has_its_counterpart():
-    """No denoised config without its control, no control without the denoised config, no misspelt quick one."""
     assert DENOISED and {control_of(name) for name in DENOISED} == set(CONTROLS)
     assert set(NAMES) >= QUICK
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_a_docstring_says_what_it_is(name):
-    assert ast.get_docstring(ast.parse((CONFIGS / f'{name}.py').read_text()))
-
-
 @pytest.mark.parametrize('name', DENOISED)
 def test_the_control_differs_in_denoising_only(name):
-    """Data, schedule, seed and the optimizer of the base are the same in both configs of a pair."""
     ours, theirs = load(name).to_dict(), load(control_of(name)).to_dict()
     backbone = ours['model'].pop('backbone')
     assert type_name(backbone) == 'DenoiseRepBackbone'
@@ -165,7 +151,6 @@ def test_variants_inherit():
 
 
 def released_checkpoints():
-    """Returns the address of every checkpoint that the installed libraries name, with the name of its config."""
     checkpoints = {}
     for library in ('mmdet', 'mmseg', 'mmpretrain'):
         folder = Path(find_spec(library).origin).parent / '.mim/configs'
@@ -178,19 +163,14 @@ def released_checkpoints():
 
 def checkpoints_inside(config):
     """Yields the addresses in ``init_cfg`` and ``pretrained`` anywhere in a config."""
-    if isinstance(config, dict):
-        for key, value in config.items():
-            if key in ('checkpoint', 'pretrained') and isinstance(value, str):
-                yield value
-            else:
-                yield from checkpoints_inside(value)
-    elif isinstance(config, list | tuple):
-        for value in config:
+    for key, value in config.items() if isinstance(config, dict) else enumerate(config):
+        if key in ('checkpoint', 'pretrained') and isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list | tuple):
             yield from checkpoints_inside(value)
 
 
 def last_checkpoint(cfg):
-    """Returns the file name of what a whole run of a config leaves."""
     loop = cfg.train_cfg
     return f'epoch_{loop.max_epochs}.pth' if 'max_epochs' in loop else f'iter_{loop.max_iters}.pth'
 
@@ -215,12 +195,8 @@ def test_controls_start_from_trained_checkpoints():
         assert not list(checkpoints_inside(cfg.model)), f'{name}: load_from brings these weights'
 
 
-# The whole way
-
-
 @pytest.fixture(scope='session')
 def data(tmp_path_factory):
-    """A folder with every data set, tiny; the configs find them there as they are."""
     root = tmp_path_factory.mktemp('run')
     write_all(root)
     return root
@@ -253,14 +229,10 @@ class OneStep(Hook):
 
 def shrink(value, divisor):
     """Divides every size of images in a pipeline or preprocessor, in place."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if key in SIZES:
-                value[key] = divide(item, divisor)
-            else:
-                shrink(item, divisor)
-    elif isinstance(value, list | tuple):
-        for item in value:
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value or ()):
+        if key in SIZES:
+            value[key] = divide(item, divisor)
+        elif isinstance(item, dict | list | tuple):
             shrink(item, divisor)
 
 
@@ -269,7 +241,6 @@ def divide(size, divisor):
 
 
 def replace_settings(config, values):
-    """Sets some keys wherever they occur, in place."""
     for key, item in config.items():
         if key in values:
             config[key] = values[key]
@@ -337,7 +308,6 @@ def run(case, cfg, work_dir):
 
 @pytest.mark.parametrize('name', whole_way(DENOISED))
 def test_from_a_vanilla_checkpoint_to_a_fused_file(name, case, tmp_path):
-    """Load the control's checkpoint, train a step, evaluate, fuse, load into the control's model, fuse exactly."""
     cfg, control = load(name), load(control_of(name))
     vanilla = build_vanilla(control)
     state = vanilla.state_dict()
@@ -373,7 +343,6 @@ def test_from_a_vanilla_checkpoint_to_a_fused_file(name, case, tmp_path):
 
 @pytest.mark.parametrize('name', whole_way(BASELINES))
 def test_a_baseline_trains(name, case, tmp_path):
-    """One step, one evaluation; weights that the config downloads come from a file of the same kind."""
     cfg = load(name)
     weights = {}
     if list(checkpoints_inside(cfg.model)):
@@ -395,7 +364,6 @@ def test_a_baseline_trains(name, case, tmp_path):
     ],
 )
 def test_identities_are_found_alike_before_and_after_fusing(name, case, tmp_path):
-    """On every data set, with a small ViT and random denoisers: train, evaluate, fuse, evaluate the fused file."""
     cfg, control = load(f'{name}_denoiserep'), load(f'{name}_baseline-ft')
     for backbone in (cfg.model.backbone.backbone, control.model.backbone):
         backbone.arch = dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32)
@@ -421,16 +389,16 @@ def test_identities_are_found_alike_before_and_after_fusing(name, case, tmp_path
 
 def test_batches_of_identities_are_whole():
     """``batch_size`` is P x K: the dataloader would cut the batches of the sampler otherwise."""
-    samplers = {name: cfg.train_dataloader for name in NAMES if 'sampler' in (cfg := load(name)).train_dataloader}
-    samplers = {name: loader for name, loader in samplers.items() if type_name(loader.sampler) == 'PKSampler'}
-    assert samplers
-    for name, loader in samplers.items():
+    loaders = {name: load(name).train_dataloader for name in NAMES}
+    sampled = {name: loader for name, loader in loaders.items() if type_name(loader.get('sampler', {})) == 'PKSampler'}
+    assert sampled
+    for name, loader in sampled.items():
         assert loader.batch_size == loader.sampler.num_ids * loader.sampler.num_instances, name
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_the_data_is_where_its_library_expects_it(name):
-    """The data root is one that the tiny data sets have, so that the test above reads the config's own path."""
-    cfg = load(name)
+def test_what_it_is_is_said_and_the_data_is_where_its_library_expects_it(name):
+    """So the tests above read the config's own path."""
+    assert ast.get_docstring(ast.parse((CONFIGS / f'{name}.py').read_text()))
     for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        assert cfg[key].dataset.data_root.rstrip('/') in WRITERS
+        assert load(name)[key].dataset.data_root.rstrip('/') in WRITERS

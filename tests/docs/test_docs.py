@@ -51,7 +51,6 @@ def test_a_command_is_understood(page, line, monkeypatch):
 
 
 def test_the_recipe_in_plain_pytorch():
-    """As the page has it, for a small model; what it compares holds, and the fit has changed something."""
     page = (ROOT / 'docs/own-model.md').read_text(encoding='utf-8')
     fit, train = re.findall(r'```python\n((?:import copy|from mmdenoiserep\.core).*?)```', page, re.DOTALL)
     torch.manual_seed(0)
@@ -69,7 +68,6 @@ def test_the_recipe_in_plain_pytorch():
 
 
 def test_the_api_page_has_every_public_name():
-    """Each once; what it has of other modules exists."""
     documented = re.findall(r'^::: (\S+)$', (ROOT / 'docs/api.md').read_text(), re.MULTILINE)
     public = {f'mmdenoiserep.core.{name}' for name in core.__all__}
     public |= {f'mmdenoiserep.engine.{name}' for name in engine.__all__}

@@ -49,14 +49,12 @@ def clone(tmp_path):
 
 
 def test_the_readme_names_no_other_commands():
-    """Every line of a bash block is one of the two make targets, which CI runs, or a tool that is run below."""
     tools = [re.match(r'python tools/(\w+)\.py ', line) for line in COMMANDS]
     assert {m[1] for m in tools if m} == set(EXTRA)
     assert {line for line, match in zip(COMMANDS, tools, strict=True) if not match} == {'make demo', 'make test'}
 
 
 def test_the_commands_of_the_readme(clone):
-    """In the order of the README, each as written but for what makes it small."""
     for line in COMMANDS:
         if line.startswith('make '):
             continue

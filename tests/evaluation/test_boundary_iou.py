@@ -25,7 +25,6 @@ def areas(prediction, truth, num_classes=2, ratio=0.02):
 
 
 def evaluate(pairs, classes, *metrics):
-    """Run mmengine's Evaluator over pairs of label maps (prediction, truth) in batches of two."""
     with DefaultScope.overwrite_default_scope('mmseg'):
         evaluator = Evaluator(list(metrics))
     evaluator.dataset_meta = dict(classes=classes)
@@ -41,11 +40,7 @@ def evaluate(pairs, classes, *metrics):
     return evaluator.evaluate(len(samples))
 
 
-# By hand: 8 x 8 pixels, diagonal 11.3, 2 % of it 0.2, so d = 1
-
-
 def square(left, top=2, side=4):
-    """Class 1 in a square, class 0 around it."""
     labels = np.zeros((8, 8), np.int64)
     labels[top : top + side, left : left + side] = 1
     return labels
@@ -71,22 +66,17 @@ def test_shifted_by_one():
 
 
 def test_wrong_class_in_the_right_place():
-    """Contours that coincide count only where the class is the same."""
     assert areas(2 * square(2), square(2), 3) == [[48, 0, 0], [48, 12, 12], [48, 0, 12], [48, 12, 0]]
 
 
 @pytest.mark.parametrize(
-    'labels, contour',
+    ('labels', 'contour'),
     [
         (np.zeros((8, 8)), [28, 0]),  # 64 less the 6 x 6 inside
-        (
-            square(0, 0),
-            [28, 12],
-        ),  # 16 less the 2 x 2 inside; 48 less 6 x 6 - 4 x 4 that touch neither border nor square
+        (square(0, 0), [28, 12]),  # 16 less 2 x 2; 48 less the 6 x 6 - 4 x 4 that touch neither border nor square
     ],
 )
 def test_image_border_is_a_contour(labels, contour):
-    """What touches the border of the image ends there."""
     assert areas(labels, labels)[3] == contour
 
 
@@ -101,14 +91,10 @@ def test_thin_object_is_all_contour():
 
 
 def test_everything_within_d_is_plain_iou():
-    """With d half of the image, all pixels of all classes are contour."""
     generator = np.random.default_rng(0)
     prediction, truth = generator.integers(0, 4, (2, 9, 7))
     plain = IoUMetric.intersect_and_union(torch.tensor(prediction), torch.tensor(truth), 4, IGNORED)
     assert areas(prediction, truth, 4, ratio=0.5) == [area.tolist() for area in plain]
-
-
-# The definition, class by class and pixel by pixel
 
 
 def eroded(mask, distance):
@@ -148,15 +134,11 @@ def reference(prediction, truth, num_classes, distance):
     ],
 )
 def test_against_explicit_loops(shape, ratio, distance):
-    """Random maps of patches with a shifted, noisy prediction, classes above 127 and ignored pixels."""
     generator = np.random.default_rng(distance)
     classes = generator.choice(200, 6, replace=False)
     classes[0] = 199
     patches = np.kron(generator.integers(0, 6, (4, 5)), np.ones((7, 7), np.int64))
-    truth, prediction = (
-        classes[patches][: shape[0], : shape[1]],
-        classes[np.roll(patches, 2, 1)][: shape[0], : shape[1]],
-    )
+    truth, prediction = (classes[p][: shape[0], : shape[1]] for p in (patches, np.roll(patches, 2, 1)))
     noise = generator.random(shape)
     prediction = np.where(noise < 0.02, classes[1], prediction)
     truth = np.where(noise > 0.97, IGNORED, truth)
@@ -166,7 +148,6 @@ def test_against_explicit_loops(shape, ratio, distance):
 
 
 def test_ignored_pixels():
-    """What is predicted there changes nothing, nothing there is counted, and an ignored image adds nothing."""
     truth = square(2)
     truth[:, :3] = IGNORED
     prediction = square(3)
@@ -189,24 +170,18 @@ def test_another_ignore_index():
     assert result[2][299] == 20 and result[3][255] == 20  # 8 x 4 less the 6 x 2 inside
 
 
-# In mmseg's evaluation
-
-
 def test_areas_are_summed_over_images_of_any_size():
-    """Ratios are taken once, at the end; d follows each image; a class that never occurs is left out of the mean."""
     generator = np.random.default_rng(1)
-    shapes, distances = [(8, 8), (40, 30), (64, 64)], [1, 1, 2]
-    pairs = [generator.integers(0, 3, (2, *shape)) for shape in shapes]
-    pairs = [
-        np.kron(pair, np.ones((1, 6, 6), np.int64))[:, : s[0], : s[1]] for pair, s in zip(pairs, shapes, strict=True)
-    ]
-    total = np.sum([reference(p, t, 3, d) for (p, t), d in zip(pairs, distances, strict=True)], axis=0)
+    pairs = []
+    for height, width in ((8, 8), (40, 30), (64, 64)):
+        patches = np.kron(generator.integers(0, 3, (2, 11, 11)), np.ones((1, 6, 6), np.int64))
+        pairs.append(patches[:, :height, :width])
+    total = np.sum([reference(p, t, 3, d) for (p, t), d in zip(pairs, (1, 1, 2), strict=True)], axis=0)
     result = evaluate(pairs, 'abcd', dict(type='BoundaryIoUMetric'))
     assert result == {'mBIoU': pytest.approx(100 * (total[0] / total[1]).mean(), abs=0.006)}
 
 
 def test_beside_the_plain_metric(tmp_path):
-    """On annotations as ADE20K has them (0 is to be ignored), loaded by mmseg, with mIoU and aAcc unchanged."""
     generator = np.random.default_rng(2)
     stored = np.kron(generator.integers(1, 151, (3, 4)), np.ones((9, 9), np.int64))
     stored[:9, :9] = 0
@@ -229,7 +204,6 @@ def test_beside_the_plain_metric(tmp_path):
 
 
 def test_registered_in_the_root():
-    """It is found without a scope and from every library."""
     for scope in (None, 'mmseg', 'mmdet'):
         assert type(METRICS.build(dict(type='BoundaryIoUMetric', _scope_=scope))) is BoundaryIoUMetric
 

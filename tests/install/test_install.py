@@ -27,7 +27,6 @@ def project(tmp_path):
 
 
 def install(project, python='./stub'):
-    """Runs the script; returns its exit code, what it printed, and the pip calls that it made."""
     log = project / 'pip.log'
     log.write_text('')
     command = ['bash', 'requirements/install.sh']
@@ -38,7 +37,6 @@ def install(project, python='./stub'):
 
 
 def test_the_second_time_nothing_is_installed(project):
-    """All steps run once, in the order that mmcv needs; then none."""
     code, printed, calls = install(project)
     assert code == 0 and 'ready' in printed
     order = ['torch.txt', 'openmmlab.txt', 'torchvision', 'mmcv==2.1.0', 'dev.txt', 'docs.txt', '-e .']
@@ -47,7 +45,6 @@ def test_the_second_time_nothing_is_installed(project):
 
 
 def test_an_interrupted_install_goes_on_where_it_stopped(project):
-    """What was done before a failed step is not done again, and the failure names its step."""
     (project / 'fail').write_text('mmcv==')
     code, printed, _ = install(project)
     assert code == 1 and 'this step failed: Compiling mmcv' in printed
@@ -58,7 +55,6 @@ def test_an_interrupted_install_goes_on_where_it_stopped(project):
 
 
 def test_a_changed_pin_repeats_its_step_and_what_builds_on_it(project):
-    """A new version in openmmlab.txt leaves torch alone."""
     install(project)
     with open(project / 'requirements/openmmlab.txt', 'a') as file:
         file.write('another==1.0\n')
@@ -67,6 +63,5 @@ def test_a_changed_pin_repeats_its_step_and_what_builds_on_it(project):
 
 
 def test_no_python(project):
-    """Without a Python in reach, one sentence says which ones were tried."""
     code, printed, _ = install(project, python='python-that-is-not-there')
     assert code == 1 and 'no Python 3.10 to 3.12' in printed

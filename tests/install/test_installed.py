@@ -1,14 +1,12 @@
 """The package as a wheel in another place, and a user's own configs outside of the repository."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+import tools_helpers
 from engine_helpers import is_denoiser
 from tiny_datasets import write_ade20k, write_coco, write_imagenet
 
@@ -53,24 +51,14 @@ DATA = {
 
 
 def python(*args, cwd, path, code=0):
-    """Runs Python in a folder with another one first in its path, and returns all that it printed."""
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(path)}
-    command = [sys.executable, '-W', 'ignore', *map(str, args)]
-    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
-    output = result.stdout + result.stderr
-    assert result.returncode == code, output[-4000:]
-    return output
-
-
-def pip(*args, cwd):
-    python('-m', 'pip', '--disable-pip-version-check', '--no-cache-dir', *args, cwd=cwd, path='')
+    return tools_helpers.python(*args, cwd=cwd, code=code, env=dict(PYTHONPATH=str(path)), checkout=False)
 
 
 @pytest.fixture(scope='session')
 def site(wheel):
-    """A folder that the wheel is installed into, not editable."""
     folder = wheel.with_name('site')
-    pip('install', '--no-index', '--no-deps', '--target', folder, wheel, cwd=wheel.parent)
+    pip = ['-m', 'pip', '--disable-pip-version-check', '--no-cache-dir', 'install', '--no-index', '--no-deps']
+    python(*pip, '--target', folder, wheel, cwd=wheel.parent, path='')
     return folder
 
 
@@ -83,7 +71,6 @@ def nowhere(tmp_path_factory):
 
 
 def test_installed_and_not_installed(site, nowhere, tmp_path):
-    """The two Pythons of the next test: one has the installed package, not the checkout; the other has none."""
     where = python('-c', 'import mmdenoiserep as m; print(m.__file__)', cwd=tmp_path, path=site).strip()
     assert Path(where) == site / 'mmdenoiserep/__init__.py'
     error = python('-c', 'import mmdenoiserep', cwd=tmp_path, path=nowhere, code=1)
@@ -92,7 +79,6 @@ def test_installed_and_not_installed(site, nowhere, tmp_path):
 
 @pytest.mark.parametrize('library', LIBRARIES)
 def test_a_users_config_in_the_librarys_own_programs(library, site, nowhere, tmp_path):
-    """Train with its train.py and our package; without our package, test the fused file with its test.py and config."""
     base, short, small_train, small_test = LIBRARIES[library]
     shipped = Path(find_spec(library).origin).parent / '.mim'
     folder, write = DATA[library]

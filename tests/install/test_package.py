@@ -42,7 +42,6 @@ def source(*folders):
 
 
 def run(*command, cwd):
-    """Runs a command without the checkout in its path and returns all that it printed."""
     env = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'} | {'OMP_NUM_THREADS': '1'}
     result = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
     output = result.stdout + result.stderr
@@ -63,12 +62,10 @@ def environment(folder, *package):
 
 @pytest.fixture(scope='session')
 def programs(wheel, tmp_path_factory):
-    """The folder of the console commands of an environment in which the wheel is installed."""
     return environment(tmp_path_factory.mktemp('user') / 'venv', wheel)
 
 
 def test_the_sdist_holds_the_checkout(sdist):
-    """All that is needed to test, demonstrate, lint and build again; and building leaves nothing in the source."""
     with tarfile.open(sdist) as file:
         names = {name.partition('/')[2] for name in file.getnames()}
     wanted = source('mmdenoiserep', 'configs', 'tools', 'studies', 'tests', 'docs', 'demo', 'requirements')
@@ -80,7 +77,6 @@ def test_the_sdist_holds_the_checkout(sdist):
 
 
 def test_the_wheel_holds_what_is_used(wheel):
-    """Every module, config and tool, the model index, the licence; no tests, nothing else."""
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if not name.endswith('/')}
         (metadata,) = (name for name in names if name.endswith('.dist-info/METADATA'))
@@ -103,7 +99,6 @@ def test_the_wheel_holds_what_is_used(wheel):
 
 
 def test_one_version(wheel):
-    """The package, the wheel, the changelog and the citation agree."""
     version = mmdenoiserep.__version__
     assert wheel.name.startswith(f'mmdenoiserep-{version}-')
     assert re.search(r'^## \[(.+?)\]', (ROOT / 'CHANGELOG.md').read_text(), re.MULTILINE)[1] == version
@@ -112,7 +107,6 @@ def test_one_version(wheel):
 
 
 def test_the_commands_are_the_tools(programs, tmp_path):
-    """Each console command answers as the tool of its name does, from any folder."""
     names = {path.name for path in programs.glob('denoiserep-*')}
     listed = re.search(r'are commands then: (.*?);', (ROOT / 'docs/get-started.md').read_text())[1]
     assert names == {f'denoiserep-{name}' for name in re.findall(r'`(?:denoiserep)?-([a-z-]+)`', listed)}
@@ -124,7 +118,6 @@ def test_the_commands_are_the_tools(programs, tmp_path):
 
 
 def test_commands_of_an_editable_package(sdist, tmp_path):
-    """They run the tools of the checkout, in which nothing is added to the package."""
     checkout = sdist.parent / 'source'
     programs = environment(tmp_path / 'venv', '--editable', checkout)
     assert 'Evaluates a checkpoint' in run(programs / 'denoiserep-test', '--help', cwd=tmp_path)
@@ -134,7 +127,6 @@ def test_commands_of_an_editable_package(sdist, tmp_path):
 
 
 def test_a_users_config_inherits_from_the_installed_package(programs, tmp_path):
-    """The README's recipe with the wheel alone: wrap the backbone, look, train, fuse, load strictly."""
     where = 'from importlib.util import find_spec; print(find_spec("mmdenoiserep").origin)'
     package = Path(run(programs / 'python', '-c', where, cwd=tmp_path).strip()).parent
     assert package.is_relative_to(programs.parent)
@@ -166,12 +158,10 @@ def test_a_users_config_inherits_from_the_installed_package(programs, tmp_path):
 
 
 def numbers(model):
-    """Returns the metrics of a model of the index by data set and name."""
     return {(result.dataset, name): value for result in model.results for name, value in result.metrics.items()}
 
 
 def rows(text):
-    """Returns the cells of all rows of the tables in a Markdown text."""
     return [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines() if line[:2] == '| ']
 
 
@@ -189,20 +179,15 @@ def index():
 
 
 def test_the_papers_numbers_are_labelled(index):
-    """They are those of configs/README.md, say whose they are, and stand on no config with numbers of ours."""
+    """They are those of configs/README.md, and stand on no config with numbers of ours."""
     paper, ours = index
-    listed = {
-        row[0].split('`')[1].split('/')[1] + '_denoiserep': row[-1].split(', ')
-        for row in rows((ROOT / 'configs/README.md').read_text())
-        if re.fullmatch(r'[\d.]+, [\d.]+', row[-1])
-    }
+    table = [row for row in rows((ROOT / 'configs/README.md').read_text()) if re.fullmatch(r'[\d.]+, [\d.]+', row[-1])]
+    listed = {row[0].split('`')[1].split('/')[1] + '_denoiserep': row[-1].split(', ') for row in table}
     assert len(listed) == 6
-    found = {}
-    for name, model in paper.items():
-        assert all(metric.endswith(", the paper's") for _, metric in numbers(model))
-        found[name] = [str(value) for value in sorted(numbers(model).values())]
-    assert found == listed
-    assert not any("the paper's" in metric for model in ours.values() for _, metric in numbers(model))
+    assert {name: [str(value) for value in sorted(numbers(model).values())] for name, model in paper.items()} == listed
+    for models, labelled in ((paper, True), (ours, False)):
+        metrics = [metric for model in models.values() for _, metric in numbers(model)]
+        assert all(metric.endswith(", the paper's") == labelled for metric in metrics)
 
 
 def test_our_numbers_are_those_of_the_studies(index):
@@ -238,7 +223,6 @@ def test_our_numbers_are_those_of_the_studies(index):
 
 
 def test_the_hooks_of_a_commit_check(tmp_path):
-    """Each hook runs with what is installed, passes on the tools and fails on a file that is not clean."""
     (repo,) = yaml.safe_load((ROOT / '.pre-commit-config.yaml').read_text())['repos']
     (tmp_path / 'unclean.py').write_text('import os\nx = "a"\n')
     for hook in repo['hooks']:

@@ -1,8 +1,6 @@
 """VMamba against a naive forward, under the names of the released files, and with denoisers."""
 
-import argparse
 import math
-import pickle
 import re
 import sys
 import types
@@ -23,8 +21,6 @@ from mmdenoiserep.core import DenoiseLinear, apply_denoiserep, fuse_model, verif
 from mmdenoiserep.engine.resume import allow_training_checkpoints
 from mmdenoiserep.models import selective_scan, vmamba
 from mmdenoiserep.models.vmamba import DropPath, VMamba
-from studies.benchmarks import measure
-from studies.benchmarks import vmamba as benchmark
 from tools_helpers import run_tool, sentence
 
 SMALL = dict(dims=(24, 40), depths=(1, 2), ssm_ratio=1.5)
@@ -38,10 +34,8 @@ def build(arch=SMALL, dtype=torch.float64, **options):
     torch.manual_seed(0)
     model = VMamba(arch, **options).to(dtype)
     for name, parameter in model.named_parameters():
-        if 'A_logs' not in name and 'dt_projs' not in name:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        else:
-            parameter.data += torch.randn_like(parameter)
+        scale = 1 if 'A_logs' in name or 'dt_projs' in name else 0.1
+        parameter.data += scale * torch.randn_like(parameter)
     return model.eval()
 
 
@@ -49,52 +43,39 @@ def image(*shape, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
 
 
-# The names of the release
-
-
 def released(dims, depths, ssm_ratio):
     """Names and shapes in a released classifier."""
-    shapes = {
-        'patch_embed.0.weight': (dims[0] // 2, 3, 3, 3),
-        'patch_embed.0.bias': (dims[0] // 2,),
-        'patch_embed.2.weight': (dims[0] // 2,),
-        'patch_embed.2.bias': (dims[0] // 2,),
-        'patch_embed.5.weight': (dims[0], dims[0] // 2, 3, 3),
-        'patch_embed.5.bias': (dims[0],),
-        'patch_embed.7.weight': (dims[0],),
-        'patch_embed.7.bias': (dims[0],),
-        'classifier.norm.weight': (dims[-1],),
-        'classifier.norm.bias': (dims[-1],),
-        'classifier.head.weight': (1000, dims[-1]),
-        'classifier.head.bias': (1000,),
-    }
+
+    def affine(name, channels):
+        return {f'{name}.weight': (channels,), f'{name}.bias': (channels,)}
+
+    half, last = dims[0] // 2, dims[-1]
+    shapes = affine('patch_embed.0', half) | affine('patch_embed.2', half) | affine('patch_embed.5', dims[0])
+    shapes |= affine('patch_embed.7', dims[0]) | affine('classifier.norm', last) | affine('classifier.head', 1000)
+    shapes['patch_embed.0.weight'] = (half, 3, 3, 3)
+    shapes['patch_embed.5.weight'] = (dims[0], half, 3, 3)
+    shapes['classifier.head.weight'] = (1000, last)
     for s, (c, depth) in enumerate(zip(dims, depths, strict=True)):
         inner, rank = int(ssm_ratio * c), -(-c // 16)
-        for j in range(depth):
-            block = {
-                'norm.weight': (c,),
-                'norm.bias': (c,),
-                'op.x_proj_weight': (4, rank + 2, inner),
-                'op.A_logs': (4 * inner, 1),
-                'op.Ds': (4 * inner,),
-                'op.dt_projs_weight': (4, inner, rank),
-                'op.dt_projs_bias': (4, inner),
-                'op.out_norm.weight': (inner,),
-                'op.out_norm.bias': (inner,),
-                'op.in_proj.weight': (inner, c),
-                'op.conv2d.weight': (inner, 1, 3, 3),
-                'op.out_proj.weight': (c, inner),
-                'norm2.weight': (c,),
-                'norm2.bias': (c,),
-                'mlp.fc1.weight': (4 * c, c),
-                'mlp.fc1.bias': (4 * c,),
-                'mlp.fc2.weight': (c, 4 * c),
-                'mlp.fc2.bias': (c,),
-            }
-            shapes.update({f'layers.{s}.blocks.{j}.{name}': shape for name, shape in block.items()})
+        block = affine('norm', c) | affine('norm2', c) | affine('op.out_norm', inner)
+        block |= affine('mlp.fc1', 4 * c) | affine('mlp.fc2', c)
+        block |= {
+            'op.x_proj_weight': (4, rank + 2, inner),
+            'op.A_logs': (4 * inner, 1),
+            'op.Ds': (4 * inner,),
+            'op.dt_projs_weight': (4, inner, rank),
+            'op.dt_projs_bias': (4, inner),
+            'op.in_proj.weight': (inner, c),
+            'op.conv2d.weight': (inner, 1, 3, 3),
+            'op.out_proj.weight': (c, inner),
+            'mlp.fc1.weight': (4 * c, c),
+            'mlp.fc2.weight': (c, 4 * c),
+        }
+        shapes |= {f'layers.{s}.blocks.{j}.{name}': shape for j in range(depth) for name, shape in block.items()}
         if s < len(dims) - 1:
-            shapes[f'layers.{s}.downsample.1.weight'] = (dims[s + 1], c, 3, 3)
-            shapes |= {f'layers.{s}.downsample.{name}': (dims[s + 1],) for name in ('1.bias', '3.weight', '3.bias')}
+            down = f'layers.{s}.downsample'
+            shapes |= affine(f'{down}.1', dims[s + 1]) | affine(f'{down}.3', dims[s + 1])
+            shapes[f'{down}.1.weight'] = (dims[s + 1], c, 3, 3)
     return shapes
 
 
@@ -128,9 +109,6 @@ def test_names_shapes_and_totals_are_the_published_ones(name, dims, depths, ssm_
     assert not list(model.buffers())
 
 
-# The forward
-
-
 def layer_norm(x, weight, bias):
     """Over the channels of (B, C, H, W)."""
     x = x - x.mean(1, keepdim=True)
@@ -139,7 +117,6 @@ def layer_norm(x, weight, bias):
 
 
 def linear(x, weight, bias=None):
-    """Of the channels of (B, C, H, W)."""
     y = torch.einsum('oc,bchw->bohw', weight, x)
     return y if bias is None else y + bias[:, None, None]
 
@@ -196,7 +173,6 @@ def naive(model, x, depths):
 
 
 def test_the_forward_is_the_naive_one():
-    """On a map of 11 x 6 and then 6 x 3 pixels, from an image whose sides are no multiples of anything."""
     model = build()
     x = image(2, 3, 41, 23)
     with torch.no_grad():
@@ -222,18 +198,15 @@ def test_every_parameter_gets_the_gradient_of_the_naive_forward():
         assert torch.isfinite(a).all() and a.any() and relative(a, e) < 1e-9, name
 
 
+@pytest.mark.parametrize('stages', [(0, 1, 2, 3), (1, 3)])
 @pytest.mark.parametrize(('height', 'width'), [(64, 96), (50, 33), (5, 7), (1, 1)])
-def test_every_image_size_works(height, width):
-    model = build(FOUR_STAGES, torch.float32)
-    for i, y in enumerate(model(image(1, 3, height, width, dtype=torch.float32))):
+def test_every_image_size_works_and_only_the_stages_asked_for_are_returned(height, width, stages):
+    model = build(FOUR_STAGES, torch.float32, out_indices=stages, in_channels=1)
+    norms = [name for name, _ in model.named_children() if name.startswith('outnorm')]
+    assert norms == [f'outnorm{i}' for i in stages]
+    for i, y in zip(stages, model(image(1, 1, height, width, dtype=torch.float32)), strict=True):
         stride = 4 * 2**i
         assert y.shape == (1, 16 * 2**i, -(-height // stride), -(-width // stride)) and torch.isfinite(y).all()
-
-
-def test_only_the_stages_asked_for_are_returned_and_have_a_norm():
-    model = build(FOUR_STAGES, out_indices=(1, 3), in_channels=1)
-    assert [name for name, _ in model.named_children() if name.startswith('outnorm')] == ['outnorm1', 'outnorm3']
-    assert [y.shape[1] for y in model(image(1, 1, 32, 32))] == [32, 128]
 
 
 @pytest.mark.parametrize(
@@ -254,11 +227,7 @@ def test_wrong_options_are_named(options, words):
     assert all(word in message(error) for word in words)
 
 
-# Training
-
-
 def test_checkpointing_changes_no_gradient():
-    """Nor what stochastic depth draws."""
     options = dict(arch=FOUR_STAGES, drop_path_rate=0.5)
     x = image(4, 3, 32, 32)
     plain, recomputed = (gradients(build(**options, with_cp=with_cp).train(), x) for with_cp in (False, True))
@@ -267,7 +236,7 @@ def test_checkpointing_changes_no_gradient():
     assert any(not torch.equal(plain[name], whole[name]) for name in plain)
 
 
-def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
+def test_stochastic_depth_drops_whole_images_keeps_the_mean_and_rises_linearly():
     torch.manual_seed(0)
     x = torch.rand(4000, 2, 3) + 1
     drop = DropPath(0.25)
@@ -276,9 +245,6 @@ def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
     torch.testing.assert_close(y[~dropped], x[~dropped] / 0.75)
     assert dropped.float().mean() == pytest.approx(0.25, abs=0.03)
     assert drop.eval()(x) is x
-
-
-def test_stochastic_depth_rises_linearly():
     model = build(FOUR_STAGES, drop_path_rate=0.4)
     rates = [block.drop_path.rate for stage in model.layers for block in stage.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
@@ -304,7 +270,6 @@ def test_the_scan_is_computed_in_float32_under_autocast(monkeypatch):
 
 
 def test_frozen_stages_do_not_train():
-    """The stem and two stages, what is between them, and the norms of their outputs."""
     model = build(FOUR_STAGES, frozen_stages=2, drop_path_rate=0.5).train()
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {
@@ -345,9 +310,6 @@ def test_the_config_of_the_docstring_spares_the_scan_from_weight_decay():
     assert {names[id(p)] for group in groups if not group['weight_decay'] for p in group['params']} == marked
 
 
-# Files of the release
-
-
 def state_of(shapes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -362,7 +324,6 @@ def assert_holds(model, state, **renamed):
 
 @pytest.fixture
 def classifier_file(tmp_path):
-    """A training checkpoint of the release."""
     state = state_of(released(**FOUR_STAGES))
     ema = {name: torch.zeros_like(value) for name, value in state.items()}
     path = tmp_path / 'vssm_ckpt_epoch_1.pth'
@@ -371,7 +332,6 @@ def classifier_file(tmp_path):
 
 
 def test_a_released_classifier_loads_by_itself(classifier_file):
-    """Through init_cfg, mmengine's strict loading and torch's; its norm becomes that of the output."""
     path, state = classifier_file
     by_config = VMamba(FOUR_STAGES, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
     by_config.init_weights()
@@ -437,26 +397,23 @@ def test_what_does_not_fit_is_an_error():
     assert 'mlp.fc1.weight' in str(error.value) and 'op.gate' in str(error.value)
 
 
-# In the libraries
-
-
 @pytest.mark.parametrize('scope', [None, 'mmdet', 'mmseg', 'mmpretrain'])
 def test_every_library_finds_it(scope):
     assert type(MODELS.build(dict(type='VMamba', arch=SMALL, out_indices=(1,), _scope_=scope))) is VMamba
 
 
-def test_a_classifier_of_mmpretrain_trains_and_keeps_its_names(classifier_file):
-    """Its own checkpoints load strictly, and the released one into its backbone."""
+def classifier(num_classes, **options):
     init_default_scope('mmpretrain')
+    backbone = dict(type='VMamba', arch=FOUR_STAGES, **options)
+    head = dict(type='LinearClsHead', num_classes=num_classes, in_channels=128)
+    neck = dict(type='GlobalAveragePooling')
+    return MODELS.build(dict(type='ImageClassifier', backbone=backbone, neck=neck, head=head))
+
+
+def test_a_classifier_of_mmpretrain_trains_and_keeps_its_names(classifier_file):
     path, state = classifier_file
     init_cfg = dict(type='Pretrained', checkpoint=str(path))
-    config = dict(
-        type='ImageClassifier',
-        backbone=dict(type='VMamba', arch=FOUR_STAGES, init_cfg=init_cfg),
-        neck=dict(type='GlobalAveragePooling'),
-        head=dict(type='LinearClsHead', num_classes=3, in_channels=128),
-    )
-    model, second = MODELS.build(config), MODELS.build(config)
+    model, second = (classifier(3, init_cfg=init_cfg) for _ in range(2))
     model.init_weights()
     assert_holds(model.backbone, state, outnorm3='classifier.norm')
     second.load_state_dict(model.state_dict())
@@ -468,8 +425,7 @@ def test_a_classifier_of_mmpretrain_trains_and_keeps_its_names(classifier_file):
 
 
 def test_a_released_classifier_is_converted_with_its_head(classifier_file, tmp_path, monkeypatch):
-    """By the tool, to a file that a classifier of mmpretrain loads strictly; pickled settings of the run do no harm."""
-    init_default_scope('mmpretrain')
+    """Pickled settings of the run do no harm."""
     path, state = classifier_file
     yacs = types.ModuleType('yacs.config')
     yacs.CfgNode = type('CfgNode', (dict,), {'__module__': 'yacs.config'})
@@ -478,16 +434,11 @@ def test_a_released_classifier_is_converted_with_its_head(classifier_file, tmp_p
     settings = yacs.CfgNode(MODEL=yacs.CfgNode(TYPE='vssm'))
     torch.save(dict(torch.load(path, weights_only=True), config=settings), path)
     allow_training_checkpoints()
-    init_cfg = dict(type='Pretrained', checkpoint=str(path))
-    direct = MODELS.build(dict(type='VMamba', arch=FOUR_STAGES, init_cfg=init_cfg))
+    direct = VMamba(FOUR_STAGES, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
     direct.init_weights()
     assert_holds(direct, state, outnorm3='classifier.norm')
     run_tool('convert_checkpoint', 'vmamba', path, tmp_path / 'converted.pth')
-    head = dict(type='LinearClsHead', num_classes=1000, in_channels=128)
-    backbone = dict(type='VMamba', arch=FOUR_STAGES)
-    model = MODELS.build(
-        dict(type='ImageClassifier', backbone=backbone, neck=dict(type='GlobalAveragePooling'), head=head)
-    )
+    model = classifier(1000)
     load_checkpoint(model, str(tmp_path / 'converted.pth'), strict=True)
     assert_holds(model.backbone, state, outnorm3='classifier.norm')
     assert torch.equal(model.head.fc.weight, state['classifier.head.weight'])
@@ -495,12 +446,9 @@ def test_a_released_classifier_is_converted_with_its_head(classifier_file, tmp_p
 
 
 def test_what_is_no_classifier_is_not_converted(tmp_path):
-    torch.save(dict(model={'conv1.weight': torch.ones(1)}), tmp_path / 'other.pth')
-    assert 'other.pth' in sentence('convert_checkpoint', 'vmamba', tmp_path / 'other.pth', tmp_path / 'converted.pth')
-    assert not (tmp_path / 'converted.pth').exists()
-
-
-# With denoisers
+    source, target = tmp_path / 'other.pth', tmp_path / 'converted.pth'
+    torch.save(dict(model={'conv1.weight': torch.ones(1)}), source)
+    assert 'other.pth' in sentence('convert_checkpoint', 'vmamba', source, target) and not target.exists()
 
 
 def test_every_linear_layer_of_the_blocks_gets_a_denoiser_and_fuses_exactly():
@@ -508,12 +456,8 @@ def test_every_linear_layer_of_the_blocks_gets_a_denoiser_and_fuses_exactly():
     x = image(1, 3, 40, 28)
     report = apply_denoiserep(model, LINEAR, example_input=x)
     assert len(report.layers) == 4 * 3 and not report.skipped and report.order == 'execution'
-    assert [row.name.split('.', 4)[-1] for row in report.layers[:4]] == [
-        'op.in_proj',
-        'op.out_proj',
-        'mlp.fc1',
-        'mlp.fc2',
-    ]
+    first = [row.name.split('.', 4)[-1] for row in report.layers[:4]]
+    assert first == ['op.in_proj', 'op.out_proj', 'mlp.fc1', 'mlp.fc2']
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
             assert isinstance(layer, DenoiseLinear)
@@ -545,9 +489,6 @@ def test_the_factory_builds_it_and_vanilla_weights_load(classifier_file):
     assert verify_fusion(model.double(), example_input=image(2, 3, 32, 48)).differences[0].max_rel < 1e-9
 
 
-# Elsewhere
-
-
 def test_the_fused_backbone_runs_in_onnxruntime(tmp_path):
     model = build(dtype=torch.float32)
     x = image(2, 3, 64, 64, dtype=torch.float32)
@@ -571,32 +512,3 @@ def test_what_scans_on_a_gpu_is_logged_once(kernel, monkeypatch):
         vmamba._log_scan(torch.device('cuda'))
     vmamba._log_scan.cache_clear()
     assert len(lines) == 1 and ('kernel of mamba-ssm' in lines[0]) == (kernel is print)
-
-
-def test_the_benchmark_compares_with_swin_and_with_a_loop(monkeypatch):
-    """Here on small images; a process of its own can unpickle what it is given, and finds the function."""
-
-    def peak_memory(function, model, images):
-        function, args = pickle.loads(pickle.dumps((function, (model, images))))
-        assert function is benchmark.forward and args[1].shape == (2, 3, 32, 32)
-        function(*args)
-        return 50.0 if isinstance(model, VMamba) else 40.0
-
-    monkeypatch.setattr(measure, 'peak_memory', peak_memory)
-    monkeypatch.setattr(benchmark, 'STAGES', ((2, 9),))
-    parser = argparse.ArgumentParser()
-    benchmark.add_arguments(parser)
-    text, figures = benchmark.run(parser.parse_args(['--size', '32', '--batch', '2', '--repeats', '3']))
-    (models,), scans = figures['models'], figures['scans']
-    assert models['batch'] == 2 and models['peak_mib'] == {'VMamba-T': 50.0, 'Swin-T': 40.0}
-    assert [(row['channels'], row['length'], row['backward']) for row in scans] == [(2, 81, False), (2, 81, True)]
-    for row in (models, *scans):
-        assert all(len(seconds) == 3 and min(seconds) > 0 for seconds in row['seconds'].values())
-    ours, swin = (f'{1000 * np.median(models["seconds"][name]):.1f} ms' for name in ('VMamba-T', 'Swin-T'))
-    assert f'| 2 | {ours} | {swin} | ' in text and '| 50 MiB | 40 MiB | 1.25 |' in text
-    assert text.count('| 81 positions, 2 channels, forward') == 2
-
-
-def test_the_loop_of_the_benchmark_is_the_scan():
-    values = [value.detach().double() for value in benchmark.make_scan(3, 100)]
-    assert relative(benchmark.scan_by_loop(*values), selective_scan.selective_scan(*values)) < 1e-10

@@ -4,14 +4,30 @@ import argparse
 import importlib
 import json
 import operator
+import pickle
 import sys
 import time
 
 import pytest
 import torch
 
+from helpers import relative
+from mmdenoiserep.core.utils.randomness import random_images
+from mmdenoiserep.models.selective_scan import selective_scan
 from studies import benchmark
-from studies.benchmarks import calibrate, cost, deployment, fuse, growth, measure, profile, rank, reid_metric, start
+from studies.benchmarks import (
+    calibrate,
+    cost,
+    deployment,
+    fuse,
+    growth,
+    measure,
+    profile,
+    rank,
+    reid_metric,
+    start,
+    vmamba,
+)
 
 SMALL = cost.Shape('mmpretrain::resnet/resnet18_8xb16_cifar10.py', (32, 32), 2)
 MIB = 2**20
@@ -19,14 +35,20 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Measures a small ResNet, and no memory in processes of their own."""
+    """Measures small models, and no memory in processes of their own, to which functions and arguments can be sent."""
+
+    def in_this_process(function, *args, imports=()):
+        function, args = pickle.loads(pickle.dumps((function, args)))
+        return function(*args), 100.0
+
     peak_memory = measure.peak_memory
     monkeypatch.setattr(cost, 'SHAPES', {'small': SMALL})
     monkeypatch.setattr(cost, 'PROCESSES', 1)
     monkeypatch.setattr(profile, 'MODEL', 'small')
     monkeypatch.setattr(growth, 'IMAGES', (32, 64))
     monkeypatch.setattr(growth, 'WIDTHS', (48, 96))
-    monkeypatch.setattr(measure, 'peak_memory', lambda function, *args, imports=(): (function(*args), 100.0)[1])
+    monkeypatch.setattr(vmamba, 'STAGES', ((2, 9),))
+    monkeypatch.setattr(measure, 'peak_memory', lambda *args, **more: in_this_process(*args, **more)[1])
     return peak_memory
 
 
@@ -40,7 +62,6 @@ def test_functions_take_turns_in_an_order_that_reverses():
 
 @pytest.mark.parametrize('initialised', [True, False])
 def test_work_on_a_gpu_is_waited_for(monkeypatch, initialised):
-    """Before the clock starts and before it stops, but only where CUDA is in use."""
     events = []
     monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: initialised)
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda: events.append('wait'))
@@ -67,7 +88,6 @@ def test_statistics():
 
 
 def test_a_denoised_step_is_a_training_step():
-    """The denoisers get gradients, in joint mode beside the model, and in label-free mode alone; nothing moves."""
     for mode in ('joint', 'label_free'):
         each = cost.Run('small', 2, 'default rank', False)
         before = {key: value.clone() for key, value in each.model.named_parameters()}
@@ -95,12 +115,14 @@ def test_both_ways_of_the_metric_agree(monkeypatch):
     [
         (calibrate, ['--size', 32, '--batch', 2, '--repeats', 1], '| ViT-S/16 | domain, one in '),
         (cost, ['--models', 'small', '--repeats', 2], '| small | memory of a joint step |'),
+        (deployment, ['--models', 'resnet_fashion-mnist'], '| resnet_fashion-mnist | onnxruntime | '),
         (fuse, ['--sizes', 8, 17, 34, '--repeats', 1], '| 34 | '),
         (growth, ['--size', 32, '--layers', 1, '--repeats', 1], 'images^'),
         (profile, ['--batch', 2, '--steps', 1, '--rows', 3], '| aten::'),
         (rank, ['--widths', 8, 24, '--vectors', 32, '--repeats', 1], '| 24 | '),
         (reid_metric, ['--size', 20, 40, 4], '| 20 x 40 x 4 | loops |'),
         (start, ['--repeats', 1], '| fuse_checkpoint.py |'),
+        (vmamba, ['--size', 32, '--batch', 2, '--repeats', 3], '| 81 positions, 2 channels, forward'),
     ],
 )
 def test_small_runs(module, words, row, tmp_path):
@@ -108,11 +130,14 @@ def test_small_runs(module, words, row, tmp_path):
     module.add_arguments(parser)
     text, figures = module.run(parser.parse_args([*map(str, words)]))
     assert row in text
+    if module is deployment:  # a fixed batch and torch.export are exact for all models
+        (measured,) = figures['rows']
+        assert len(measured['exports']) == 5 and max(measured['exports'].values()) < 1e-4
+        assert set(measured['int8']) == {'torch', 'onnxruntime'}
     assert json.loads(json.dumps(figures, default=str))
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    """The report and the figures are written, with machine and versions; every benchmark has its name."""
     monkeypatch.setattr(start, 'find_tools', lambda: [start.TOOLS / 'fuse_checkpoint.py'])
     page, file = tmp_path / 'a.md', tmp_path / 'a.json'
     monkeypatch.setattr(sys, 'argv', ['benchmark.py', 'start', '--markdown', str(page), '--json', str(file)])
@@ -122,3 +147,26 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert len(content['seconds']['fuse_checkpoint.py']) == 5
     assert {'processor', 'cores', 'threads', 'torch', 'mmengine', 'mmdet'} <= set(content['machine'])
     assert set(benchmark.NAMES) >= {'reid_metric', 'cost', deployment.__name__.rpartition('.')[2]}
+
+
+def test_the_loop_of_the_benchmark_is_the_scan():
+    values = [value.detach().double() for value in vmamba.make_scan(3, 100)]
+    assert relative(vmamba.scan_by_loop(*values), selective_scan(*values)) < 1e-10
+
+
+@pytest.mark.parametrize('quantiser', [deployment.by_torch, deployment.by_onnxruntime])
+@pytest.mark.parametrize(('strength', 'factor'), [(0.3, 1.6), (0.001, 1.2)])
+def test_int8_costs_the_fused_model_what_it_costs_the_vanilla_one(quantiser, strength, factor):
+    *models, shape = deployment.build_pair('vit_fashion-mnist', strength)
+    with torch.no_grad():
+        fused, vanilla = (quantiser(model, random_images((16, *shape), seed=16)) for model in models)
+    assert fused['int8_bytes'] == vanilla['int8_bytes'] < 0.7 * fused['float32_bytes']
+    assert 0 < vanilla['error'] < 0.05
+    assert 1 / factor < fused['error'] / vanilla['error'] < factor
+
+
+def test_a_failing_exporter_is_named():
+    def fails(wide):
+        raise NotImplementedError(wide)
+
+    assert deployment.attempt(fails, True) == 'NotImplementedError'

@@ -1,9 +1,7 @@
 """Tests of studies/study.py: its statistics on made-up logs, and one small run of everything."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from helpers import ROOT
 from mmdenoiserep.core import InputError
 from studies import study, study_report
+from tools_helpers import run_process, run_tool
 
 NOTE = dict(
     command='python -m studies.study --jobs 3',
@@ -31,7 +30,6 @@ def write_log(path, *entries):
 
 
 def write_run(folder, metrics, losses=(0.0101, 0.0099)):
-    """Writes the logs of one experiment and seed; ``metrics`` has one dict a stage."""
     for stage, logged in zip(study_report.STAGES, metrics, strict=True):
         if stage.endswith('fused'):
             write_log(folder / stage / 'time/time.json', logged)
@@ -75,32 +73,30 @@ def test_paired_differences():
 
 
 @pytest.mark.parametrize(
-    ('after', 'verdict'),
+    ('after', 'before', 'step', 'verdict'),
     [
-        ([81.0, 82.1, 82.9], 'higher'),
-        ([79.0, 79.9, 81.1], 'lower'),
-        ([80.0, 81.0, 82.0], 'no effect within noise'),
-        ([81.0, 81.0, 82.5], 'no effect within noise'),
+        ([81.0, 82.1, 82.9], [80.0, 81.0, 82.0], 0.0, 'higher'),
+        ([79.0, 79.9, 81.1], [80.0, 81.0, 82.0], 0.0, 'lower'),
+        ([80.0, 81.0, 82.0], [80.0, 81.0, 82.0], 0.0, 'no effect within noise'),
+        ([81.0, 81.0, 82.5], [80.0, 81.0, 82.0], 0.0, 'no effect within noise'),
+        ([10.1, 20.1, 30.1], [10.0, 20.0, 30.0], 0.1, 'no effect within noise'),
+        ([10.1, 20.1, 30.1], [10.0, 20.0, 30.0], 0.01, 'higher'),
+        ([90.0], [80.0], 0.0, 'no effect within noise'),
     ],
 )
-def test_verdicts(after, verdict):
-    assert study_report.Paired(after, [80.0, 81.0, 82.0]).verdict == verdict
+def test_verdicts(after, before, step, verdict):
+    pair = study_report.Paired(after, before, **(dict(step=step) if step else {}))
+    assert pair.verdict == verdict
+    if len(after) == 1:
+        assert pair.interval == '-inf to +inf' and study_report.spread(after) == '90.00'
 
 
 def test_rounding_is_no_certainty():
     """Three equal differences of values rounded to 0.1: the deviation is at least 0.1 / sqrt(6)."""
-    equal = [10.1, 20.1, 30.1], [10.0, 20.0, 30.0]
-    assert study_report.Paired(*equal, step=0.1).margin == pytest.approx(4.3027 * 0.1 / 6**0.5 / 3**0.5, rel=1e-4)
-    assert study_report.Paired(*equal, step=0.1).verdict == 'no effect within noise'
-    assert study_report.Paired(*equal, step=0.01).verdict == 'higher'
+    equal = study_report.Paired([10.1, 20.1, 30.1], [10.0, 20.0, 30.0], step=0.1)
+    assert equal.margin == pytest.approx(4.3027 * 0.1 / 6**0.5 / 3**0.5, rel=1e-4)
     wide = study_report.Paired([51.0, 51.0, 53.0], [50.0, 51.0, 51.0], step=0.1)
     assert wide.margin == pytest.approx(4.3027 / 3**0.5, rel=1e-4), 'a larger deviation counts as it is'
-
-
-def test_one_seed_says_nothing():
-    pair = study_report.Paired([90.0], [80.0])
-    assert pair.verdict == 'no effect within noise' and pair.interval == '-inf to +inf'
-    assert study_report.spread([90.0]) == '90.00'
 
 
 def test_reading_the_logs(logs):
@@ -116,7 +112,6 @@ def test_reading_the_logs(logs):
 
 
 def test_the_page(logs, tmp_path, monkeypatch, capsys):
-    """--report writes tables and words between the markers, and leaves the rest of the page alone."""
     page = tmp_path / 'page.md'
     page.write_text('before\n<!-- results: begin -->\nold\n<!-- results: end -->\nafter\n')
     for _ in range(2):
@@ -154,7 +149,6 @@ def test_bad_pages_and_folders(logs, tmp_path, monkeypatch):
 
 
 def test_one_seed_of_one_experiment(tmp_path):
-    """In a folder that looks like a clone, on the shipped images: everything is run once, and the page is written."""
     for name in ('configs', 'tools', 'studies', 'demo'):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / 'docs').mkdir()
@@ -162,15 +156,11 @@ def test_one_seed_of_one_experiment(tmp_path):
     options = ['--experiments', 'resnet', '--seeds', '0', '--jobs', '1']
     small = ['--cfg-options', 'train_cfg.max_iters=3', 'default_hooks.logger.interval=1']
 
-    def tool(name, *arguments, code=0):
-        command = [sys.executable, '-m', f'studies.{name}', *arguments]
-        environment = {**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1'}
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, env=environment)
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
+    def repeat(*arguments, code=0):
+        return run_process('study', *options, *arguments, cwd=tmp_path, code=code)
 
-    tool('prepare_fashion_mnist', '--source', 'demo/fashion-mnist')
-    printed = tool('study', *options, *small)
+    run_tool('prepare_fashion_mnist', '--source', 'demo/fashion-mnist', cwd=tmp_path)
+    printed = repeat(*small)
     assert printed.count('=== done in') == 8
     text = (tmp_path / 'docs/study.md').read_text()
     assert '| ResNet | fashion-mnist | 8,000 | 3 + 3 | 0 |' in text and '| ResNet | top-1 | ' in text
@@ -185,10 +175,10 @@ def test_one_seed_of_one_experiment(tmp_path):
     converted = {name for name in before if re.fullmatch(r'backbone\..*conv\d\.weight|.*downsample\.0\.weight', name)}
     assert changed and changed <= converted, 'without labels, only what the denoisers are folded into has changed'
 
-    assert '=== done in' not in tool('study', *options, *small), 'finished steps are not run again'
-    assert 'is from another command' in tool('study', *options, code=1)
+    assert '=== done in' not in repeat(*small), 'finished steps are not run again'
+    assert 'is from another command' in repeat(code=1)
     (folder / 'label-free-fused.json').unlink()
-    assert tool('study', *options, *small).count('=== done in') == 1, 'only what is missing'
+    assert repeat(*small).count('=== done in') == 1, 'only what is missing'
     bad = ['--work-dir', 'work_dirs/bad', '--cfg-options', 'nonsense']
-    printed = tool('study', *options, *bad, code=1)
+    printed = repeat(*bad, code=1)
     assert 'failed with exit code 1, see work_dirs/bad/resnet/seed_0/baseline.log' in printed.splitlines()[-1]

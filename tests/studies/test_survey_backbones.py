@@ -1,8 +1,6 @@
 """Tests of DenoiseRep on every backbone class of mmdet, mmseg and mmpretrain, and of the page about them."""
 
 import re
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
@@ -25,6 +23,7 @@ from studies.survey_backbones import (
     survey_apart,
     versions,
 )
+from tools_helpers import run_process, sentence
 
 CLASSES = [f'{library}.{name}' for library in LIBRARIES for name in backbone_classes(library)]
 
@@ -81,7 +80,6 @@ FAST = {
 
 @pytest.mark.parametrize('kind', [pytest.param(k, marks=[] if k in FAST else pytest.mark.slow) for k in CLASSES])
 def test_backbone(kind):
-    """It is built, converted and exact in float64, with denoisers that change its output; or the reason is known."""
     row = survey(*kind.split('.'))
     if kind in NOT_BUILT:
         assert row.result == 'not built'
@@ -102,11 +100,8 @@ def test_backbone(kind):
 
 
 def test_no_class_is_forgotten():
-    """All classes of the registries are surveyed, and every exception names one of them."""
     counts = Counter(kind.partition('.')[0] for kind in CLASSES)
-    assert counts['mmdet'] >= 20
-    assert counts['mmseg'] >= 31
-    assert counts['mmpretrain'] >= 65
+    assert counts['mmdet'] >= 20 and counts['mmseg'] >= 31 and counts['mmpretrain'] >= 65
     assert set().union(ARGUMENTS, NOT_BUILT, NO_LAYER, FAST, SKIPPED) <= set(CLASSES)
 
 
@@ -119,48 +114,35 @@ def test_a_wrong_fusion_is_seen(monkeypatch):
 
 
 def test_denoisers_without_effect_prove_nothing(monkeypatch):
-    """Denoisers that stay at zero fuse exactly; that is no result."""
     monkeypatch.setattr(survey_backbones, 'randomise', lambda backbone: backbone)
     row = survey('mmpretrain', 'LeNet5')
     assert (row.result, row.effect, row.difference) == ('no effect', 0, 0)
 
 
 def test_failures_are_rows():
-    """What happens in the process of one class becomes its row."""
     row = survey_apart('mmpretrain', 'LeNet5', timeout=0)
     assert (row.result, row.note) == ('crash', 'no result within 0 seconds')
     row = survey_apart('mmnothing', 'LeNet5', timeout=600)
     assert (row.result, row.note) == ('crash', "ModuleNotFoundError: No module named 'mmnothing'")
 
 
-def run(*args):
-    command = [sys.executable, '-m', 'studies.survey_backbones', *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
 def test_part_of_the_survey():
-    """It is printed with its summary, and the page stays as it is."""
     before = PAGE.read_bytes()
-    result = run('--library', 'mmseg', '--only', 'InterpConv', 'DeconvModule')
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert lines[0] == (
+    shown = run_process('survey_backbones', '--library', 'mmseg', '--only', 'InterpConv', 'DeconvModule', cwd=ROOT)
+    assert (
         '2 classes, 2 of them built: 1 exact, 0 wrong, 0 no effect, 0 crash, 1 no layer; '
-        '1 of 2 (50.0%) have at least one denoised layer.'
-    )
-    assert [row.name for row in read(result.stdout)] == ['DeconvModule', 'InterpConv']
+        '1 of 2 (50.0%) have at least one denoised layer.\n'
+    ) in shown
+    assert [row.name for row in read(shown)] == ['DeconvModule', 'InterpConv']
     assert PAGE.read_bytes() == before
 
 
 def test_unknown_class():
-    """One sentence names it."""
-    result = run('--library', 'mmdet', '--only', 'ResNet', 'ResNett')
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == 'survey_backbones: mmdet registers no backbone ResNett'
+    said = sentence('survey_backbones', '--library', 'mmdet', '--only', 'ResNet', 'ResNett')
+    assert said == 'mmdet registers no backbone ResNett'
 
 
 def read(text):
-    """Returns the rows of a table."""
     rows = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip('|').split('|')]
@@ -173,18 +155,14 @@ def read(text):
 
 
 def test_page():
-    """Its summary agrees with its own table, and every result with its figures."""
     text = PAGE.read_text()
     rows = read(text)
     assert f'**{summary(rows)}**' in text
     for row in rows:
-        kind = f'{row.library}.{row.name}'
-        assert row.result in ('exact', 'no layer', 'not built'), kind
-        assert (row.result == 'exact') == (row.converted > 0), kind
-        assert bool(row.note) == (row.result != 'exact'), kind
-        assert (row.difference is not None) == (row.result == 'exact'), kind
-        if row.result == 'exact':
-            assert row.difference <= TOLERANCE < row.effect, kind
+        exact = row.result == 'exact'
+        assert exact or row.result in ('no layer', 'not built'), row
+        assert exact == (row.converted > 0) == (row.difference is not None) == (not row.note), row
+        assert not exact or row.difference <= TOLERANCE < row.effect, row
     assert {f'{row.library}.{row.name}' for row in rows if row.result == 'no layer'} == set(NO_LAYER)
     built = [row for row in rows if row.result != 'not built']
     assert sum(row.converted > 0 for row in built) >= 0.95 * len(built)
@@ -192,5 +170,4 @@ def test_page():
 
 @pytest.mark.skipif(versions() not in PAGE.read_text(), reason='the page was written with other versions')
 def test_page_has_every_class():
-    """In the order of the registries."""
     assert [f'{row.library}.{row.name}' for row in read(PAGE.read_text())] == CLASSES

@@ -12,11 +12,10 @@ from mmengine.registry import MODELS, DefaultScope
 
 import mmdenoiserep  # noqa: F401
 from helpers import ROOT, randomise
-from mmdenoiserep.apis import calibration
 from mmdenoiserep.apis.config import load_config
 from mmdenoiserep.apis.images import Batches, open_images
 from mmdenoiserep.apis.model import build_model
-from mmdenoiserep.core import CheckpointError, Moments, fingerprint, load_moments, safe_fit, save_moments
+from mmdenoiserep.core import Moments, load_moments
 from mmdenoiserep.core.files.fused import STAMP
 from tools_helpers import find_tool, python, run_tool, sentence
 
@@ -33,12 +32,10 @@ CONFIGS = [
 ]
 
 
-def write_articles(folder, images, split):
+def write_articles(folder, images, prefix):
     """Writes grey images, (N, 28, 28), as Fashion-MNIST's files, with labels in turn."""
     folder.mkdir(parents=True, exist_ok=True)
-    prefix = dict(train='train', test='t10k')[split]
-    count = len(images).to_bytes(4, 'big')
-    side = (28).to_bytes(4, 'big')
+    count, side = (number.to_bytes(4, 'big') for number in (len(images), 28))
     (folder / f'{prefix}-images-idx3-ubyte').write_bytes(b'\0\0\x08\x03' + count + side + side + images.tobytes())
     labels = (np.arange(len(images)) % 10).astype(np.uint8)
     (folder / f'{prefix}-labels-idx1-ubyte').write_bytes(b'\0\0\x08\x01' + count + labels.tobytes())
@@ -53,10 +50,9 @@ def work(tmp_path_factory):
     articles = np.frombuffer(idx, np.uint8, offset=16).reshape(-1, 28, 28)[:160]
     noise = np.random.default_rng(0).normal(0, 40, articles.shape)
     write_articles(data / 'fashion-mnist', articles[:100], 'train')
-    write_articles(data / 'fashion-mnist', (articles * 0.8 + noise).clip(0, 255).astype(np.uint8)[100:], 'test')
-    source = ['--source', ROOT / 'demo/fashion-mnist']
-    run_tool('make_scenes', data / 'scenes', '--train', 24, '--val', 12, *source)
-    run_tool('make_reid', data / 'fashion-reid', '--ids', 6, '--test-ids', 4, *source)
+    write_articles(data / 'fashion-mnist', (articles * 0.8 + noise).clip(0, 255).astype(np.uint8)[100:], 't10k')
+    run_tool('make_scenes', data / 'scenes', '--train', 24, '--val', 12)
+    run_tool('make_reid', data / 'fashion-reid', '--ids', 6, '--test-ids', 4)
     for folder in (data / 'scenes/images/validation', data / 'fashion-reid/query'):
         for i, path in enumerate(sorted(folder.iterdir())):
             image = cv2.imread(str(path))
@@ -70,17 +66,12 @@ def in_work(work, monkeypatch):
     monkeypatch.chdir(work)
 
 
-def build(name):
-    """Returns the model of a small config."""
-    return build_model(load_config(DEMO / f'{name}.py'))
-
-
 def checkpoint(name):
     """Returns the path of a vanilla checkpoint with random weights and statistics, written once."""
     path = Path(f'{name}.pth').absolute()
     if not path.exists():
         torch.manual_seed(0)
-        model = randomise(build(name))
+        model = randomise(build_model(load_config(DEMO / f'{name}.py')))
         for module in model.modules():  # trained ones are not zero, and not one
             if isinstance(module, torch.nn.LayerNorm):
                 torch.nn.init.normal_(module.weight, 1, 0.2)
@@ -99,7 +90,6 @@ def source(name):
 
 
 def fit(name, output, *args):
-    """Fits a model to its test images and returns the path of the file."""
     files = DEMO / f'{name}.py', checkpoint(name), output
     run_tool('calibrate', 'domain', *files, '--source', source(name), '--verify', *args)
     return output
@@ -107,9 +97,6 @@ def fit(name, output, *args):
 
 def state_of(path):
     return torch.load(path, weights_only=True)['state_dict']
-
-
-# Every kind of model
 
 
 def test_a_model_whose_state_dict_leaves_weights_out_is_refused(tmp_path):
@@ -145,7 +132,7 @@ def test_a_domain_fit_brings_the_first_features_home_in_the_unchanged_config(nam
     assert heads and all(torch.equal(before['state_dict'][key], after['state_dict'][key]) for key in heads)
 
     # The first layer, a convolution, must give the moments of the training domain on the images it was fitted to.
-    model = build(name)
+    model = build_model(load_config(DEMO / f'{name}.py'))
     model.load_state_dict(after['state_dict'])
     first, stem = next((n, m) for n, m in model.backbone.named_modules() if isinstance(m, torch.nn.Conv2d))
     seen, (training, _) = [], load_moments(source(name))
@@ -206,9 +193,6 @@ def test_images_of_different_sizes_take_a_pass_for_each_layer(tmp_path, capsys):
     assert 'on 4 images in 18 passes' in capsys.readouterr().out
 
 
-# Schedule mode
-
-
 def test_schedule_mode_writes_a_denoised_checkpoint_that_fuses(tmp_path, capsys):
     name, output = 'vit_fashion-mnist', tmp_path / 'denoised.pth'
     config = DEMO / f'{name}_denoiserep.py'
@@ -230,34 +214,13 @@ def test_schedule_mode_writes_a_denoised_checkpoint_that_fuses(tmp_path, capsys)
     assert 'fused already' in sentence('calibrate', 'schedule', config, tmp_path / 'fused.pth', tmp_path / 'no.pth')
 
 
-def test_a_domain_fit_folds_denoisers_first(tmp_path, capsys):
-    name, denoised = 'vit_fashion-mnist', tmp_path / 'denoised.pth'
+def test_a_domain_fit_folds_denoisers_first(tmp_path):
+    name, denoised, moments = 'vit_fashion-mnist', tmp_path / 'denoised.pth', tmp_path / 'moments.pth'
     config = DEMO / f'{name}_denoiserep.py'
     run_tool('calibrate', 'schedule', config, checkpoint(name), denoised)
-    run_tool('calibrate', 'moments', config, denoised, tmp_path / 'moments.pth')
-    run_tool('calibrate', 'domain', config, denoised, tmp_path / 'out.pth', '--source', tmp_path / 'moments.pth')
+    run_tool('calibrate', 'moments', config, denoised, moments)
+    run_tool('calibrate', 'domain', config, denoised, tmp_path / 'out.pth', '--source', moments)
     assert state_of(tmp_path / 'out.pth').keys() == state_of(checkpoint(name)).keys()
-
-
-# Safe by default
-
-
-def test_layers_that_the_first_image_does_not_reach_have_no_flow():
-    layer = torch.nn.Sequential(torch.nn.Linear(3, 2))
-    assert calibration.measure_activations(layer, ['0'], torch.ones(1, 3)) == [
-        calibration.ActivationSize(3, 1, 12),
-        calibration.ActivationSize(2, 1, 8),
-    ]
-    assert calibration.choose_every([], 100) == 16 and calibration.fits_memory([], 100, 0.0)
-
-
-def test_what_is_safe_depends_on_the_images():
-    layers = ['a', 'b', 'c']
-    first = dict(layers=('a',), fit='covariance', rank=None, prior=16.0)
-    assert safe_fit(layers, 100_000) == first == safe_fit(layers, 31, representative=True)
-    assert safe_fit(layers, 32, True) == dict(layers=('a', 'b'), fit='full', rank=None, prior=16.0)
-    assert safe_fit(layers, 511, True)['layers'] == ('a', 'b')
-    assert safe_fit(layers, 512, True) == dict(layers=('a', 'b', 'c'), fit='full', rank=64, prior=0.0)
 
 
 def test_only_the_first_layer_changes_unless_the_images_are_representative(tmp_path, capsys):
@@ -294,9 +257,6 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert 'patch_embed.projection' in shown and 'nothing was written' in shown
     assert not list(tmp_path.iterdir())
-
-
-# Bad input
 
 
 def test_no_plot_is_written_among_the_images(tmp_path):
@@ -355,53 +315,9 @@ def test_files_that_do_not_belong_together(tmp_path):
     ],
 )
 def test_arguments_that_make_no_sense(args, capsys):
-    """Among them options that the mode would ignore, and two files under one name."""
     with pytest.raises(SystemExit) as stopped:
         run_tool('calibrate', *args.split())
     assert stopped.value.code == 2 and 'usage' in capsys.readouterr().err
-
-
-# Files of moments
-
-
-def test_moments_come_back_from_their_file(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    moments = {f'{g}': Moments.of(torch.randn(g, 5, 40, generator=generator) + 3) for g in (1, 3)}
-    save_moments(moments, tmp_path / 'm.pth', dict(images=40))
-    loaded, meta = load_moments(tmp_path / 'm.pth')
-    assert meta == dict(images=40) and loaded.keys() == moments.keys()
-    for name, seen in moments.items():
-        assert loaded[name].count == 40
-        torch.testing.assert_close(loaded[name].mean, seen.mean)
-        torch.testing.assert_close(loaded[name].covariance, seen.covariance, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize(
-    'change',
-    [dict(mean=torch.zeros(1, 4)), dict(covariance=None), dict(count=0 / torch.zeros(())), dict(count=-5)],
-)
-def test_damaged_files_of_moments_are_refused(change, tmp_path):
-    save_moments({'fc': Moments.of(torch.randn(1, 5, 40))}, tmp_path / 'm.pth', {})
-    content = torch.load(tmp_path / 'm.pth', weights_only=True)
-    content['moments']['fc'] |= change
-    torch.save(content, tmp_path / 'm.pth')
-    with pytest.raises(CheckpointError, match='no usable moments of fc'):
-        load_moments(tmp_path / 'm.pth')
-
-
-def test_a_fingerprint_knows_names_and_values():
-    state = dict(a=torch.ones(3), b=torch.zeros((), dtype=torch.int64), c=torch.ones(2, dtype=torch.bfloat16))
-    assert fingerprint(state) == fingerprint(dict(reversed(state.items())))
-    changed = [
-        state | dict(a=torch.tensor([1.0, 1.0, 1.0000001])),
-        state | dict(d=torch.ones(1)),
-        dict(list(state.items())[1:]),
-    ]
-    assert len({fingerprint(s) for s in [state, *changed]}) == 4
-    assert fingerprint(state | {'head._extra_state': dict(scale=2)}) == fingerprint(state)
-
-
-# Several processes
 
 
 def test_two_processes_gather_what_one_does(tmp_path):

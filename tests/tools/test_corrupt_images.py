@@ -53,7 +53,6 @@ def test_an_output_is_replaced_only_when_asked_for(images, tmp_path):
 
 
 def test_seeds_and_images_share_no_noise(tmp_path):
-    """All images are equal, so equal files have equal noise."""
     (tmp_path / 'images').mkdir()
     for i in range(4):
         cv2.imwrite(str(tmp_path / f'images/{i}.png'), np.full((16, 16), 128, np.uint8))

@@ -16,8 +16,6 @@ from mmdenoiserep import apply_denoiserep, fuse_checkpoint, fuse_model
 from mmdenoiserep.apis.config import load_config
 from mmdenoiserep.apis.export import Deployed, largest_difference
 from mmdenoiserep.apis.model import build_model
-from mmdenoiserep.core.utils.randomness import random_images
-from studies.benchmarks import deployment as benchmark
 from tools_helpers import run_tool, sentence
 
 DEMO = ROOT / 'configs/demo'
@@ -25,7 +23,6 @@ SIDES = {'segformer_mit_scenes': 64, 'mask-rcnn_swin_scenes': 64}
 
 
 def build(config):
-    """Returns the model of a config with random weights and statistics."""
     torch.manual_seed(0)
     return randomise(build_model(load_config(config)))
 
@@ -73,7 +70,6 @@ def run(model, name, images):
     ],
 )
 def test_onnxruntime_gives_what_the_denoised_model_gives(name, dynamic, models, tmp_path, capsys):
-    """Logits, or the five maps of a detector's neck; those of the vanilla model are others."""
     vanilla, denoised, fused = models(name)
     side = SIDES.get(name, 28)
     options = ['--size', side, side, *(['--dynamic-batch'] if dynamic else [])]
@@ -92,7 +88,6 @@ def test_onnxruntime_gives_what_the_denoised_model_gives(name, dynamic, models, 
 
 
 def test_the_graph_is_that_of_the_vanilla_model(models, tmp_path):
-    """The same operators in the same order, and constants of the same names, types and shapes."""
     *_, fused = models('vit_fashion-mnist')
     graphs = []
     for path in (fused, Path(str(fused).replace('_fused', '_vanilla'))):
@@ -124,7 +119,6 @@ model = dict(
 
 
 def test_what_one_exporter_lacks_the_other_has(tmp_path, capfd):
-    """Pooling to sizes that do not divide the map: one sentence names it, without a picture of the whole graph."""
     config, checkpoint = tmp_path / 'psp.py', tmp_path / 'psp.pth'
     config.write_text(PYRAMID)
     torch.save(dict(state_dict=build(config).state_dict()), checkpoint)
@@ -138,23 +132,23 @@ def test_what_one_exporter_lacks_the_other_has(tmp_path, capfd):
 
 
 def test_bad_input_ends_in_one_sentence(models, tmp_path):
-    """And nothing is written."""
     config = DEMO / 'vit_fashion-mnist.py'
     *_, fused = models('vit_fashion-mnist')
     unfused = Path(str(fused).replace('_fused', ''))
-    output = tmp_path / 'out.onnx'
-    assert f'tools/fuse_checkpoint.py {unfused} ' in sentence('export_onnx', config, unfused, output)
-    assert 'does not exist' in sentence('export_onnx', config, tmp_path / 'none.pth', output)
-    assert 'does not fit' in sentence('export_onnx', DEMO / 'resnet_fashion-mnist.py', fused, output)
-    assert 'must end with .onnx' in sentence('export_onnx', config, fused, tmp_path / 'out.pth')
-    assert not list(tmp_path.iterdir())
-    output.write_text('mine')
-    assert 'exists' in sentence('export_onnx', config, fused, output)
-    assert output.read_text() == 'mine'
+    output, taken = tmp_path / 'out.onnx', tmp_path / 'taken.onnx'
+    taken.write_text('mine')
+    for words, *args in (
+        (f'tools/fuse_checkpoint.py {unfused} ', config, unfused, output),
+        ('does not exist', config, tmp_path / 'none.pth', output),
+        ('does not fit', DEMO / 'resnet_fashion-mnist.py', fused, output),
+        ('must end with .onnx', config, fused, tmp_path / 'out.pth'),
+        ('exists', config, fused, taken),
+    ):
+        assert words in sentence('export_onnx', *args)
+    assert list(tmp_path.iterdir()) == [taken] and taken.read_text() == 'mine'
 
 
 def test_a_slip_in_the_model_of_the_user_keeps_its_traceback(tmp_path):
-    """What torch or the exporter cannot do is a sentence."""
     (tmp_path / 'config.py').write_text(
         "default_scope = 'mmpretrain'\nmodel = dict(type='ImageClassifier', backbone=dict(type='OwnSlip'))\n"
     )
@@ -177,7 +171,6 @@ class OwnSlip(nn.Module):
 
 
 def test_differences_are_over_the_largest_output():
-    """The worst of all outputs counts, and NaN is no agreement."""
     outputs = [torch.tensor([1.0, -4.0]), torch.tensor([100.0])]
     assert largest_difference(outputs, outputs) == 0
     assert largest_difference([outputs[0] + 0.5, outputs[1] + 1], outputs) == 0.125
@@ -188,7 +181,6 @@ def test_differences_are_over_the_largest_output():
     'name', ['vit_fashion-mnist', 'resnet_fashion-mnist', 'swin_fashion-mnist', 'segformer_mit_scenes']
 )
 def test_torch_export_of_the_fused_model_is_that_of_the_vanilla_one(name, models):
-    """The same operators in the same order, the same parameters and buffers; and it computes what unfused does."""
     vanilla, denoised, _ = models(name)
     images = images_of(name, 2)
     programs = [torch.export.export(Deployed(model), (images,)) for model in (fuse_model(denoised), vanilla)]
@@ -200,33 +192,3 @@ def test_torch_export_of_the_fused_model_is_that_of_the_vanilla_one(name, models
         outputs = [p.module()(images)[0] for p in programs]
     (expected,) = run(denoised, name, images)
     assert relative(outputs[0], expected) < 1e-4 and relative(outputs[1], expected) > 1e-2
-
-
-@pytest.mark.parametrize('quantiser', [benchmark.by_torch, benchmark.by_onnxruntime])
-@pytest.mark.parametrize(('strength', 'factor'), [(0.3, 1.6), (0.001, 1.2)])
-def test_int8_costs_the_fused_model_what_it_costs_the_vanilla_one(quantiser, strength, factor):
-    """The same size to the byte, and about the same error: the weaker the denoisers, the closer."""
-    *models, shape = benchmark.build_pair('vit_fashion-mnist', strength)
-    with torch.no_grad():
-        fused, vanilla = (quantiser(model, random_images((16, *shape), seed=16)) for model in models)
-    assert fused['int8_bytes'] == vanilla['int8_bytes'] < 0.7 * fused['float32_bytes']
-    assert 0 < vanilla['error'] < 0.05
-    assert 1 / factor < fused['error'] / vanilla['error'] < factor
-
-
-def test_the_benchmark_measures_exporters_and_int8():
-    """Here of one model; a fixed batch and torch.export are exact for all of them."""
-    parser = benchmark.argparse.ArgumentParser()
-    benchmark.add_arguments(parser)
-    text, figures = benchmark.run(parser.parse_args(['--models', 'resnet_fashion-mnist']))
-    (row,) = figures['rows']
-    assert row['image'] == (1, 28, 28) and len(row['exports']) == 5 and max(row['exports'].values()) < 1e-4
-    assert set(row['int8']) == {'torch', 'onnxruntime'}
-    assert '| resnet_fashion-mnist | 1 x 28 x 28 | ' in text and '| resnet_fashion-mnist | onnxruntime | ' in text
-
-
-def test_a_failing_exporter_is_named():
-    def fails(wide):
-        raise NotImplementedError(wide)
-
-    assert benchmark.attempt(fails, True) == 'NotImplementedError'

@@ -51,14 +51,6 @@ def fuzz(count, check, **strategies):
     assert seen >= count
 
 
-def test_there_are_two_thousand_inputs():
-    """Each test makes sure of its own number."""
-    assert sum(map(sum, (d.values() for d in (COUNTS, CONFIGS, OPTIONS, CHECKPOINTS)))) >= 2000
-
-
-# Malformed checkpoints
-
-
 class Payload:
     """Calls a function when it is unpickled."""
 
@@ -72,25 +64,17 @@ class Payload:
         return self.call
 
 
+def nested(depth, wide=False):
+    """Lists in lists; a copy of wide ones has ``2 ** depth`` items, and a file a few bytes."""
+    value = []
+    for _ in range(depth):
+        value = [value, value] if wide else [value]
+    return value
+
+
 def knot():
-    """A list that holds itself."""
     value = []
     value.append(value)
-    return value
-
-
-def nested(depth):
-    value = []
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
-def doubled(depth):
-    """A list of which a copy has ``2 ** depth`` items, and a file a few bytes."""
-    value = []
-    for _ in range(depth):
-        value = [value, value]
     return value
 
 
@@ -110,7 +94,7 @@ ODD = {
     'mixed': lambda: {1: torch.zeros(1), 'a': torch.zeros(1)},
     'knot': knot,
     'deep': lambda: nested(2000),
-    'doubled': lambda: doubled(60),
+    'doubled': lambda: nested(60, wide=True),
     'scalar': lambda: torch.zeros(()),
     'empty': lambda: torch.zeros(0),
     'one': lambda: torch.zeros(1),
@@ -162,11 +146,25 @@ def places(content, path=()):
             yield from places(value, (*path, key))
 
 
-def is_usual(value):
-    """Whether a value is a small tensor that every operation takes."""
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
-        return False
-    return value.dtype in (torch.float32, torch.int64) and value.numel() < 2**20
+def entry(draw, content, ways=()):
+    """Draws an entry of nested dicts and lists: its owner and its key, or one of some other ways."""
+    *way, key = draw(st.sampled_from([*ways, *places(content)]))
+    for part in way:
+        content = content[part]
+    return content, key
+
+
+def spoil_tensor(draw, what, value):
+    """Draws another shape, or values that are not usual, for a small tensor that every operation takes, or None."""
+    usual = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
+    if not usual or value.dtype not in (torch.float32, torch.int64) or value.numel() >= 2**20:
+        return None
+    if what == 'reshape' and value.dim():
+        views = [value[:, None], value[..., :0], value[None], value.flatten(), value.expand(2, *value.shape)]
+        return draw(st.sampled_from(views))
+    if what == 'spoil' and value.is_floating_point():
+        return value * draw(st.sampled_from([torch.nan, torch.inf, -0.0, 1e38, 1e-45]))
+    return None
 
 
 @st.composite
@@ -175,26 +173,18 @@ def spoiled_contents(draw, content, marker):
     odd = st.sampled_from(sorted(ODD)).map(lambda name: ODD[name]()) | st.sampled_from(payloads(marker))
     content = copy.deepcopy(content)
     for _ in range(draw(st.integers(1, 3))):
-        *way, key = draw(st.sampled_from([(), *places(content)])) or (None,)
+        owner, key = entry(draw, content, ways=[(None,)])
         if key is None:
             return draw(odd)
-        owner = content
-        for step in way:
-            owner = owner[step]
         what = draw(st.sampled_from(['replace', 'replace', 'replace', 'remove', 'rename', 'reshape', 'spoil']))
-        value = owner[key]
         if what == 'remove':
             del owner[key]
         elif what == 'rename' and isinstance(owner, dict):
             name = draw(st.text() | st.sampled_from(['\ud800', '', 'a\nb\x1b[1m', 'module.x', 5, None, ('t',)]))
             owner[name if draw(st.booleans()) or not isinstance(name, str) else f'{name}{key}'] = owner.pop(key)
-        elif what == 'reshape' and is_usual(value) and value.dim():
-            views = [value[:, None], value[..., :0], value[None], value.flatten(), value.expand(2, *value.shape)]
-            owner[key] = draw(st.sampled_from(views))
-        elif what == 'spoil' and is_usual(value) and value.is_floating_point():
-            owner[key] = value * draw(st.sampled_from([torch.nan, torch.inf, -0.0, 1e38, 1e-45]))
         else:
-            owner[key] = draw(odd)
+            spoiled = spoil_tensor(draw, what, owner[key])
+            owner[key] = draw(odd) if spoiled is None else spoiled
         if not any(places(content)):
             break
     return content
@@ -255,7 +245,6 @@ def spoiled_archives(draw, whole):
 
 
 def saved(content, zipped):
-    """Returns the bytes of a file with this content."""
     file = io.BytesIO()
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
     return file.getvalue()
@@ -275,7 +264,6 @@ def try_saving(content, zipped):
 
 
 def spoiled_files(content, marker):
-    """Bytes of malformed checkpoints."""
     archive, legacy = saved(content, True), saved(content, False)
     made = st.builds(try_saving, spoiled_contents(content, marker), st.booleans())
     return made | made | spoiled_archives(archive) | spoiled_bytes(archive) | spoiled_bytes(legacy)
@@ -290,21 +278,25 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
-    """A small model with its files."""
     return make_small(tmp_path_factory.mktemp('small'))
 
 
 def fuzz_files(name, tool, arguments, content, work):
-    """Gives a tool that rewrites a checkpoint malformed ones."""
+    source, target = work[0] / 'in.pth', work[0] / 'out.pth'
+    command = Command(tool, [*arguments, source, target], target, read_checkpoint)
+    fuzz_command(COUNTS[name], command, source, content, work)
+
+
+def fuzz_command(count, command, source, content, work):
+    """Runs a command while one of the files that it reads is malformed."""
     folder, marker = work
-    source, target = folder / 'in.pth', folder / 'out.pth'
 
     def check(file):
         source.write_bytes(file)
-        survive(folder, Command(tool, [*arguments, source, target], target, read_checkpoint))
+        survive(folder, command)
         assert not marker.exists(), 'code of the file ran'
 
-    fuzz(COUNTS[name], check, file=spoiled_files(content, marker))
+    fuzz(count, check, file=spoiled_files(content, marker))
 
 
 def test_fuse_checkpoint(work):
@@ -317,16 +309,26 @@ def test_fuse_checkpoint(work):
     fuzz_files('fuse', 'fuse_checkpoint', [], content, work)
 
 
-def test_convert_checkpoint_transreid(work):
-    names = ['cls_token', 'pos_embed', 'patch_embed.proj.weight', 'blocks.0.norm1.weight', 'head.x', 'norm.bias']
-    content = dict(teacher={f'module.backbone.{name}': torch.ones(2) for name in names}, epoch=3)
-    fuzz_files('transreid', 'convert_checkpoint', ['transreid'], content, work)
-
-
-def test_convert_checkpoint_vmamba(work):
-    names = ['patch_embed.0.weight', 'classifier.norm.weight', 'classifier.head.weight', 'layers.0.blocks.0.x']
-    content = dict(model={name: torch.ones(2) for name in names})
-    fuzz_files('vmamba', 'convert_checkpoint', ['vmamba'], content, work)
+@pytest.mark.parametrize(
+    ('name', 'key', 'prefix', 'names'),
+    [
+        (
+            'transreid',
+            'teacher',
+            'module.backbone.',
+            ['cls_token', 'pos_embed', 'patch_embed.proj.weight', 'blocks.0.norm1.weight', 'head.x', 'norm.bias'],
+        ),
+        (
+            'vmamba',
+            'model',
+            '',
+            ['patch_embed.0.weight', 'classifier.norm.weight', 'classifier.head.weight', 'layers.0.blocks.0.x'],
+        ),
+    ],
+)
+def test_convert_checkpoint(name, key, prefix, names, work):
+    content = {key: {prefix + each: torch.ones(2) for each in names}, 'epoch': 3}
+    fuzz_files(name, 'convert_checkpoint', [name], content, work)
 
 
 def test_files_of_moments(work):
@@ -376,10 +378,7 @@ def spoiled_data(draw, content, write):
     """The text of plain data in which entries are replaced, removed or renamed, or of which a part is spoiled."""
     content = copy.deepcopy(content)
     for _ in range(draw(st.integers(0, 2))):
-        *way, key = draw(st.sampled_from(list(places(content))))
-        owner = content
-        for step in way:
-            owner = owner[step]
+        owner, key = entry(draw, content)
         what = draw(st.sampled_from(['replace', 'replace', 'remove', 'rename']))
         if what == 'remove':
             del owner[key]
@@ -400,9 +399,8 @@ def as_json(content):
 CONFIGS = dict(print_targets=100, verify=40, moments=40, schedule=10, domain=10, extract=30, draw=40, test=20, train=20)
 CONFIGS |= dict(visualize=10, export=20)
 OPTIONS = dict(print_targets=40, moments=15, extract=15, draw=15, test=15, train=15, visualize=10, export=10)
-CHECKPOINTS = dict(
-    verify=20, moments=60, schedule=10, domain=20, extract=40, test=15, train=12, visualize=15, export=15
-)
+CHECKPOINTS = dict(verify=20, moments=60, schedule=10, domain=20, extract=40, test=15, train=12, visualize=15)
+CHECKPOINTS |= dict(export=15)
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -442,18 +440,10 @@ def test_options(name, work, small):
 
 @pytest.mark.parametrize('name', CHECKPOINTS)
 def test_checkpoints(name, work, small):
-    folder, marker = work
-    source = folder / 'in.pth'
-    command = without_picture(commands(small, folder, checkpoint=source)[name])
-
-    def check(file):
-        source.write_bytes(file)
-        survive(folder, command)
-        assert not marker.exists(), 'code of the file ran'
-
+    source = work[0] / 'in.pth'
+    command = without_picture(commands(small, work[0], checkpoint=source)[name])
     file = dict(extract='reid.pth', export='fused.pth').get(name, 'config.pth')
-    content = torch.load(small / file)
-    fuzz(CHECKPOINTS[name], check, file=spoiled_files(content, marker))
+    fuzz_command(CHECKPOINTS[name], command, source, torch.load(small / file), work)
 
 
 def without_picture(command):
@@ -463,18 +453,11 @@ def without_picture(command):
 
 
 def test_sources_of_a_domain_fit(work, small):
-    folder, marker = work
-    source = folder / 'in.pth'
-    command = without_picture(commands(small, folder)['domain'])
+    source = work[0] / 'in.pth'
+    command = without_picture(commands(small, work[0])['domain'])
     args = [source if arg == small / 'moments.pth' else arg for arg in command.args]
     command = command._replace(args=[*args, '--layers', 'all'])
-
-    def check(file):
-        source.write_bytes(file)
-        survive(folder, command)
-        assert not marker.exists(), 'code of the file ran'
-
-    fuzz(COUNTS['source'], check, file=spoiled_files(torch.load(small / 'moments.pth'), marker))
+    fuzz_command(COUNTS['source'], command, source, torch.load(small / 'moments.pth'), work)
 
 
 def test_images(work, small):

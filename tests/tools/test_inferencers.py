@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
+from mmdet.apis import DetInferencer
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
+from mmpretrain.apis import ImageClassificationInferencer
+from mmseg.apis import MMSegInferencer
 
 import mmdenoiserep  # noqa: F401
 from helpers import randomise
@@ -17,6 +19,13 @@ CLASSES = ('cat', 'dog', 'hen')
 PALETTE = np.array([[1, 2, 3], [40, 50, 60], [200, 100, 0]], dtype=np.uint8)
 BACKBONE = dict(type='ResNet', depth=18, base_channels=4, norm_eval=False)
 
+
+def dataset(kind, size, pack):
+    steps = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=size), pack]
+    return dict(dataset=dict(type=kind, pipeline=steps))
+
+
+PACK = dict(type='PackDetInputs', meta_keys=('img_path', 'ori_shape', 'img_shape', 'scale_factor'))
 DETECTION = dict(
     default_scope='mmdet',
     model=dict(
@@ -27,35 +36,20 @@ DETECTION = dict(
         bbox_head=dict(type='FCOSHead', num_classes=3, in_channels=4, feat_channels=4, stacked_convs=1, norm_cfg=None),
         test_cfg=dict(nms_pre=100, score_thr=0.0, nms=dict(type='nms', iou_threshold=0.5), max_per_img=10),
     ),
-    test_dataloader=dict(
-        dataset=dict(
-            type='BaseDetDataset',  # a data set with a palette of its own would come first
-            pipeline=[
-                dict(type='LoadImageFromFile'),
-                dict(type='Resize', scale=(64, 64)),
-                dict(type='PackDetInputs', meta_keys=('img_path', 'ori_shape', 'img_shape', 'scale_factor')),
-            ],
-        )
-    ),
+    test_dataloader=dataset('BaseDetDataset', (64, 64), PACK),  # one with a palette of its own would come first
     visualizer=dict(type='DetLocalVisualizer', name='fused'),
 )
+HEAD = dict(type='FCNHead', in_channels=32, in_index=3, channels=4, num_convs=1, num_classes=3)
 SEGMENTATION = dict(
     default_scope='mmseg',
     model=dict(
         type='EncoderDecoder',
         data_preprocessor=dict(type='SegDataPreProcessor', mean=[120] * 3, std=[60] * 3),
         backbone=BACKBONE,
-        decode_head=dict(
-            type='FCNHead', in_channels=32, in_index=3, channels=4, num_convs=1, num_classes=3, norm_cfg=dict(type='BN')
-        ),
+        decode_head=dict(HEAD, norm_cfg=dict(type='BN')),
         test_cfg=dict(mode='whole'),
     ),
-    test_dataloader=dict(
-        dataset=dict(
-            type='BaseSegDataset',
-            pipeline=[dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64)), dict(type='PackSegInputs')],
-        )
-    ),
+    test_dataloader=dataset('BaseSegDataset', (64, 64), dict(type='PackSegInputs')),
     visualizer=dict(type='SegLocalVisualizer', name='fused'),
 )
 CLASSIFICATION = dict(
@@ -67,34 +61,21 @@ CLASSIFICATION = dict(
         head=dict(type='LinearClsHead', num_classes=3, in_channels=32),
     ),
     data_preprocessor=dict(mean=[120] * 3, std=[60] * 3, num_classes=3),
-    test_dataloader=dict(
-        dataset=dict(pipeline=[dict(type='LoadImageFromFile'), dict(type='Resize', scale=64), dict(type='PackInputs')])
-    ),
+    test_dataloader=dataset('CustomDataset', 64, dict(type='PackInputs')),
 )
-
-
-@pytest.fixture(autouse=True)
-def scope():
-    """Leaves the default scope as it was."""
-    before = dict(DefaultScope._instance_dict)
-    yield
-    DefaultScope._instance_dict.clear()
-    DefaultScope._instance_dict.update(before)
 
 
 def fuse(settings, folder):
     """Writes a training checkpoint as a runner does, with random denoisers, and fuses it; returns model and file."""
-    settings = dict(
-        settings,
-        custom_imports=dict(imports=['mmdenoiserep'], allow_failed_imports=False),
-        custom_hooks=[dict(type='DenoiseLossHook')],
-    )
-    inner = settings['model']['backbone']
-    wrapped = dict(type='DenoiseRepBackbone', backbone=inner, image_size=64)
+    wrapped = dict(type='DenoiseRepBackbone', backbone=settings['model']['backbone'], image_size=64)
     cfg = Config(dict(settings, model=dict(settings['model'], backbone=wrapped)))
+    cfg.custom_imports = dict(imports=['mmdenoiserep'], allow_failed_imports=False)
+    cfg.custom_hooks = [dict(type='DenoiseLossHook')]
     init_default_scope(cfg.default_scope)
-    model = dict(cfg.model, **({'data_preprocessor': cfg.data_preprocessor} if 'data_preprocessor' in cfg else {}))
-    model = randomise(MODELS.build(model)).eval()
+    if 'data_preprocessor' in cfg:
+        model = randomise(MODELS.build(dict(cfg.model, data_preprocessor=cfg.data_preprocessor))).eval()
+    else:
+        model = randomise(MODELS.build(cfg.model)).eval()
     meta = dict(cfg=cfg.pretty_text, dataset_meta=dict(classes=CLASSES, palette=PALETTE, odd=torch.eye(2).to_sparse()))
     torch.save(dict(meta=meta, state_dict=model.state_dict()), folder / 'epoch_1.pth')
     fuse_checkpoint(folder / 'epoch_1.pth', folder / 'fused.pth')
@@ -113,9 +94,6 @@ def check(inferencer, model):
 
 
 def test_detection(tmp_path):
-    """mmdet's takes the weights alone, and has the palette."""
-    from mmdet.apis import DetInferencer
-
     model, fused = fuse(DETECTION, tmp_path)
     inferencer = DetInferencer(weights=fused, device='cpu', show_progress=False)
     check(inferencer, model)
@@ -125,9 +103,6 @@ def test_detection(tmp_path):
 
 
 def test_segmentation(tmp_path):
-    """mmseg's takes the weights alone, and has the palette."""
-    from mmseg.apis import MMSegInferencer
-
     model, fused = fuse(SEGMENTATION, tmp_path)
     inferencer = MMSegInferencer(None, weights=fused, device='cpu')
     check(inferencer, model)
@@ -137,9 +112,6 @@ def test_segmentation(tmp_path):
 
 
 def test_classification(tmp_path):
-    """mmpretrain's takes a config beside the weights; the text in the file is one."""
-    from mmpretrain.apis import ImageClassificationInferencer
-
     model, fused = fuse(CLASSIFICATION, tmp_path)
     text = torch.load(fused, weights_only=True)['meta']['cfg']
     Path(tmp_path / 'vanilla.py').write_text(text)

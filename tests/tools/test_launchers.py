@@ -27,16 +27,11 @@ PAGE = (ROOT / 'docs/distributed.md').read_text(encoding='utf-8')
 COMMANDS = re.findall(r'^.*bash tools/\w+\.sh .*$', PAGE, re.MULTILINE)
 CONFIG = """
 custom_imports = dict(imports=['mmdenoiserep', 'launched'], allow_failed_imports=False)
-model = dict(
-    type='TinyModel',
-    backbone=dict(type='DenoiseRepBackbone', backbone=dict(type='TinyBackbone'), image_size=9),
-)
-train_dataloader = dict(
-    batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=True), dataset=dict(type='TinyDataset')
-)
-test_dataloader = dict(
-    batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dict(type='TinyDataset')
-)
+backbone = dict(type='DenoiseRepBackbone', backbone=dict(type='TinyBackbone'), image_size=9)
+model = dict(type='TinyModel', backbone=backbone)
+data = dict(batch_size=2, num_workers=0, dataset=dict(type='TinyDataset'))
+train_dataloader = dict(data, sampler=dict(type='DefaultSampler', shuffle=True))
+test_dataloader = dict(data, sampler=dict(type='DefaultSampler', shuffle=False))
 test_evaluator = dict(type='MeanOutput')
 train_cfg = dict(by_epoch=True, max_epochs=3)
 test_cfg = dict()
@@ -68,14 +63,8 @@ def stubs(tmp_path):
     return f'{tmp_path / "stubs"}:/usr/bin:/bin'
 
 
-@pytest.mark.parametrize('path', sorted(TOOLS.glob('*.sh')), ids=lambda path: path.stem)
-def test_bash_reads_it(path):
-    subprocess.run(['bash', '-n', path], check=True)
-
-
 @pytest.mark.parametrize('name', USAGE)
 def test_wrong_arguments(name, stubs, tmp_path):
-    """One argument less than needed: one sentence on what is, nothing is started; the same for GPUS that are none."""
     needed = USAGE[name].split(' [')[0].split()
     wrong = [needed[:-1]] + ([[*needed[:-1], count] for count in ('0', 'two')] if needed[-1] == 'GPUS' else [])
     for args in wrong:
@@ -83,35 +72,29 @@ def test_wrong_arguments(name, stubs, tmp_path):
         assert (out, error) == ('', f'usage: {TOOLS / name}.sh {USAGE[name]}\n')
 
 
-@pytest.mark.parametrize('name', ['dist_train', 'dist_test'])
-def test_what_torchrun_gets(name, stubs, tmp_path):
-    """The defaults for one machine, the variables for several, and the remaining arguments as they are."""
-    files = ['my config.py'] if name == 'dist_train' else ['my config.py', 'a.pth']
+@pytest.mark.parametrize(
+    ('name', 'files'), [('dist_train', ['my config.py']), ('dist_test', ['my config.py', 'a.pth'])]
+)
+def test_what_torchrun_gets(name, files, stubs, tmp_path):
     program = str(TOOLS / f'{name.removeprefix("dist_")}.py')
     rest = [program, *files, '--launcher=pytorch', '--cfg-options', 'a="b c"', 'MASTER_PORT is not set']
-    common = ['python', '-m', 'torch.distributed.run']
-    args = [*files, 4, '--cfg-options', 'a="b c"']
-    out, _ = script(name, *args, cwd=tmp_path, PATH=stubs)
-    one = ['--nnodes=1', '--node-rank=0', '--nproc-per-node=4', '--master-addr=127.0.0.1', '--master-port=29500']
-    assert out.splitlines() == common + one + rest
     several = dict(NNODES='2', NODE_RANK='1', MASTER_ADDR='10.0.0.7', PORT='1234')
-    out, _ = script(name, *args, cwd=tmp_path, PATH=stubs, **several)
+    one = ['--nnodes=1', '--node-rank=0', '--nproc-per-node=4', '--master-addr=127.0.0.1', '--master-port=29500']
     two = ['--nnodes=2', '--node-rank=1', '--nproc-per-node=4', '--master-addr=10.0.0.7', '--master-port=1234']
-    assert out.splitlines() == common + two + rest
+    for variables, expected in (({}, one), (several, two)):
+        out, _ = script(name, *files, 4, '--cfg-options', 'a="b c"', cwd=tmp_path, PATH=stubs, **variables)
+        assert out.splitlines() == ['python', '-m', 'torch.distributed.run', *expected, *rest]
 
 
 @pytest.mark.parametrize('name', ['slurm_train', 'slurm_test'])
 def test_what_srun_gets(name, stubs, tmp_path):
-    """The defaults of eight GPUs, fewer and more than a machine has, and all variables."""
     program = ['python', '-u', str(TOOLS / f'{name.removeprefix("slurm_")}.py'), 'c.py']
     program += ['--work-dir=runs/a b'] if name == 'slurm_train' else ['runs/a b']
     program += ['--launcher=slurm', '--cfg-options', 'x=1']
 
     def srun(**variables):
-        out, _ = script(
-            name, 'gpu', 'my job', 'c.py', 'runs/a b', '--cfg-options', 'x=1', cwd=tmp_path, PATH=stubs, **variables
-        )
-        *lines, port = out.splitlines()
+        args = ['gpu', 'my job', 'c.py', 'runs/a b', '--cfg-options', 'x=1']
+        *lines, port = script(name, *args, cwd=tmp_path, PATH=stubs, **variables)[0].splitlines()
         assert lines[:3] == ['srun', '--partition=gpu', '--job-name=my job']
         assert lines[-len(program) :] == program
         return [*lines[3 : -len(program)], port]
@@ -123,24 +106,19 @@ def test_what_srun_gets(name, stubs, tmp_path):
     assert srun() == expected(8, 8)
     assert srun(GPUS='2') == expected(2, 2)
     assert srun(GPUS='16') == expected(16, 8)
-    assert srun(
-        GPUS='8', GPUS_PER_NODE='4', CPUS_PER_TASK='3', SRUN_ARGS='--time=1:00 --exclusive', PORT='1234'
-    ) == expected(8, 4, 3, ['--time=1:00', '--exclusive'], 1234)
+    every = dict(GPUS='8', GPUS_PER_NODE='4', CPUS_PER_TASK='3', SRUN_ARGS='--time=1:00 --exclusive', PORT='1234')
+    assert srun(**every) == expected(8, 4, 3, ['--time=1:00', '--exclusive'], 1234)
     assert srun(MASTER_PORT='4321') == expected(8, 8, port=4321)
 
 
 @pytest.mark.parametrize('line', COMMANDS)
 def test_the_commands_of_the_page(line, stubs):
-    """Each is accepted, and the program and the config that it names are there."""
     result = subprocess.run(['bash', '-c', line], cwd=ROOT, env={'PATH': stubs}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     words = [word for word in result.stdout.splitlines() if word.endswith('.py')]
     assert len(words) == 2 and all((ROOT / word).is_file() for word in words)
     assert any(word in result.stdout.split() for word in ('--launcher=pytorch', '--launcher=slurm'))
-
-
-def test_the_page_names_them_all():
-    assert {re.search(r'tools/(\w+)\.sh', line)[1] for line in COMMANDS} == set(USAGE)
+    assert {re.search(r'tools/(\w+)\.sh', each)[1] for each in COMMANDS} == set(USAGE), 'the page has all scripts'
 
 
 def launch(name, *args, cwd, code=0):
@@ -171,7 +149,6 @@ def runs(tmp_path_factory):
 
 
 def test_a_killed_process_ends_the_run(runs):
-    """All end, the exit code is not zero, the log names the signal, and the checkpoints so far are whole."""
     root, killed, left, _ = runs
     assert 'SIGKILL' in killed
     assert left == {'epoch_1.pth', 'epoch_1_fused.pth'}
@@ -179,7 +156,6 @@ def test_a_killed_process_ends_the_run(runs):
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_killed(runs):
-    """Weights, denoisers, statistics and optimizer are bitwise those of the whole run; so are the fused weights."""
     root, _, _, resumed = runs
     assert 'resumed epoch: 1, iter: 4' in resumed
     ours, whole = (torch.load(root / run / 'epoch_3.pth', weights_only=False) for run in ('resumed', 'whole'))
@@ -194,7 +170,6 @@ def test_a_resumed_run_ends_as_one_that_was_not_killed(runs):
 
 
 def test_two_processes_evaluate_every_image_once(runs):
-    """dist_test gives the value that the loaded model has over all images."""
     root = runs[0]
     launch('dist_test', 'run.py', 'whole/epoch_3.pth', 2, '--work-dir', 'tested', cwd=root)
     (log,) = (root / 'tested').glob('*/*.json')

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: every library end to end, and bad input, by subprocess."""
+"""The tools as commands: every library end to end, help, and what is refused."""
 
 import json
 import os
@@ -11,47 +11,22 @@ import time
 import cv2
 import numpy as np
 import pytest
-import torch
 
 from helpers import ROOT
-from tools_helpers import run_process, sentence
+from tools_helpers import find_tool, metrics, python, run_process, run_tool, sentence, with_random_denoisers
 
 DEMO = ROOT / 'configs/demo'
+HELPFUL = sorted((ROOT / 'tools').glob('*.py')) + [
+    find_tool(name) for name in ('make_scenes', 'make_reid', 'prepare_fashion_mnist', 'demo', 'study', 'robustness')
+]
 TRAINING = ['--cfg-options', 'load_from=None', 'train_cfg.max_iters=2', 'default_hooks.logger.interval=1']
-
-
-def refusal(name, *args, cwd):
-    """Runs a tool on bad input and returns the one sentence that it must end with, exit code 1 and no traceback."""
-    output = run_process(name, *args, cwd=cwd, code=1)
-    assert 'Traceback' not in output, output
-    return next(line for line in reversed(output.splitlines()) if line.startswith(f'{name}: '))
-
-
-def with_random_denoisers(source, target):
-    """Rewrites a checkpoint with denoisers large enough to change what the model computes."""
-    checkpoint = torch.load(source, weights_only=False)
-    generator = torch.Generator().manual_seed(0)
-    for key, value in checkpoint['state_dict'].items():
-        if '.denoiser.' in key:
-            value.copy_(0.1 * torch.randn(value.shape, generator=generator) / value.shape[-1] ** 0.5)
-    torch.save(checkpoint, target)
-    return target
-
-
-def metrics(work_dir):
-    """Returns the numbers of the last evaluation in a work dir, without its timings."""
-    newest = max(work_dir.glob('*/*.json'), key=lambda path: path.stat().st_mtime)
-    line = json.loads(newest.read_text().splitlines()[-1])
-    return {key: value for key, value in line.items() if key not in ('time', 'data_time', 'step')}
 
 
 @pytest.fixture(scope='session')
 def scenes(tmp_path_factory):
     """A folder to work in, with a few composed scenes and a few folders of classified images."""
     root = tmp_path_factory.mktemp('user')
-    run_process(
-        'make_scenes', 'work_dirs/scenes', '--train', 4, '--val', 2, '--source', ROOT / 'demo/fashion-mnist', cwd=root
-    )
+    run_tool('make_scenes', root / 'work_dirs/scenes', '--train', 4, '--val', 2)
     generator = np.random.default_rng(0)
     for split in ('train', 'val'):
         for label in ('cat', 'dog'):
@@ -133,7 +108,6 @@ def write_configs(folder, vanilla):
 
 @pytest.fixture(scope='session')
 def user_configs(tmp_path_factory):
-    """Configs outside of the repository, by library; detection takes the configs of the demo."""
     root = tmp_path_factory.mktemp('configs')
     return {
         'mmdet': (DEMO / 'mask-rcnn_swin_scenes.py', DEMO / 'mask-rcnn_swin_scenes_denoiserep.py'),
@@ -150,8 +124,7 @@ def trained(scenes, user_configs):
 
 
 @pytest.mark.parametrize('library', ['mmdet', 'mmseg', 'mmpretrain'])
-def test_train_fuse_and_evaluate_in_the_unchanged_config(library, scenes, user_configs, tmp_path):
-    """Train, fuse with --verify, evaluate unfused and fused: the same metrics; loss_denoise is in the log."""
+def test_train_fuse_and_evaluate_in_the_unchanged_config(library, scenes, user_configs, tmp_path, capsys):
     vanilla, denoised = user_configs[library]
     options = TRAINING if library == 'mmdet' else []
     log = run_process('train', denoised, '--work-dir', tmp_path / 'run', *options, cwd=scenes)
@@ -161,7 +134,8 @@ def test_train_fuse_and_evaluate_in_the_unchanged_config(library, scenes, user_c
 
     checkpoint = with_random_denoisers(tmp_path / 'run/iter_2.pth', tmp_path / 'random.pth')
     fused = tmp_path / 'fused.pth'
-    printed = run_process('fuse_checkpoint', checkpoint, fused, '--verify', denoised, cwd=scenes)
+    run_tool('fuse_checkpoint', checkpoint, fused, '--verify', denoised, cwd=scenes)
+    printed = capsys.readouterr().out
     assert 'layers fused' in printed and ' ok' in printed and 'TOO LARGE' not in printed
 
     run_process('test', denoised, checkpoint, '--work-dir', tmp_path / 'unfused', cwd=scenes)
@@ -181,56 +155,34 @@ def test_the_control_is_the_same_run_without_denoising(scenes, user_configs, tmp
         losses[name] = json.loads(path.read_text().splitlines()[0])
     first, control = losses['denoiserep'], losses['baseline-ft']
     assert 'loss_denoise' in first and 'loss_denoise' not in control
-    assert {key: first[key] for key in control if key.startswith('loss_')} == {
-        key: value for key, value in control.items() if key.startswith('loss_')
-    }
+    assert all(first[key] == value for key, value in control.items() if key.startswith('loss_'))
 
 
-def test_resume_continues_a_training_run(scenes, user_configs, trained, tmp_path):
-    """--resume takes up the last checkpoint of the work dir, whose message hub holds pickled mmengine objects."""
-    config = user_configs['mmpretrain'][1]
-    run_process('train', config, '--work-dir', tmp_path, cwd=scenes)
-    log = run_process(
-        'train', config, '--work-dir', tmp_path, '--resume', '--cfg-options', 'train_cfg.max_iters=4', cwd=scenes
-    )
-    assert 'resumed' in log and (tmp_path / 'iter_4_fused.pth').is_file()
-    assert 'does not exist' in refusal('train', config, '--resume', 'nowhere.pth', cwd=tmp_path)
-
-
-def extra_of(table):
-    """Returns the extra parameters that a table of a conversion ends with."""
-    return int(re.search(r'([\d,]+) extra parameters \(', table)[1].replace(',', ''))
-
-
-def test_print_targets(scenes, user_configs):
-    """The table can be had without training, for denoised and for vanilla configs."""
+def test_print_targets(scenes, user_configs, capsys):
     vanilla, denoised = user_configs['mmpretrain']
-    table = run_process('print_targets', denoised, cwd=scenes)
-    assert 'layers.0.attn.qkv' in table and 'extra parameters' in table and 'mmpretrain.models.backbones' in table
-    mlp = run_process(
-        'print_targets', vanilla, '--targets', 'mlp', '--rank', 4, '--exclude', r'layers\.1\..*', cwd=scenes
-    )
+
+    def table(*args):
+        run_tool('print_targets', *args, cwd=scenes)
+        return capsys.readouterr().out
+
+    default, full = table(denoised), table(vanilla, '--rank', 0)
+    assert 'layers.0.attn.qkv' in default and 'mmpretrain.models.backbones' in default
+    mlp = table(vanilla, '--targets', 'mlp', '--rank', 4, '--exclude', r'layers\.1\..*')
     assert 'layers.0.ffn.layers.1' in mlp and 'layers.1.' not in mlp and 'qkv' not in mlp
-    full = run_process('print_targets', vanilla, '--rank', 0, cwd=scenes)
-    assert extra_of(mlp) < extra_of(table) < extra_of(full)
+    extra = [int(re.search(r'([\d,]+) extra parameters \(', text)[1].replace(',', '')) for text in (mlp, default, full)]
+    assert extra[0] < extra[1] < extra[2]
     assert "'layers.0.qvk'" in sentence('print_targets', vanilla, '--targets', 'layers.0.qvk', cwd=scenes)
+    assert 'nowhere.py' in sentence('print_targets', 'nowhere.py', cwd=scenes)
 
 
-@pytest.mark.parametrize(
-    'name',
-    ['train', 'test', 'fuse_checkpoint', 'calibrate', 'print_targets', 'make_scenes', 'corrupt_images', 'demo', 'study']
-    + ['robustness'],
-)
-def test_help(name, tmp_path):
-    """Every tool explains itself."""
-    assert 'usage: ' in run_process(name, '--help', cwd=tmp_path)
-
-
-def test_training_without_the_hook_is_an_error(scenes, user_configs, tmp_path):
-    """A config that wraps the backbone and forgets the hook does not train silently."""
-    config = user_configs['mmpretrain'][1]
-    log = run_process('train', config, '--work-dir', tmp_path, '--cfg-options', 'custom_hooks=[]', cwd=scenes, code=1)
-    assert 'add custom_hooks' in log.splitlines()[-1]
+@pytest.mark.parametrize('path', HELPFUL, ids=lambda path: path.stem)
+def test_help_is_shown_without_torch(path, tmp_path):
+    options = ['-m', f'studies.{path.stem}'] if path.parent.name == 'studies' else [path]
+    shown = python('-X', 'importtime', *options, '--help', cwd=tmp_path)
+    assert 'usage: ' in shown
+    imported = set(re.findall(r'[| ](\w+)$', shown, re.MULTILINE))
+    assert 'argparse' in imported
+    assert path.parent.name == 'studies' or not imported & {'torch', 'mmengine', 'numpy', 'matplotlib'}
 
 
 @pytest.mark.parametrize(
@@ -244,119 +196,32 @@ def test_training_without_the_hook_is_an_error(scenes, user_configs, tmp_path):
     ],
 )
 def test_a_wrong_setting_ends_in_one_sentence(override, expected, scenes, user_configs):
-    """print_targets shows what training would stop at, without a traceback."""
     config = user_configs['mmpretrain'][1]
     assert expected in sentence('print_targets', config, '--cfg-options', override, cwd=scenes)
 
 
-@pytest.mark.parametrize(
-    ('args', 'expected'),
-    [
-        (['--launcher', 'pytorch'], 'needs RANK in the environment'),
-        (['--launcher', 'slurm'], 'needs SLURM_PROCID in the environment'),
-        (['--amp', '--cfg-options', 'optim_wrapper=None'], 'the config has no optim_wrapper'),
-        (['--auto-scale-lr', '--cfg-options', 'auto_scale_lr=None'], 'has no auto_scale_lr.base_batch_size'),
-        (['--cfg-options', 'log_level.x=1'], '--cfg-options do not fit'),
-        (['--cfg-options', 'work_dir=[1,'], '--cfg-options cannot be read'),
-        (['--cfg-options', 'train_dataloader.dataset.pipeline.99.type=X'], '--cfg-options do not fit'),
-        ([], 'DenoiseLossHook found no denoised layer in the model'),
-    ],
-)
-def test_a_training_that_cannot_begin_ends_in_one_sentence(args, expected, scenes, user_configs, tmp_path):
-    """Also where a hook finds out only when all is built and loaded."""
-    base = user_configs['mmpretrain'][0]
-    imports = "custom_imports = dict(imports=['mmdenoiserep'], allow_failed_imports=False)"
-    hooks = "custom_hooks = [dict(type='DenoiseLossHook')]"
-    (tmp_path / 'mine.py').write_text(f'_base_ = {str(base)!r}\n{imports}\n{hooks}\n')
-    args = args or ['--cfg-options', 'load_from=None']
-    assert expected in refusal('train', tmp_path / 'mine.py', '--work-dir', tmp_path, *args, cwd=scenes)
-
-
-def test_unreadable_configs(scenes, trained, tmp_path):
-    """A missing or broken config is named, and --verify refuses a config without denoising."""
-    (tmp_path / 'broken.py').write_text('model = dict(')
-    for name, args in {
-        'train': ['broken.py'],
-        'test': ['broken.py', trained],
-        'print_targets': ['nowhere.py'],
-        'fuse_checkpoint': [trained, 'out.pth', '--verify', 'broken.py'],
-    }.items():
-        assert args[-1 if name == 'fuse_checkpoint' else 0] in refusal(name, *args, cwd=tmp_path)
-    assert not (tmp_path / 'out.pth').exists()
-
-
 def test_fusing_twice_and_the_wrong_pairings(scenes, user_configs, trained, tmp_path):
-    """Fused files are refused where denoisers are expected, and denoised files where they are not."""
     vanilla, denoised = user_configs['mmpretrain']
     fused = tmp_path / 'fused.pth'
-    run_process('fuse_checkpoint', trained, fused, cwd=tmp_path)
+    run_tool('fuse_checkpoint', trained, fused)
     before = fused.read_bytes()
-    assert 'fused already' in sentence('fuse_checkpoint', fused, 'again.pth', cwd=tmp_path)
-    assert 'exists' in sentence('fuse_checkpoint', trained, fused, cwd=tmp_path)
-    assert 'the input itself' in sentence('fuse_checkpoint', trained, trained, '--overwrite', cwd=tmp_path)
-    run_process('fuse_checkpoint', trained, fused, '--overwrite', cwd=tmp_path)
+    for words, *args in (
+        ('fused already', fused, 'again.pth'),
+        ('exists', trained, fused),
+        ('the input itself', trained, trained, '--overwrite'),
+        ('needs the config', trained, 'again.pth', '--verify', vanilla),
+        ('does not fit', trained, 'again.pth', '--verify', user_configs['mmseg'][1]),
+    ):
+        assert words in sentence('fuse_checkpoint', *args, cwd=scenes)
+    assert not (scenes / 'again.pth').exists()
+    run_tool('fuse_checkpoint', trained, fused, '--overwrite')
     assert fused.read_bytes() == before, 'fusing is bitwise reproducible'
-    assert 'tools/fuse_checkpoint.py' in refusal('test', vanilla, trained, cwd=scenes)
-    assert 'is fused' in refusal('test', denoised, fused, cwd=scenes)
-    assert 'needs the config' in sentence('fuse_checkpoint', trained, 'v.pth', '--verify', vanilla, cwd=scenes)
-    assert not (tmp_path / 'again.pth').exists() and not (scenes / 'v.pth').exists()
-
-
-def test_verify_refuses_a_checkpoint_of_another_model(scenes, user_configs, trained, tmp_path):
-    """Names and shapes must be those of the config; otherwise nothing is written."""
-    message = sentence('fuse_checkpoint', trained, tmp_path / 'x.pth', '--verify', user_configs['mmseg'][1], cwd=scenes)
-    assert 'does not fit' in message
-    assert not (tmp_path / 'x.pth').exists()
-
-
-OUTER = """
-import torch
-from mmengine.registry import MODELS
-@MODELS.register_module()
-class Outer(torch.nn.Module):
-    def __init__(self, detector, data_preprocessor=None):
-        super().__init__()
-        self.detector = MODELS.build(detector)
-"""
-
-
-def test_verify_finds_a_backbone_anywhere(scenes, user_configs, trained, tmp_path):
-    """Some models hold another one, such as a student or a detector."""
-    (tmp_path / 'outer.py').write_text(OUTER)
-    imports = "custom_imports = dict(imports=['mmdenoiserep', 'outer'])"
-    model = "model = dict(_delete_=True, type='Outer', detector=_base_.model)"
-    (tmp_path / 'mine.py').write_text(f'_base_ = {str(user_configs["mmpretrain"][1])!r}\n{imports}\n{model}\n')
-    checkpoint = torch.load(trained, weights_only=False)
-    checkpoint['state_dict'] = {f'detector.{key}': value for key, value in checkpoint['state_dict'].items()}
-    torch.save(checkpoint, tmp_path / 'in.pth')
-    files = [tmp_path / 'in.pth', tmp_path / 'out.pth', '--verify', tmp_path / 'mine.py']
-    printed = run_process('fuse_checkpoint', *files, cwd=scenes, env=dict(PYTHONPATH=str(tmp_path)))
-    assert 'detector.backbone on two random images' in printed and (tmp_path / 'out.pth').exists()
-
-
-def test_bad_files_leave_nothing_behind(trained, tmp_path):
-    """Truncated files and pickles that need code: one sentence, exit code 1, no output."""
-    whole = trained.read_bytes()
-    (tmp_path / 'half.pth').write_bytes(whole[: len(whole) // 2])
-    torch.save({'state_dict': {}, 'run': subprocess.Popen}, tmp_path / 'code.pth')
-    plain = {key: value for key, value in torch.load(trained, weights_only=False)['state_dict'].items()}
-    torch.save({k: v for k, v in plain.items() if 'denoiser' not in k}, tmp_path / 'vanilla.pth')
-    torch.save(plain | {k: v * torch.nan for k, v in plain.items() if 'denoiser' in k}, tmp_path / 'nan.pth')
-    before = sorted(tmp_path.iterdir())
-    for name, expected in {
-        'half.pth': 'truncated',
-        'code.pth': 'running code',
-        'vanilla.pth': 'no denoiser',
-        'nan.pth': 'NaN or Inf',
-        'missing.pth': 'does not exist',
-    }.items():
-        message = sentence('fuse_checkpoint', name, 'out.pth', cwd=tmp_path)
-        assert name in message and expected in message
-    assert sorted(tmp_path.iterdir()) == before
+    for config, file, words in ((vanilla, trained, 'tools/fuse_checkpoint.py'), (denoised, fused, 'is fused')):
+        shown = run_process('test', config, file, cwd=scenes, code=1)
+        assert words in shown.splitlines()[-1] and 'Traceback' not in shown
 
 
 def test_interrupt_while_writing(trained, tmp_path):
-    """Ctrl-C in the middle of writing: exit code 1, one sentence, no file, the input as it was."""
     before = trained.read_bytes()
     script = f"""
 import runpy, signal, sys, time, torch

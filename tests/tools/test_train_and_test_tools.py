@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
 from mmengine.runner import CheckpointLoader, checkpoint
 
 from mmdenoiserep.apis.config import load_config
-from mmdenoiserep.apis.model import build_model, load_strictly
+from mmdenoiserep.apis.model import build_model
 from mmdenoiserep.core import CheckpointError
 from mmdenoiserep.engine.resume import allow_training_checkpoints
 from tools_helpers import find_tool, python, run_tool, sentence
@@ -42,6 +41,9 @@ FLEXIBLE = """
 runner_type, strategy = 'FlexibleRunner', dict(type='SingleDeviceStrategy')
 env_cfg, default_hooks = dict(dist_cfg=dict(backend='gloo')), dict()
 """
+WRAP = "model['backbone'] = dict(type='DenoiseRepBackbone', backbone=vit)\n"
+HOOK = "custom_hooks = [dict(type='DenoiseLossHook'), dict(type='DenoiseFusionHook')]\n"
+IMPORT = "custom_imports['imports'].append('mine')\n"
 NUMBER = itertools.count()
 OWN_NAMES = ['common', 'images', 'launch', 'calibrate', 'train', 'verify']
 """Modules of the user that are called as some of the tools are, or were."""
@@ -50,7 +52,7 @@ OWN_NAMES = ['common', 'images', 'launch', 'calibrate', 'train', 'verify']
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """A folder to work in, with images and a config; the process is left as it was."""
-    allowed, scopes = torch.serialization.get_safe_globals(), dict(DefaultScope._instance_dict)
+    allowed = torch.serialization.get_safe_globals()
     schemes, modules = dict(CheckpointLoader._schemes), set(sys.modules)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -63,8 +65,6 @@ def folder(tmp_path, monkeypatch):
     yield tmp_path
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(allowed)
-    DefaultScope._instance_dict.clear()
-    DefaultScope._instance_dict.update(scopes)
     CheckpointLoader._schemes = schemes
     for name in {'mine', *OWN_NAMES} & (set(sys.modules) - modules):
         del sys.modules[name]
@@ -76,7 +76,6 @@ def tool(name, *args, options=()):
 
 
 def refusal(name, *args, options=()):
-    """Returns the sentence that such a tool ends with."""
     return sentence(name, *args, '--cfg-options', f'experiment_name=run{next(NUMBER)}', *options)
 
 
@@ -89,7 +88,6 @@ def weights(number=7.0, path='start.pth', **others):
 
 
 def token(path):
-    """Returns the number in the class token of a checkpoint."""
     return torch.load(path, weights_only=False)['state_dict']['backbone.cls_token'].mean().item()
 
 
@@ -111,7 +109,6 @@ def test_resume_from_the_first_start_on(runner):
 
 
 def test_resume_from_an_address(monkeypatch):
-    """An address is handed to mmengine; a file that is not there is not."""
     tool('train', 'config.py', '--work-dir', 'a', options=[f'load_from={weights()}'])
     asked = []
 
@@ -129,7 +126,6 @@ def test_resume_from_an_address(monkeypatch):
 @pytest.mark.parametrize('runner', ['', FLEXIBLE])
 @pytest.mark.parametrize('others', [{}, dict(message_hub={}), dict(optimizer={})])
 def test_weights_are_not_resumed(runner, others):
-    """Released weights, and fused ones, have no place in a run; the sentence says how to start from them."""
     Path('config.py').write_text(CONFIG + runner)
     for args, options in (['--resume', weights(**others)], []), ([], ['resume=True', 'load_from=start.pth']):
         said = refusal('train', 'config.py', '--work-dir', 'a', *args, options=options)
@@ -138,7 +134,6 @@ def test_weights_are_not_resumed(runner, others):
 
 @pytest.mark.parametrize('runner', ['', FLEXIBLE])
 def test_a_config_that_says_resume_is_tested(runner):
-    """A checkpoint of weights alone is tested, whatever the config says about its training."""
     Path('config.py').write_text(f'{CONFIG}{runner}resume = True\n')
     tool('test', 'config.py', weights(), '--work-dir', 't', '--out', 't.pkl')
     assert Path('t.pkl').stat().st_size > 100
@@ -146,13 +141,11 @@ def test_a_config_that_says_resume_is_tested(runner):
 
 
 @pytest.mark.parametrize('runner', ['', FLEXIBLE])
-@pytest.mark.parametrize('name', ['train', 'test'])
-def test_weights_of_another_model(name, runner):
-    """Both tools, with both runners, refuse them with the names of both sides."""
+@pytest.mark.parametrize(('name', 'args', 'options'), [('train', [], ['load_from=mae.pth']), ('test', ['mae.pth'], [])])
+def test_weights_of_another_model(name, args, options, runner):
     Path('config.py').write_text(CONFIG + runner)
     torch.save({f'blocks.{i}.weight': torch.zeros(2) for i in range(9)}, 'mae.pth')
-    args = ['config.py', 'mae.pth'] if name == 'test' else ['config.py']
-    said = refusal(name, *args, '--work-dir', 'w', options=[] if name == 'test' else ['load_from=mae.pth'])
+    said = refusal(name, 'config.py', *args, '--work-dir', 'w', options=options)
     assert 'blocks.0.weight' in said and 'backbone.cls_token' in said and 'mae.pth' in said
 
 
@@ -207,10 +200,9 @@ RUNS = {
 @pytest.mark.parametrize('bug', BUGS)
 @pytest.mark.parametrize('name', RUNS)
 def test_a_bug_of_the_user_keeps_its_traceback(bug, name, folder):
-    """In a module, model, step or data set of their own, and in torch where that called it, with file and line."""
     weights()
-    own = "custom_imports['imports'].append('mine')\nvit['type'], data['type'] = 'Own', 'OwnData'\n"
-    Path('config.py').write_text(f"{CONFIG}{own}pipeline.insert(1, dict(type='OwnStep'))\n")
+    own = "vit['type'], data['type'] = 'Own', 'OwnData'\npipeline.insert(1, dict(type='OwnStep'))\n"
+    Path('config.py').write_text(f'{CONFIG}{IMPORT}{own}')
     for slip, kind in SLIPS.items():
         (folder / 'mine.py').write_text(OWN.format(bug=bug, slip=slip))
         importlib.invalidate_caches()
@@ -236,11 +228,11 @@ def test_a_bug_of_the_user_keeps_its_traceback(bug, name, folder):
         ("data['data_root'] = 'nowhere'", 'nowhere'),
         ("custom_imports['imports'].append('nowhere')", 'nowhere'),
         ("_base_ = './nowhere.py'", 'nowhere.py'),
+        ('more = dict(', 'config.py'),
     ],
 )
 @pytest.mark.parametrize('name', RUNS)
 def test_a_mistake_in_the_config_is_a_sentence(name, change, words):
-    """An unknown type, a missing key or file: it goes through libraries alone."""
     weights()
     Path('config.py').write_text(f'{CONFIG}{change}\n')
     assert words in refusal(name, *RUNS[name])
@@ -256,9 +248,30 @@ def test_a_missing_file_is_a_sentence(name, missing):
     assert missing in refusal(name, *args)
 
 
-@pytest.mark.parametrize('option', ['optim_wrapper.optimizer.type=SGDD', 'train_dataloader.sampler.type=DefaultSample'])
-def test_a_mistake_in_an_option_is_a_sentence(option):
-    assert 'config.py' in refusal('train', 'config.py', options=[option])
+@pytest.mark.parametrize(
+    ('args', 'options', 'words'),
+    [
+        ([], ['optim_wrapper.optimizer.type=SGDD'], 'config.py'),
+        ([], ['train_dataloader.sampler.type=DefaultSample'], 'config.py'),
+        (['--launcher', 'pytorch'], [], 'needs RANK in the environment'),
+        (['--launcher', 'slurm'], [], 'needs SLURM_PROCID in the environment'),
+        (['--amp'], ['optim_wrapper=None'], 'the config has no optim_wrapper'),
+        (['--auto-scale-lr'], ['auto_scale_lr=None'], 'has no auto_scale_lr.base_batch_size'),
+        ([], ['randomness.seed.x=1'], '--cfg-options do not fit'),
+        ([], ['work_dir=[1,'], '--cfg-options cannot be read'),
+        ([], ['train_dataloader.dataset.pipeline.99.type=X'], '--cfg-options do not fit'),
+    ],
+)
+def test_a_training_that_cannot_begin_ends_in_one_sentence(args, options, words):
+    assert words in refusal('train', 'config.py', '--work-dir', 'w', *args, options=options)
+
+
+def test_denoisers_and_their_hook_need_each_other():
+    Path('config.py').write_text(CONFIG + HOOK)
+    assert 'found no denoised layer in the model' in refusal('train', 'config.py', '--work-dir', 'w')
+    Path('config.py').write_text(CONFIG + WRAP)
+    with pytest.raises(RuntimeError, match='add custom_hooks'):
+        tool('train', 'config.py', '--work-dir', 'w')
 
 
 OUTER = """
@@ -274,11 +287,9 @@ class Outer(torch.nn.Module):
 
 
 def test_a_backbone_within_another_model_is_calibrated(folder):
-    """As in soft teacher, whose model is in its detector; the file has the names of the whole model, and is vanilla."""
     start = torch.load(weights(), weights_only=True)['state_dict']
     (folder / 'mine.py').write_text(OUTER)
-    imports = "custom_imports['imports'].append('mine')\n"
-    Path('config.py').write_text(f"{CONFIG}{imports}model = dict(type='Outer', detector=model)\n")
+    Path('config.py').write_text(f"{CONFIG}{IMPORT}model = dict(type='Outer', detector=model)\n")
     wrap = "model['detector']['backbone'] = dict(type='DenoiseRepBackbone', backbone=vit)\n"
     Path('den.py').write_text(Path('config.py').read_text() + wrap)
     state = {f'detector.{key}': value for key, value in start.items()}
@@ -304,57 +315,7 @@ def test_a_backbone_within_another_model_is_calibrated(folder):
     assert 'does not fit' in refusal('calibrate', 'moments', 'config.py', 'start.pth', 'x.pth', '--images', 'images')
 
 
-def small():
-    """A model with BatchNorm and a state of its own."""
-
-    class Counting(torch.nn.Linear):
-        seen = 0
-
-        def get_extra_state(self):
-            return dict(seen=self.seen)
-
-        def set_extra_state(self, state):
-            self.seen = state['seen']
-
-    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), Counting(4, 4))
-
-
-def test_all_of_a_model_is_loaded():
-    """Values, statistics and state of a module; batch counters, which old files lack, may be missing."""
-    trained = small()
-    trained[1].running_var.uniform_(0.5, 2)
-    trained[2].seen = 5
-    state = trained.state_dict()
-    model = small()
-    load_strictly(model, {key: value for key, value in state.items() if 'tracked' not in key}, 'in.pth', 'vanilla')
-    assert torch.equal(model[1].running_var, state['1.running_var']) and model[2].seen == 5
-    assert torch.equal(model[2].weight, state['2.weight'])
-
-
-@pytest.mark.parametrize(
-    ('change', 'words'),
-    [
-        (lambda key: None if 'running' in key else key, ['1.running_mean', 'BatchNorm']),
-        (lambda key: f'model.{key}', ['8 tensors besides: 0.weight', 'model.0.weight']),
-        (lambda key: None if key == '2.bias' else key, ['1 tensors besides: 2.bias', 'nothing besides']),
-    ],
-)
-def test_weights_that_are_not_all_of_a_model(change, words):
-    """The sentence has the first names of both sides, and says what statistics are."""
-    state = {change(key): value for key, value in small().state_dict().items() if change(key)}
-    with pytest.raises(CheckpointError) as caught:
-        load_strictly(small(), state, 'in.pth', 'vanilla')
-    assert all(word in str(caught.value) for word in words)
-
-
-def test_weights_of_another_shape():
-    """Both shapes are told."""
-    with pytest.raises(CheckpointError, match=r'2.weight is \(5, 4\) in the file and \(4, 4\) in the model'):
-        load_strictly(small(), small().state_dict() | {'2.weight': torch.zeros(5, 4)}, 'in.pth', 'vanilla')
-
-
 def test_weights_under_a_key_become_a_checkpoint():
-    """convert_checkpoint plain takes those of several that --key names; train.py starts from the result."""
     path = weights(3.0, student=dict(w=torch.zeros(1)), args=dict(lr=1))
     content = torch.load(path, weights_only=True)
     content['run'] = dict(teacher={f'module.{key}': value for key, value in content.pop('state_dict').items()})
@@ -402,11 +363,8 @@ class Mine(CustomDataset):
 
 
 def test_plain_classes_of_the_user_in_the_metainfo(folder):
-    """The run has fused copies, without what needs the module, and can be resumed; --verify reads it, too."""
     (folder / 'mine.py').write_text(CLASSES)
-    text = f"{CONFIG}custom_imports['imports'].append('mine')\ndata['type'] = 'Mine'\n"
-    hooks = "custom_hooks = [dict(type='DenoiseLossHook'), dict(type='DenoiseFusionHook')]\n"
-    Path('config.py').write_text(f"{text}{hooks}model['backbone'] = dict(type='DenoiseRepBackbone', backbone=vit)\n")
+    Path('config.py').write_text(f"{CONFIG}{IMPORT}data['type'] = 'Mine'\n{HOOK}{WRAP}")
     tool('train', 'config.py', '--work-dir', 'a')
     meta = torch.load('a/epoch_1_fused.pth', weights_only=True)['meta']['dataset_meta']
     assert meta == dict(classes=('a', 'b'))
@@ -417,11 +375,9 @@ def test_plain_classes_of_the_user_in_the_metainfo(folder):
 
 @pytest.mark.parametrize('how', ['script', 'command'])
 def test_own_modules_called_as_those_of_the_tools(how, folder):
-    """custom_imports mean the user's module beside the config, whatever the tools have."""
     for name in OWN_NAMES:
         (folder / f'{name}.py').write_text(f'print("the user\'s own {name}")\n')
-    wrap = "model['backbone'] = dict(type='DenoiseRepBackbone', backbone=vit)\n"
-    Path('config.py').write_text(f"{CONFIG}custom_imports['imports'] += {OWN_NAMES}\n{wrap}")
+    Path('config.py').write_text(f"{CONFIG}custom_imports['imports'] += {OWN_NAMES}\n{WRAP}")
     command = "import sys, denoiserep_commands as c; sys.argv[0] = 'denoiserep-print-targets'; c.main()"
     script = [find_tool('print_targets')] if how == 'script' else ['-c', command]
     printed = python(*script, 'config.py', cwd=folder, env=dict(PYTHONPATH=folder))
@@ -429,8 +385,6 @@ def test_own_modules_called_as_those_of_the_tools(how, folder):
 
 
 def test_what_lies_at_an_address_runs_no_code(folder, monkeypatch):
-    """Addresses of every scheme are downloaded once and read as local files."""
-    from mmdenoiserep.core import CheckpointError
 
     class Evil:
         def __reduce__(self):

@@ -8,50 +8,18 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
-from hardening_helpers import run
+from hardening_helpers import as_config, run
 from helpers import randomise
 from mmdenoiserep.core.files import fused
 from mmdenoiserep.engine.backbone import denoised_backbones
+from tiny_models import LORA, RESNET, VIT, classifier, semi, wrapped
 from tools_helpers import run_tool
-
-RESNET = {'type': 'ResNet', 'depth': 18, 'base_channels': 4, 'stem_channels': 4, 'norm_eval': True}
-VIT = {
-    'type': 'VisionTransformer',
-    'img_size': 16,
-    'patch_size': 8,
-    'out_type': 'cls_token',
-    'arch': {'embed_dims': 8, 'num_layers': 1, 'num_heads': 2, 'feedforward_channels': 8},
-}
-LORA = {'type': 'LoRAModel', 'module': VIT, 'alpha': 1, 'rank': 2, 'targets': [{'type': 'qkv'}]}
-
-
-def wrapped(backbone, **options):
-    """A config of a backbone with denoisers."""
-    return {'type': 'DenoiseRepBackbone', 'backbone': backbone, 'rank': 2, 'image_size': 32, **options}
-
-
-def classifier(backbone):
-    """A classifier with a backbone that returns vectors of 8."""
-    head = {'type': 'LinearClsHead', 'num_classes': 2, 'in_channels': 8, 'topk': (1,)}
-    return {'type': 'ImageClassifier', 'backbone': backbone, 'head': head}
-
-
-def detector(backbone):
-    """The smallest detector with a ResNet."""
-    head = {'type': 'RetinaHead', 'num_classes': 2, 'in_channels': 8, 'feat_channels': 8, 'stacked_convs': 1}
-    neck = {'type': 'FPN', 'in_channels': [4, 8, 16, 32], 'out_channels': 8, 'num_outs': 5}
-    return {'type': 'RetinaNet', 'backbone': backbone, 'neck': neck, 'bbox_head': head}
-
-
-def semi(backbone):
-    """A teacher and a student."""
-    return {'type': 'SemiBaseDetector', 'detector': detector(backbone), 'semi_train_cfg': {}, 'semi_test_cfg': {}}
-
 
 WRITES = """
 import torch
 from mmengine.registry import MODELS
 
+@MODELS.register_module(force=True)
 class Writing(torch.nn.Module):
     'Sets what its config must not have, as DINO does with its head, and takes out what it has used.'
     def __init__(self, backbone, head, data_preprocessor=None):
@@ -62,8 +30,7 @@ class Writing(torch.nn.Module):
         self.head = torch.nn.Linear(head['in_channels'], head.pop('classes'))
         backbone['type'] = 'Gone'
 
-MODELS.register_module(module=Writing, force=True)
-
+@MODELS.register_module(force=True)
 class Masking(torch.nn.Module):
     'Hides half of the image at random, in eval mode too, and returns an object.'
     def __init__(self):
@@ -77,21 +44,17 @@ class Masking(torch.nn.Module):
         result.features = self.fc(self.conv(x * hidden).mean((2, 3)))
         return result
 
-MODELS.register_module(module=Masking, force=True)
-
+@MODELS.register_module(force=True)
 class Silent(Masking):
     'Returns nothing.'
     def forward(self, x):
         super().forward(x)
 
-MODELS.register_module(module=Silent, force=True)
-
+@MODELS.register_module(force=True)
 class Failing(Masking):
     'Has a bug that shows on two images only.'
     def forward(self, x):
         return super().forward(x) if len(x) == 1 else undefined_name
-
-MODELS.register_module(module=Failing, force=True)
 """
 
 
@@ -100,7 +63,7 @@ def write(folder, model, scope='mmpretrain', edit=lambda state: state):
     (folder / 'verify_models.py').write_text(WRITES)
     cfg = {'default_scope': scope, 'custom_imports': {'imports': ['mmdenoiserep', 'verify_models']}, 'model': model}
     path = folder / 'config.py'
-    path.write_text(''.join(f'{key} = {value!r}\n' for key, value in cfg.items()))
+    path.write_text(as_config(cfg))
     config = Config.fromfile(path)
     with DefaultScope.overwrite_default_scope(scope):
         built = MODELS.build(copy.deepcopy(config.model))
@@ -134,19 +97,15 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('kind', MODEL_KINDS)
 def test_verify(kind, folder):
-    """The fused file of every kind of model is verified and written, and a vanilla one in its place would not pass."""
     config, checkpoint, model = write(folder, *MODEL_KINDS[kind])
     assert run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config) is None
     state = torch.load(folder / 'out.pth', weights_only=True)['state_dict']
     names = [name for name, _, _ in denoised_backbones(model)]
     assert names == (['student.backbone', 'teacher.backbone'] if kind == 'soft teacher' else [names[0]])
-    assert state
-    assert not any('.denoiser.' in key for key in state)
+    assert state and not any('.denoiser.' in key for key in state)
 
 
 def test_a_wrong_fusion_is_found(folder, monkeypatch):
-    """Also in files that hold a part of the weights."""
-
     def vanilla(state):
         return type(state)((key, value) for key, value in state.items() if '.denoiser.' not in key), {}
 
@@ -158,31 +117,29 @@ def test_a_wrong_fusion_is_found(folder, monkeypatch):
         assert not (folder / 'out.pth').exists()
 
 
-def test_nothing_to_compare(folder):
-    """A backbone without outputs is a failure with a sentence."""
-    model = {'type': 'Writing', 'backbone': wrapped({'type': 'Silent'}), 'head': {'classes': 3}}
+def writing(kind, **options):
+    return {'type': 'Writing', 'backbone': wrapped({'type': kind}, **options), 'head': {'classes': 3}}
+
+
+@pytest.mark.parametrize(
+    ('model', 'words'),
+    [(writing('Silent'), 'no floating-point tensor'), (writing('Masking', image_size=2), 'image_size')],
+    ids=['nothing to compare', 'images too small'],
+)
+def test_backbones_that_cannot_be_compared(model, words, folder):
     config, checkpoint, _ = write(folder, model)
-    assert 'no floating-point tensor' in run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config)
+    assert words in run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config)
     assert not (folder / 'out.pth').exists()
 
 
-def test_a_backbone_that_did_not_run(folder):
-    """Images of another size than the backbone takes are named, with what to set."""
-    model = {'type': 'Writing', 'backbone': wrapped({'type': 'Masking'}, image_size=2), 'head': {'classes': 3}}
-    config, checkpoint, _ = write(folder, model)
-    assert 'image_size' in run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config)
-
-
 def test_a_bug_of_the_users_keeps_its_traceback(folder):
-    """An error in the forward of a backbone is not blamed on the file."""
-    model = {'type': 'Writing', 'backbone': wrapped({'type': 'Failing'}), 'head': {'classes': 3}}
-    config, checkpoint, _ = write(folder, model)
+    config, checkpoint, _ = write(folder, writing('Failing'))
     with pytest.raises(NameError, match='undefined_name'):
         run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config)
 
 
 @pytest.mark.parametrize(
-    'model, scope, layers, counts',
+    ('model', 'scope', 'layers', 'counts'),
     [
         (classifier(VIT), 'mmpretrain', 'ffn', [2]),
         (classifier(wrapped(VIT, image_size=16)), 'mmpretrain', 'ffn', [2]),
@@ -195,9 +152,7 @@ def test_a_bug_of_the_users_keeps_its_traceback(folder):
     ids=['vanilla', 'denoised', 'semi', 'denoised semi', 'two', 'one of two', 'lora'],
 )
 def test_print_targets(model, scope, layers, counts, tmp_path, capsys):
-    """The layers of every backbone are printed, wherever it stands; where some are denoised, theirs alone."""
-    cfg = {'default_scope': scope, 'model': model}
-    (tmp_path / 'config.py').write_text(''.join(f'{key} = {value!r}\n' for key, value in cfg.items()))
+    (tmp_path / 'config.py').write_text(as_config({'default_scope': scope, 'model': model}))
     run_tool('print_targets', tmp_path / 'config.py', '--targets', f'.*{layers}.*')
     printed = capsys.readouterr().out
     assert [int(line.split()[0]) for line in printed.splitlines() if ' layers denoised' in line] == counts
@@ -205,6 +160,5 @@ def test_print_targets(model, scope, layers, counts, tmp_path, capsys):
 
 
 def test_print_targets_without_a_backbone(tmp_path):
-    """A model without a backbone is refused."""
     (tmp_path / 'config.py').write_text("model = dict(type='TimmClassifier', model_name='resnet18')\n")
     assert 'no backbone' in run('print_targets', tmp_path / 'config.py')

@@ -101,7 +101,7 @@ class MomentsFile(Mapping[str, Moments]):
         layer = self.packed[name]
         try:
             return _unpack(layer)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, OverflowError) as error:
             raise CheckpointError(f'{self.path} holds no usable moments of {name} ({error})') from None
 
 

@@ -144,10 +144,20 @@ def test_a_layer_that_cannot_be_fused_says_so(damage, message):
         layer.fuse()
 
 
+def put_fused_layers(module):
+    """Does what timm's ``reparameterize_model`` does: what ``fuse()`` returns takes the place of the layer."""
+    for name, child in module.named_children():
+        setattr(module, name, child.fuse() if hasattr(child, 'fuse') else put_fused_layers(child))
+    return module
+
+
 @pytest.mark.parametrize('rank', [None, 2])
-def test_timm_fuses_the_layers_of_a_model(rank):
-    """``timm.utils.reparameterize_model`` puts what ``fuse()`` returns in the place of every layer that has one."""
-    reparameterize_model = pytest.importorskip('timm.utils').reparameterize_model
+@pytest.mark.parametrize('library', ['timm', 'none'])
+def test_timm_fuses_the_layers_of_a_model(rank, library):
+    """``timm.utils.reparameterize_model`` works, and where timm is not installed, what it does."""
+    reparameterize_model = put_fused_layers
+    if library == 'timm':
+        reparameterize_model = pytest.importorskip('timm.utils').reparameterize_model
     model = nn.Sequential(nn.Conv2d(12, 8, 3, groups=4), nn.BatchNorm2d(8), nn.Flatten(2), nn.Linear(42, 5)).eval()
     x = torch.randn(2, 12, 9, 8)
     apply_denoiserep(model, 'all', rank=rank, example_input=x)
