@@ -37,7 +37,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser, split: str) -> None:
     )
     images.add_argument('--batch-size', type=int, default=32, metavar='N', help='batch size (default: %(default)s)')
     images.add_argument(
-        '--every', type=int, metavar='N', help='take one in N tokens or pixels (default: 16, less if there are few)'
+        '--stride', type=int, metavar='N', help='take one in N tokens or pixels (default: 1 to 16, chosen by layer)'
     )
     parser.add_argument('--dry-run', action='store_true', help='print the report, but write nothing')
     parser.add_argument('--overwrite', action='store_true', help='replace the output if it exists')
@@ -106,7 +106,7 @@ def parse_args() -> argparse.Namespace:
         'otherwise each layer has its own pass (default: %(default)g)',
     )
     args = parser.parse_args()
-    for name, least in dict(num_images=1, batch_size=1, every=1, rank=0, prior=0, memory=0).items():
+    for name, least in dict(num_images=1, batch_size=1, stride=1, rank=0, prior=0, memory=0).items():
         if getattr(args, name, None) is not None and getattr(args, name) < least:
             parser.error(f'--{name.replace("_", "-")} must be {least} or more')
     if not args.output.name:

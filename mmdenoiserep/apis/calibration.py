@@ -1,10 +1,11 @@
 """Calibrates the model of a config on unlabelled images: solves denoisers, gathers moments, fits a domain."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
@@ -31,15 +32,19 @@ from ..core import (
     solve_denoisers,
 )
 from ..core.calibration.collect import sum_processes
+from ..core.calibration.features import Features
 from ..core.calibration.match import FEW, MANY, RANKED, early_half
+from ..core.calibration.memory import paused_bytes
+from ..core.calibration.moments import gather_processes
 from ..core.calibration.solve import denoised_layers
 from ..core.files.config_text import vanilla_text
 from ..core.files.fused import STAMP
 from ..core.method.probe import run_model
+from ..core.utils.intercept import intercepting
 from .backbones import check_input, denoised_configs, predicting_backbone
 from .errors import ConfigError, config_at_fault
 from .fusion import verify_weights
-from .images import Batches, open_images, take_evenly
+from .images import Batches, describe_preprocessing, open_images, take_evenly
 from .model import build_model, load_strictly, open_model, to_device
 
 LARGE_SHIFT = 0.5
@@ -143,7 +148,7 @@ def open_subject(
             'so their calibration would be lost; merge the adapters into the weights first'
         )
     part = model.get_submodule(name) if denoised else Extractor.of(model, name)
-    about = dict(weights=fingerprint(part.state_dict()), preprocessing=preprocessing_of(cfg))
+    about = dict(weights=fingerprint(part.state_dict()), preprocessing=describe_preprocessing(cfg, model))
     to_device(model, device)
     with config_at_fault(cfg.filename):
         images = _open_batches(cfg, model, folder, split, num_images, batch_size)
@@ -166,16 +171,19 @@ def _open_batches(
     return Batches(model, share, batch_size, workers)
 
 
-def solve(subject: Subject, prior: float = 0.0, every: int | None = None) -> tuple[CalibrationReport, int]:
+def solve(
+    subject: Subject, prior: float = 0.0, stride: int | None = None, spectra: bool = False
+) -> tuple[CalibrationReport, str]:
     """Sets the denoisers of a model to the optimum of their loss, see :func:`mmdenoiserep.solve_denoisers`.
 
     Args:
         subject: A model with denoisers, and images of the training domain.
         prior: Weight of a prior of equal variances, as a number of images.
-        every: Stride of the sampling: takes one in ``every`` tokens or pixels; None chooses it.
+        stride: Takes one in so many tokens or pixels of all layers; None chooses for each layer.
+        spectra: Whether the report has the spectra of all layers.
 
     Returns:
-        The report; the stride.
+        The report; the strides, as a text.
 
     Raises:
         CalibrationError: The images or the features can't be used.
@@ -183,21 +191,22 @@ def solve(subject: Subject, prior: float = 0.0, every: int | None = None) -> tup
     Example:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist_denoiserep.py')
         >>> torch.save(build_model(cfg, denoised=False).state_dict(), 'vit.pth')
-        >>> report, every = solve(open_subject(cfg, 'vit.pth', denoised=True, device='cpu'))
+        >>> report, strides = solve(open_subject(cfg, 'vit.pth', denoised=True, device='cpu'))
         >>> report.mode
         'schedule'
     """
-    every = every or subject.choose_every(subject.layers)
-    with with_progress_bar(subject.images, 1) as batches:
-        return solve_denoisers(subject.backbone, batches, prior=prior, every=every), every
+    strides = stride or subject.choose_strides(inputs=True)
+    with with_progress_bar(subject.images) as batches:
+        report = solve_denoisers(subject.part, batches, prior=prior, stride=strides, spectra=spectra)
+    return report, describe_strides(strides)
 
 
-def gather_source(subject: Subject, every: int | None = None) -> tuple[dict[str, Moments], dict[str, Any]]:
+def gather_source(subject: Subject, stride: int | None = None) -> tuple[dict[str, Moments], dict[str, Any]]:
     """Gathers the moments of all layers in the training domain, which :func:`fit` needs.
 
     Args:
         subject: A model without denoisers, and images of the training domain.
-        every: Stride of the sampling: takes one in ``every`` tokens or pixels; None chooses it.
+        stride: Takes one in so many tokens or pixels of all layers; None chooses for each layer.
 
     Returns:
         The moments by layer name; the metadata for :func:`mmdenoiserep.core.save_moments`.
@@ -211,13 +220,13 @@ def gather_source(subject: Subject, every: int | None = None) -> tuple[dict[str,
         >>> moments, about = gather_source(open_subject(cfg, 'vit.pth', device='cpu'))
         >>> save_moments(moments, 'moments.pth', about)
     """
-    every = every or subject.choose_every(subject.layers)
-    with with_progress_bar(subject.images, 1) as batches:
-        moments = collect_moments(subject.backbone, subject.layers, batches, every=every)
-    return moments, dict(weights=subject.weights, images=subject.total, every=every)
+    strides = stride or subject.choose_strides()
+    with with_progress_bar(subject.images) as batches:
+        moments = collect_moments(subject.part, subject.layers, batches, stride=strides)
+    return moments, dict(subject.about, images=subject.total, strides=describe_strides(strides))
 
 
-def load_source(subject: Subject, path: str | Path) -> dict[str, Moments]:
+def load_source(subject: Subject, path: str | Path) -> Mapping[str, Moments]:
     """Reads the moments of a model in the training domain, by layer name.
 
     Args:
@@ -225,11 +234,19 @@ def load_source(subject: Subject, path: str | Path) -> dict[str, Moments]:
         path: A file of :func:`mmdenoiserep.core.save_moments`.
 
     Raises:
-        CheckpointError: The file can't be read, or its moments were gathered with other weights.
+        CheckpointError: The file can't be read, or its moments were gathered with other weights, or of images that
+            became inputs in another way.
     """
     source, about = load_moments(path)
-    if about.get('weights') != subject.weights:
+    if about.get('weights') != subject.about['weights']:
         raise CheckpointError(f'{path} was gathered with other weights than {subject.checkpoint}; gather it again')
+    there, here = about.get('preprocessing', {}), subject.about['preprocessing']
+    for key in sorted(there.keys() & here.keys()):
+        if there[key] != here[key]:
+            raise CheckpointError(
+                f'{path} was gathered with another {key} than the config has ({there[key]}, not {here[key]}); '
+                'gather it again with this config'
+            )
     return source
 
 
@@ -268,21 +285,24 @@ def fit(
     subject: Subject,
     source: Mapping[str, Moments],
     options: Mapping[str, Any],
-    every: int | None = None,
+    stride: int | None = None,
     memory: float = 4.0,
-) -> tuple[CalibrationReport, int]:
+    spectra: bool = False,
+    maps: bool = False,
+) -> tuple[CalibrationReport, str]:
     """Fits a model to its images, in place, and notes it in ``subject.meta``; see :func:`mmdenoiserep.fit_domain`.
 
     Args:
         subject: A model without denoisers, and images of the deployment domain.
         source: Moments in the training domain, from :func:`gather_source` or :func:`load_source`.
         options: Options from :func:`choose_fit`.
-        every: Stride of the sampling: takes one in ``every`` tokens or pixels; None chooses it.
-        memory: GiB for the features of all images. If they fit, all layers are fitted in one pass over the images;
-            otherwise each layer has a pass of its own.
+        stride: Takes one in so many tokens or pixels of all layers; None chooses for each layer.
+        memory: GiB for the features of all images at one place of the model; it decides how many images are taken.
+        spectra: Whether the report has the spectra of all layers.
+        maps: Whether the report has the maps of all layers, which :func:`verify_fit` needs.
 
     Returns:
-        The report; the stride.
+        The report; the strides, as a text.
 
     Raises:
         CalibrationError: The images, the features or the source can't be used.
@@ -292,24 +312,21 @@ def fit(
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> source, _ = gather_source(open_subject(cfg, 'vit.pth', split='train', device='cpu'))
         >>> subject = open_subject(cfg, 'vit.pth', split='test', device='cpu')
-        >>> report, every = fit(subject, source, choose_fit(subject))
+        >>> report, strides = fit(subject, source, choose_fit(subject))
         >>> torch.save(dict(meta=subject.meta, state_dict=subject.model.state_dict()), 'fitted.pth')
     """
+    limit_images(subject, memory)
     chosen = {name: subject.layers[name] for name in options['layers']}
-    sizes = measure_activations(subject.backbone, chosen, subject.example)
-    every = every or choose_every(sizes, subject.total)
+    strides = stride or subject.choose_strides()
     how = {key: value for key, value in options.items() if key != 'layers'}
-    at_once = fits_memory(sizes, len(subject.images.dataset), memory)
-    with with_progress_bar(subject.images, 1 if at_once else len(chosen)) as batches:
-        if at_once:
-            batches = list(batches)
-            if len({batch.shape[1:] for batch in batches}) == 1:
-                batches = [torch.cat(batches)]
-        report = fit_domain(subject.backbone, chosen, batches, source, every=every, **how)
+    with with_progress_bar(subject.images) as batches, layer_bar(len(chosen)) as done:
+        report = fit_domain(
+            subject.part, chosen, batches, source, stride=strides, spectra=spectra, maps=maps, progress=done, **how
+        )
     subject.meta[STAMP] = dict(fused=True, layers=len(report.layers), mode='domain', images=report.images, **how)
     if 'cfg' not in subject.meta:  # for the libraries' inferencers
         subject.meta['cfg'] = vanilla_text(subject.cfg.pretty_text)
-    return report, every
+    return report, describe_strides(strides)
 
 
 def verify_schedule(subject: Subject) -> dict[str, Verification]:
@@ -319,19 +336,19 @@ def verify_schedule(subject: Subject) -> dict[str, Verification]:
 
 
 def verify_fit(before: nn.Module, subject: Subject, report: CalibrationReport) -> Verification:
-    """Compares a fitted backbone with the original one, in which the maps run as separate layers.
+    """Compares what was fitted with the original, in which the maps run as separate layers.
 
     Args:
-        before: A copy of the backbone before the fit.
+        before: A copy of ``subject.part`` before the fit.
         subject: The fitted model.
-        report: Report of :func:`fit`.
+        report: Report of :func:`fit`, with maps.
 
     Raises:
         CheckpointError: The outputs differ, or the weights do not fit the config without denoising.
     """
     images = torch.cat([subject.example, torch.randn_like(subject.example)])
     with explicit_maps(before, {layer.name: (layer.linear, layer.constant) for layer in report.layers}):
-        result = compare_models(before, subject.backbone, images)
+        result = compare_models(before, subject.part, images)
     if not result.ok:
         raise CheckpointError(
             f'{subject.checkpoint}: the maps do not fold into the weights ({result.worst}); nothing was written'
@@ -387,55 +404,113 @@ def check_moved(report: CalibrationReport) -> None:
         )
 
 
-@dataclass(frozen=True)
-class ActivationSize:
-    """Size of the input or the output of a layer for one image.
+class Extractor(nn.Module):
+    """The backbone and the neck of a model as one module, ``extract_feat``, so that both can be fitted.
 
-    Attributes:
-        channels: Number of channels.
-        vectors: Number of vectors (tokens, pixels).
-        bytes: Size of the tensor in bytes.
+    Args:
+        owner: The model, with ``backbone``, ``neck`` and ``extract_feat``; its other parts stay out of this module.
     """
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        self.backbone = owner.backbone
+        self.neck = owner.neck
+        self.__dict__['owner'] = owner  # not a part
+
+    def forward(self, images: Tensor) -> Any:
+        """Returns what the neck makes of images, (B, C, H, W)."""
+        return self.owner.extract_feat(images)
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str) -> nn.Module:
+        """Returns the backbone of a model with its neck, or alone where there is none.
+
+        Args:
+            model: The model.
+            name: Name of its backbone.
+        """
+        *path, last = name.split('.')
+        owner = model.get_submodule('.'.join(path))
+        if (
+            last == 'backbone'
+            and isinstance(getattr(owner, 'neck', None), nn.Module)
+            and hasattr(owner, 'extract_feat')
+        ):
+            return cls(owner)
+        return model.get_submodule(name)
+
+
+class Size(NamedTuple):
+    """What one image sends into a layer, or out of it: as many vectors of so many channels."""
 
     channels: int
     vectors: int
-    bytes: int
 
 
-def measure_activations(backbone: nn.Module, layers: Iterable[str], image: Tensor) -> list[ActivationSize]:
-    """Returns the sizes of the inputs and outputs of some layers for one image, (1, C, H, W)."""
-    sizes = []
+def measure_vectors(
+    module: nn.Module, layers: Mapping[str, Any], image: Tensor, inputs: bool = False
+) -> dict[str, Size]:
+    """Returns the size of what is gathered of each layer for one image, (1, C, H, W); layers that do not run have none.
 
-    def note(layer: nn.Module, args: tuple, output: Tensor) -> None:
-        for x in (args[0], output):
-            channels = x.shape[-3] if isinstance(layer, nn.Conv2d) else x.shape[-1]
-            sizes.append(ActivationSize(channels, x.numel() // channels, x.numel() * x.element_size()))
+    Args:
+        module: The module.
+        layers: Its layers by name.
+        image: The image.
+        inputs: See :func:`mmdenoiserep.core.collect_moments`.
+    """
+    sizes: dict[str, Size] = {}
 
-    handles = [backbone.get_submodule(name).register_forward_hook(note) for name in layers]
-    try:
-        with evaluating(backbone):
-            run_model(backbone, image)
-    finally:
-        for handle in handles:
-            handle.remove()
+    def note(name: str, forward: Callable, *args: Any, **keywords: Any) -> Tensor:
+        output = forward(*args, **keywords)
+        (x,) = (*args, *keywords.values())
+        features = Features(layers[name], inputs)
+        taken = output if features.on_output else x
+        channels = taken.shape[-3] if isinstance(layers[name], nn.Conv2d) else taken.shape[-1]
+        sizes.setdefault(name, Size(features.channels, taken.numel() // channels))
+        return output
+
+    with evaluating(module), intercepting(layers, note):
+        run_model(module, image)
     return sizes
 
 
-def choose_every(sizes: Sequence[ActivationSize], images: int) -> int:
-    """Returns the stride of the sampling: at most 16, and small enough for ten vectors for each channel."""
-    return max(1, min([16, *(images * size.vectors // (10 * size.channels) for size in sizes)]))
+def choose_strides(sizes: Mapping[str, Size], images: int) -> dict[str, int]:
+    """Returns the stride of the sampling for each layer: at most 16, and small enough for ten vectors for each channel."""
+    return defaultdict(
+        lambda: 1,
+        {name: max(1, min(16, images * size.vectors // (10 * size.channels))) for name, size in sizes.items()},
+    )
 
 
-def fits_memory(sizes: Sequence[ActivationSize], images: int, gibibytes: float) -> bool:
-    """Whether one forward of all images fits into memory; its peak is about four times the largest tensor."""
-    return 4 * images * max((size.bytes for size in sizes), default=0) <= gibibytes * 2**30
+def describe_strides(strides: int | Mapping[str, int]) -> str:
+    """Returns which part of the vectors was taken, as a text."""
+    least, most = (strides, strides) if isinstance(strides, int) else (min(strides.values()), max(strides.values()))
+    return f'one in {least}' if least == most else f'one in {least} (late layers) to {most}'
+
+
+def limit_images(subject: Subject, gibibytes: float) -> None:
+    """Takes no more images than fit into memory side by side, evenly from all; says how many, and whether they are few."""
+    one = paused_bytes(subject.part, subject.layers, subject.example)
+    most, total = min(gather_processes(int(gibibytes * 2**30 / one * get_world_size()))), subject.total
+    if most < total:
+        subject.images.take(max(1, most // get_world_size()))
+        subject.most = most
+        few = f', and fewer than {MANY} are few for all layers' if most < MANY else ''
+        print(f'{most} of {total} images are taken, as many as fit into {gibibytes:g} GiB (--memory){few}')
 
 
 @contextmanager
-def with_progress_bar(images: Batches, passes: int) -> Iterator[Iterable[Tensor]]:
-    """Yields the batches with a progress bar over the images of all passes."""
-    with tqdm(total=passes * len(images.dataset), unit='image', disable=get_rank() != 0) as bar:
+def with_progress_bar(images: Batches) -> Iterator[Iterable[Tensor]]:
+    """Yields the batches with a progress bar over the images."""
+    with tqdm(total=len(images.dataset), unit='image', disable=get_rank() != 0) as bar:
         yield ProgressBatches(images, bar)
+
+
+@contextmanager
+def layer_bar(layers: int) -> Iterator[Callable[[str], None]]:
+    """Yields a function that moves a progress bar over layers, with the time left."""
+    with tqdm(total=layers, unit='layer', disable=get_rank() != 0) as bar:
+        yield lambda name: (bar.set_postfix_str(name, refresh=False), bar.update())[-1]
 
 
 class ProgressBatches:

@@ -34,7 +34,7 @@ def table(statistics: LayerStatistics) -> str:
         gains = (f'{value - before:+.2f}' for value in (after, restored))
         rows.append((name, kind, *(f'{value:.2f}' for value in (before, after, restored)), *gains))
     header = ('layer', 'type', 'SNR before (dB)', 'after', 'restored', 'after - before', 'restored - before')
-    return f'{format_table(header, rows)}\nsampled one in {statistics.every} of the vectors'
+    return f'{format_table(header, rows)}\nsampled {statistics.strides} of the vectors'
 
 
 def write_figures(folder: Path, statistics: LayerStatistics, views: ImageViews, severity: str) -> list[str]:

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import inspect
 import os
+import re
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -392,7 +393,7 @@ class Batches:
         left_out: A sentence for each image that the config leaves out.
     """
 
-    def __init__(self, model: nn.Module, dataset: Dataset, batch_size: int, workers: int = 0) -> None:
+    def __init__(self, model: nn.Module, dataset: Subset, batch_size: int, workers: int = 0) -> None:
         self.preprocessor: Any = model.data_preprocessor
         self.dataset = dataset
         self.batch_size = batch_size
@@ -425,6 +426,12 @@ class Batches:
             yield self._batch(same)
         if not self.order:
             raise InputError(f'no image is left: {next(iter(self.left_out), "there is none")}')
+
+    def take(self, count: int) -> None:
+        """Keeps ``count`` images at even distances."""
+        kept = take_evenly(self.dataset, count).indices
+        self.dataset = Subset(self.dataset.dataset, [self.dataset.indices[i] for i in kept])
+        self.loader = DataLoader(self.dataset, self.batch_size, num_workers=self.loader.num_workers, collate_fn=list)
 
     def _leave_out(self, image: NoImage) -> None:
         if not image.left_out:
@@ -563,6 +570,31 @@ def _is_built(value: Any) -> bool:
 
 def _is_kind(kind: Any) -> bool:
     return isinstance(kind, type) and (issubclass(kind, Dataset) or hasattr(kind, 'get_data_info'))
+
+
+def describe_preprocessing(cfg: Config, model: nn.Module) -> dict[str, str]:
+    """Returns what turns a loaded image into an input of the model, as text: moments depend on it.
+
+    These are the settings of the data preprocessor and the steps of the test pipeline between loading and packing. A
+    config with several test pipelines has no such steps.
+    """
+    preprocessor: Any = model.data_preprocessor
+    settings = {
+        **vars(preprocessor),
+        **{name: value.flatten().tolist() for name, value in preprocessor.named_buffers()},
+    }
+    about = {
+        f'data_preprocessor.{name}': str(value)
+        for name, value in settings.items()
+        if isinstance(value, bool | int | float | str | list) and name != 'training'
+    }
+    try:
+        steps = _test_steps(cfg)
+    except InputError:
+        return about
+    texts = [f'{type(step).__name__} {re.sub(" at 0x[0-9a-f]+", "", repr(step))}' for step in steps]
+    kept = [text for text in texts if not re.match(r'(Load|Pack|\w*Inputs\b)', text)]
+    return about | {'pipeline': '; '.join(kept)}
 
 
 def _test_datasets(cfg: Config) -> list[Any]:

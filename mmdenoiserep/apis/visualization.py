@@ -30,7 +30,7 @@ from ..core.method.targets import near_names
 from ..core.utils.randomness import equal_draws
 from ..core.utils.tensors import tensors_in
 from .backbones import check_input, predicting_backbone
-from .calibration import choose_every, measure_activations
+from .calibration import Size, choose_strides, describe_strides
 from .corruptions import SEVERITIES, corrupt, make_transform
 from .errors import config_at_fault
 from .images import Batches, NoImage, datasets_of, leaves, open_images, take_evenly
@@ -118,7 +118,7 @@ class LayerStatistics:
         moments: Moments of the outputs of some layers, by variant and by layer.
         embeddings: Last output of the backbone averaged over positions, (N, C), float32, by variant.
         labels: Classes of the images; None where they are not known.
-        every: Stride of the sampling: one in ``every`` vectors (tokens, pixels) was taken.
+        strides: Which part of the vectors (tokens, pixels) was taken, as a text.
     """
 
     types: dict[str, str]
@@ -126,7 +126,7 @@ class LayerStatistics:
     moments: dict[tuple[str, str], dict[str, Moments]]
     embeddings: dict[tuple[str, str], Tensor]
     labels: list[int] | None
-    every: int
+    strides: str
 
 
 @dataclass
@@ -231,13 +231,13 @@ class Visualization:
         self.visualizer = self._build_visualizer(cfg, meta.get('dataset_meta'))
         example = next(iter(self._batches('clean', self._chosen)))
         check_input(self.models['before'], predicting_backbone(self.models['before']), example)
-        names = list(run_backbone(backbone_of(self.models['before']), example)[0])
+        outputs = run_backbone(backbone_of(self.models['before']), example)[0]  # (groups, C/g, n) each
+        names = list(outputs)
         if wrong := set(spectra or ()) - set(names):
             raise InputError(f'the backbone has no layer {min(wrong)}{near_names(min(wrong), names)}')
         self.spectra = list(spectra or ()) or pick_evenly(names, MOST_SPECTRA)
-        self.every = choose_every(
-            measure_activations(backbone_of(self.models['before']), names, example), len(self._chosen)
-        )
+        sizes = {name: Size(x.shape[0] * x.shape[1], x.shape[2]) for name, x in outputs.items()}
+        self.strides = choose_strides(sizes, len(self._chosen))
 
     def _build_visualizer(self, cfg: Config, dataset_meta: Mapping[str, Any] | None) -> Any:
         if not cfg.get('visualizer'):
@@ -263,7 +263,12 @@ class Visualization:
     def measure(self) -> LayerStatistics:
         """Runs both models on all images, clean and corrupted, and returns the statistics of their layers."""
         statistics = LayerStatistics(
-            {}, {key: {} for key in RATIOS}, {key: {} for key in VARIANTS}, {}, self.labels, self.every
+            {},
+            {key: {} for key in RATIOS},
+            {key: {} for key in VARIANTS},
+            {},
+            self.labels,
+            describe_strides(self.strides),
         )
         embeddings: dict[tuple[str, str], list[Tensor]] = {key: [] for key in VARIANTS}
         pairs = [self._batches(images, self._chosen, self.batch_size) for images in ('clean', 'corrupted')]
@@ -279,7 +284,7 @@ class Visualization:
                 features = {}
                 for which, images in VARIANTS:
                     backbone = backbone_of(self.models[which])
-                    features[which, images], embedding = run_backbone(backbone, batches[images], self.every)
+                    features[which, images], embedding = run_backbone(backbone, batches[images], self.strides)
                     if not embedding.isfinite().all():
                         raise InputError(f'the features of {self.paths[which]} hold NaN or Inf; look at its weights')
                     embeddings[which, images].append(embedding.float().cpu())
@@ -348,24 +353,28 @@ def pick_evenly(names: Sequence[str], count: int) -> list[str]:
     return [names[i] for i in sorted(set(np.linspace(0, len(names) - 1, count).round().astype(int)))]
 
 
-def run_backbone(backbone: nn.Module, images: Tensor, every: int = 1) -> tuple[dict[str, Tensor], Tensor]:
+def run_backbone(
+    backbone: nn.Module, images: Tensor, strides: Mapping[str, int] | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
     """Runs a backbone and returns the outputs of its Linear layers and convolutions, and its embeddings.
 
     Args:
         backbone: The backbone.
         images: Preprocessed images, (B, C, H, W).
-        every: Stride of the sampling: takes one in ``every`` vectors, the same ones in every call.
+        strides: Takes one in so many vectors of a layer, the same ones in every call; None takes all.
 
     Returns:
         The outputs by layer, (groups, C/g, n), in the order of execution; the last output averaged over positions,
         (B, C).
     """
     features: dict[str, list[Tensor]] = {}
-    sample = Sample(every)
+    sample = Sample()
 
     def listen(name: str, layer: nn.Module) -> Any:
         return layer.register_forward_hook(
-            lambda layer, args, output: features.setdefault(name, []).append(sample(layer, output))
+            lambda layer, args, output: features.setdefault(name, []).append(
+                sample(layer, output, strides[name] if strides else 1)
+            )
         )
 
     handles = [listen(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]

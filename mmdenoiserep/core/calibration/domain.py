@@ -38,6 +38,7 @@ def fit_domain(
     stride: Stride = 1,
     spectra: bool = False,
     maps: bool = False,
+    progress: Callable[[str], Any] | None = None,
 ) -> CalibrationReport:
     """Fits layers of a model to the images of the place where it will run, in place.
 
@@ -59,6 +60,7 @@ def fit_domain(
         stride: See :func:`collect_moments`.
         spectra: Whether the report has the spectra of all layers, which cost two decompositions each.
         maps: Whether the report has the maps of all layers.
+        progress: Called with the name of each layer when it is done.
 
     Returns:
         A :class:`CalibrationReport`.
@@ -96,10 +98,10 @@ def fit_domain(
     owned = owned_tensors(module, layers)
     readers = Readers({**layers, **find_norms(module)}, owned)
     with all_or_nothing(tensor for _, tensor in owned if tensor is not None) as undo:
-        domain = DomainPass(module, layers, stride, solver, readers)
+        domain = DomainPass(module, layers, stride, solver, readers, progress)
         while not domain.run(batches):
             undo()
-            domain = DomainPass(module, layers, stride, solver, readers)
+            domain = DomainPass(module, layers, stride, solver, readers, progress)
         rows = [domain.rows[name] for name in layers if name in domain.rows]
         return make_report('domain', domain.images, rows, domain.skipped)
 
@@ -130,6 +132,7 @@ class DomainPass:
         stride: See :func:`collect_moments`.
         solver: Finds the map of a layer.
         readers: Watches who reads the outputs of the layers; what earlier passes have shown is kept.
+        progress: Called with the name of each layer when it is done.
 
     Attributes:
         images: Images seen, in all processes.
@@ -138,13 +141,20 @@ class DomainPass:
     """
 
     def __init__(
-        self, module: nn.Module, layers: Mapping[str, Layer], stride: Stride, solver: 'Solver', readers: Readers
+        self,
+        module: nn.Module,
+        layers: Mapping[str, Layer],
+        stride: Stride,
+        solver: 'Solver',
+        readers: Readers,
+        progress: Callable[[str], Any] | None,
     ) -> None:
         self.module = module
         self.layers = layers
         self.stride = stride
         self.solver = solver
         self.readers = readers
+        self.progress = progress
         self.obstacles = find_obstacles(module)  # before the forwards of the norms are replaced
         self.images = 0
         self.rows: dict[str, CalibratedLayer] = {}
@@ -184,6 +194,8 @@ class DomainPass:
             self.takers = Takers.seen_by(self.readers, self.module, self.layers, self.obstacles)
             while (name := self._next()) is not None:
                 self._fit(name)
+                if self.progress:
+                    self.progress(name)
                 if len(self.done) == len(self.layers):
                     break
                 self.steps.resume(name)

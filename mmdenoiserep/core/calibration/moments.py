@@ -12,6 +12,7 @@ from ..utils.errors import InputError
 class CalibrationError(InputError, ValueError):
     """A model, images or moments that can't be calibrated; the message names the layer or the option."""
 
+
 RIDGE = 0.01
 """Share of the mean variance in the training domain that a fit adds to every variance, on both sides."""
 

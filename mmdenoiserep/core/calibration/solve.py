@@ -83,9 +83,7 @@ def solve_denoisers(
         constant = torch.zeros_like(seen.mean) if solution.bias is None else -solution.bias.reshape(seen.mean.shape)
         linear = torch.eye(seen.mean.shape[1], dtype=torch.float64, device=seen.mean.device) - solution.matrix()
         losses = dict(start=start, loss=_loss(layer, solution, seen), optimum=_loss(layer, best, seen))
-        rows.append(
-            make_row(name, linear, constant, seen, rank=before.rank, spectra=spectra, maps=maps, **losses)
-        )
+        rows.append(make_row(name, linear, constant, seen, rank=before.rank, spectra=spectra, maps=maps, **losses))
     return make_report('schedule', images, rows, skipped)
 
 
