@@ -50,7 +50,7 @@ setup(
     py_modules=['denoiserep_commands'],
     cmdclass={'build_py': BuildWithMim},
     entry_points={'console_scripts': [f'denoiserep-{name} = denoiserep_commands:main' for name in COMMANDS]},
-    install_requires=['torch>=2.6'],
+    install_requires=['torch>=2.6', 'greenlet>=3'],
     extras_require={
         'mm': ['mmengine>=0.10.5', 'mmcv>=2.0.1,<2.2', 'tqdm'],
         'reid': ['mmengine>=0.10.5', 'mmcv>=2.0.1,<2.2', 'mmpretrain>=1.2.0', 'h5py', 'scipy', 'tqdm'],

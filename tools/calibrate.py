@@ -10,7 +10,7 @@ domain    fits the model to images of the deployment domain; OUT is a vanilla ch
 import argparse
 import os
 import sys
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from copy import deepcopy
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, prior: str) -> None:
     parser.add_argument(
         '--verify', action='store_true', help='check that folding is exact; write nothing if the outputs differ'
     )
-    parser.add_argument('--plot', type=Path, metavar='FILE.png', help='plot of the spectra to write (default: OUT.png)')
+    parser.add_argument('--plot', type=Path, metavar='FILE.png', help='plot of the spectra to write (default: none)')
 
 
 def parse_args() -> argparse.Namespace:
@@ -102,8 +102,8 @@ def parse_args() -> argparse.Namespace:
         type=float,
         default=4.0,
         metavar='GIB',
-        help='memory for the features of all images; if they fit, all layers are fitted in one pass over the images, '
-        'otherwise each layer has its own pass (default: %(default)g)',
+        help='memory in each process for the features of all images, which a fit holds at one layer after the other; '
+        'it decides how many images are taken (default: %(default)g)',
     )
     args = parser.parse_args()
     for name, least in dict(num_images=1, batch_size=1, stride=1, rank=0, prior=0, memory=0).items():
@@ -111,10 +111,8 @@ def parse_args() -> argparse.Namespace:
             parser.error(f'--{name.replace("_", "-")} must be {least} or more')
     if not args.output.name:
         parser.error(f'{args.output} is no file name')
-    if args.mode != 'moments':
-        args.plot = args.plot or args.output.with_suffix('.png')
-        if args.plot.resolve() == args.output.resolve():
-            parser.error(f'{args.output} would be both the checkpoint and the plot; name it OUT.pth')
+    if args.mode != 'moments' and args.plot and args.plot.resolve() == args.output.resolve():
+        parser.error(f'{args.output} would be both the checkpoint and the plot; name another file for the plot')
     if args.mode == 'domain' and args.rank and args.fit in ('mean', 'diagonal'):
         parser.error(f'--fit {args.fit} has no rank')
     if args.mode == 'domain' and args.source.resolve() == args.output.resolve():
@@ -138,7 +136,7 @@ def main() -> None:
 
     if not args.dry_run:
         check_output(args.output, args.overwrite, source=Path(args.checkpoint))
-        if args.mode != 'moments':
+        if args.mode != 'moments' and args.plot:
             check_output(args.plot, args.overwrite, suffix='.png')
             if args.images:
                 check_outside(args.plot, args.images)
@@ -160,11 +158,11 @@ def schedule(args: argparse.Namespace, subject) -> None:
     """Solves the denoisers and writes the denoised checkpoint."""
     from mmdenoiserep.apis import calibration
 
-    report, every = calibration.solve(subject, args.prior or 0.0, args.every)
+    report, strides = calibration.solve(subject, args.prior or 0.0, args.stride, spectra=bool(args.plot))
     if args.verify:
         for name, result in calibration.verify_schedule(subject).items():
             print(f'{name} on two random images, unfused against fused:\n{result}')
-    finish(args, subject, report, every)
+    finish(args, subject, report, strides)
 
 
 def moments(args: argparse.Namespace, subject) -> None:
@@ -174,34 +172,35 @@ def moments(args: argparse.Namespace, subject) -> None:
     from mmdenoiserep.apis import calibration
     from mmdenoiserep.core import save_moments
 
-    gathered, about = calibration.gather_source(subject, args.every)
+    gathered, about = calibration.gather_source(subject, args.stride)
     reached = sum(seen.count > 0 for seen in gathered.values())
-    print(f'moments of {reached} layers from {about["images"]:,} images, one in {about["every"]} of their vectors')
+    print(f'moments of {reached} layers from {about["images"]:,} images, {about["strides"]} of their vectors')
     if not args.dry_run and not get_rank():
         save_moments(gathered, args.output, about)
         print(f'{args.output} is the --source for calibrate.py domain')
 
 
 def domain(args: argparse.Namespace, subject) -> None:
-    """Fits the backbone to the images and writes the vanilla checkpoint."""
+    """Fits the model to the images and writes the vanilla checkpoint."""
     from mmdenoiserep.apis import calibration
 
     source = calibration.load_source(subject, args.source)
     how = dict(representative=args.representative, part=args.layers, fit=args.fit, rank=args.rank, prior=args.prior)
-    options = calibration.choose_fit(subject, **how)
-    before = deepcopy(subject.backbone) if args.verify else None
-    report, every = calibration.fit(subject, source, options, args.every, args.memory)
+    options = calibration.choose_fit(subject, **how, memory=args.memory)
+    before = deepcopy(subject.part) if args.verify else None
+    keep = dict(spectra=bool(args.plot), maps=args.verify)
+    report, strides = calibration.fit(subject, source, options, args.stride, **keep)
     if not (args.representative or args.layers or args.fit):
         calibration.check_moved(report)
     if before is not None:
         result = calibration.verify_fit(before, subject, report)
         print(f'one image and noise, maps as separate layers against maps folded into the weights:\n{result}')
         print('the weights fit the config without denoising exactly')
-    finish(args, subject, report, every, source)
+    finish(args, subject, report, strides, source)
 
 
-def finish(args: argparse.Namespace, subject, report, every: int, source=None) -> None:
-    """Prints the report and writes checkpoint and plot, in the process of rank 0."""
+def finish(args: argparse.Namespace, subject, report, strides: str, source=None) -> None:
+    """Prints the report and writes the checkpoint, and the plot if one is asked for, in the process of rank 0."""
     from mmengine.dist import get_rank
 
     from mmdenoiserep.apis.calibration import warnings_of
@@ -212,18 +211,19 @@ def finish(args: argparse.Namespace, subject, report, every: int, source=None) -
     if get_rank():
         return
     print(report)
-    print(f'sampled one in {every} of the vectors')
+    print(f'sampled {strides} of the vectors')
     for sentence in warnings_of(report, list(subject.layers)):
         print(f'warning: {sentence}')
     if args.dry_run:
         print('nothing was written (--dry-run)')
         return
-    with write_file(args.plot) as file:
-        draw_calibration(report, source).savefig(file, format='png', dpi=100)
-        file.flush()  # fails on a full disk before the checkpoint is written
+    with write_file(args.plot) if args.plot else nullcontext() as file:
+        if file:
+            draw_calibration(report, source).savefig(file, format='png', dpi=100)
+            file.flush()  # fails on a full disk before the checkpoint is written
         write_atomically(dict(meta=subject.meta, state_dict=subject.model.cpu().state_dict()), args.output)
     loads = 'the config without denoising' if report.mode == 'domain' else args.config
-    print(f'{args.output} loads into {loads}; spectra: {args.plot}')
+    print(f'{args.output} loads into {loads}' + (f'; spectra: {args.plot}' if args.plot else ''))
 
 
 if __name__ == '__main__':

@@ -67,7 +67,6 @@ class Subject:
         meta: ``meta`` of the checkpoint.
         about: What a file of moments has to agree on: checksum of the weights, and how images become inputs.
         images: Batches of preprocessed images, (B, C, H, W).
-        most: Largest number of images in all processes.
         example: One preprocessed image, (1, C, H, W).
         layers: Layers of the part by name, in the order of execution.
     """
@@ -79,14 +78,13 @@ class Subject:
     meta: dict[str, Any]
     about: dict[str, Any]
     images: Batches
-    most: int
     example: Tensor
     layers: Mapping[str, Any]
 
     @property
     def total(self) -> int:
         """Number of images in all processes, without those left out so far."""
-        return min(self.most, len(self.images.dataset.dataset)) - sum_processes(len(self.images.left_out))
+        return sum_processes(len(self.images.dataset) - len(self.images.left_out))
 
     def choose_strides(self, inputs: bool = False) -> dict[str, int]:
         """Returns the stride of the sampling for each layer, see :func:`choose_strides`."""
@@ -155,7 +153,7 @@ def open_subject(
         example = next(iter(images))[:1]
         check_input(model, name, example)
         layers = denoised_layers(part) if denoised else select_layers(part, 'all', example_input=example)
-    return Subject(cfg, str(checkpoint), model, part, meta, about, images, num_images, example, layers)
+    return Subject(cfg, str(checkpoint), model, part, meta, about, images, example, layers)
 
 
 def _open_batches(
@@ -258,8 +256,12 @@ def choose_fit(
     fit: str | None = None,
     rank: int | None = None,
     prior: float | None = None,
+    memory: float = 4.0,
 ) -> dict[str, Any]:
     """Returns the options of :func:`fit`: those of :func:`mmdenoiserep.core.safe_fit`, unless given.
+
+    A fit holds what the forwards of all images keep at one place of the model. If that is more than ``memory``, some of
+    the images are taken, and the options are those for their number; a sentence is printed then.
 
     Args:
         subject: The model and the images.
@@ -268,17 +270,23 @@ def choose_fit(
         fit: Moments to match, see :func:`mmdenoiserep.core.transport`.
         rank: Rank of the maps minus the identity; 0 for full.
         prior: Weight of the training domain as a prior, as a number of images.
+        memory: GiB in each process for the images and features of the forwards.
     """
     names = list(subject.layers)
-    options = safe_fit(names, subject.total, representative)
-    if part:
-        options['layers'] = tuple(dict(first=names[:1], early=early_half(names), all=names)[part])
-    options |= {key: value for key, value in dict(fit=fit, prior=prior).items() if value is not None}
-    if rank is not None:
-        options['rank'] = rank or None
-    if options['fit'] not in RANKED:
-        options['rank'] = None
-    return options
+
+    def choose() -> dict[str, Any]:
+        options = safe_fit(names, subject.total, representative)
+        if part:
+            options['layers'] = tuple(dict(first=names[:1], early=early_half(names), all=names)[part])
+        options |= {key: value for key, value in dict(fit=fit, prior=prior).items() if value is not None}
+        if rank is not None:
+            options['rank'] = rank or None
+        if options['fit'] not in RANKED:
+            options['rank'] = None
+        return options
+
+    limit_images(subject, choose()['layers'], memory)
+    return choose()
 
 
 def fit(
@@ -286,7 +294,6 @@ def fit(
     source: Mapping[str, Moments],
     options: Mapping[str, Any],
     stride: int | None = None,
-    memory: float = 4.0,
     spectra: bool = False,
     maps: bool = False,
 ) -> tuple[CalibrationReport, str]:
@@ -297,7 +304,6 @@ def fit(
         source: Moments in the training domain, from :func:`gather_source` or :func:`load_source`.
         options: Options from :func:`choose_fit`.
         stride: Takes one in so many tokens or pixels of all layers; None chooses for each layer.
-        memory: GiB for the features of all images at one place of the model; it decides how many images are taken.
         spectra: Whether the report has the spectra of all layers.
         maps: Whether the report has the maps of all layers, which :func:`verify_fit` needs.
 
@@ -315,7 +321,6 @@ def fit(
         >>> report, strides = fit(subject, source, choose_fit(subject))
         >>> torch.save(dict(meta=subject.meta, state_dict=subject.model.state_dict()), 'fitted.pth')
     """
-    limit_images(subject, memory)
     chosen = {name: subject.layers[name] for name in options['layers']}
     strides = stride or subject.choose_strides()
     how = {key: value for key, value in options.items() if key != 'layers'}
@@ -475,7 +480,7 @@ def measure_vectors(
 
 
 def choose_strides(sizes: Mapping[str, Size], images: int) -> dict[str, int]:
-    """Returns the stride of the sampling for each layer: at most 16, and small enough for ten vectors for each channel."""
+    """Returns the stride of the sampling for each layer: 16, or less where ten vectors for each channel need it."""
     return defaultdict(
         lambda: 1,
         {name: max(1, min(16, images * size.vectors // (10 * size.channels))) for name, size in sizes.items()},
@@ -488,15 +493,21 @@ def describe_strides(strides: int | Mapping[str, int]) -> str:
     return f'one in {least}' if least == most else f'one in {least} (late layers) to {most}'
 
 
-def limit_images(subject: Subject, gibibytes: float) -> None:
-    """Takes no more images than fit into memory side by side, evenly from all; says how many, and whether they are few."""
-    one = paused_bytes(subject.part, subject.layers, subject.example)
-    most, total = min(gather_processes(int(gibibytes * 2**30 / one * get_world_size()))), subject.total
-    if most < total:
-        subject.images.take(max(1, most // get_world_size()))
-        subject.most = most
-        few = f', and fewer than {MANY} are few for all layers' if most < MANY else ''
-        print(f'{most} of {total} images are taken, as many as fit into {gibibytes:g} GiB (--memory){few}')
+def limit_images(subject: Subject, layers: Iterable[str], gibibytes: float) -> None:
+    """Takes as many images, evenly from all, as a fit of some layers can hold in memory; prints how many if not all.
+
+    Args:
+        subject: The model and the images.
+        layers: Names of the layers to fit.
+        gibibytes: Memory in each process, GiB.
+    """
+    one = paused_bytes(subject.part, {name: subject.layers[name] for name in layers}, subject.example)
+    total = sum_processes(len(subject.images.dataset))
+    subject.images.take(max(1, min(gather_processes(int(gibibytes * 2**30 / one)))))
+    taken = sum_processes(len(subject.images.dataset))
+    if taken < total:
+        few = f'; fewer than {MANY} are few for all layers' if taken < MANY else ''
+        print(f'takes {taken} of {total} images, whose features fit into {gibibytes:g} GiB (--memory){few}')
 
 
 @contextmanager

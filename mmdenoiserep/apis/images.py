@@ -428,7 +428,7 @@ class Batches:
             raise InputError(f'no image is left: {next(iter(self.left_out), "there is none")}')
 
     def take(self, count: int) -> None:
-        """Keeps ``count`` images at even distances."""
+        """Keeps ``count`` images at even distances, or all if there are no more."""
         kept = take_evenly(self.dataset, count).indices
         self.dataset = Subset(self.dataset.dataset, [self.dataset.indices[i] for i in kept])
         self.loader = DataLoader(self.dataset, self.batch_size, num_workers=self.loader.num_workers, collate_fn=list)

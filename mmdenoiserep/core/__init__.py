@@ -1,4 +1,4 @@
-"""The core: denoisers, fusing, calibration and files, on torch alone."""
+"""The core: denoisers, fusing, calibration and files, on torch and greenlet."""
 
 from .calibration.closed_form import closed_form
 from .calibration.collect import collect_moments

@@ -34,13 +34,14 @@ def closed_form(
     groups, size = mean.shape
     covariance = second_moment - mean[:, :, None] * mean[:, None, :] if bias else second_moment
     identity = torch.eye(size, dtype=torch.float64, device=mean.device)
-    variances, directions = torch.linalg.eigh(step.signal**2 * covariance + step.noise**2 * identity)
-    optimum = step.noise / variances
+    sigma = step.signal**2 * covariance + step.noise**2 * identity  # (groups, C/g, C/g)
 
     if rank is None or rank >= size:
-        prediction = directions * optimum[:, None, :] @ directions.mT
+        prediction = step.noise * torch.cholesky_inverse(torch.linalg.cholesky(sigma))
         parameters = {'weight': step.c1 * prediction - step.c3_minus_1 * identity}
     else:
+        variances, directions = torch.linalg.eigh(sigma)
+        optimum = step.noise / variances
         solutions = [_truncate(variances[g], optimum[g], directions[g], step, rank) for g in range(groups)]
         scale, up, down = (torch.stack(parts) for parts in zip(*solutions, strict=True))
         prediction = ((scale[:, None, None] + step.c3_minus_1) * identity + up @ down) / step.c1

@@ -26,6 +26,10 @@ from .report import CalibratedLayer, CalibrationReport, make_report, make_row
 from .takers import Takers, find_obstacles, owned_tensors
 
 
+MOST_PASSES = 5
+"""Passes after which a fit gives up. One is enough if its first image shows who reads what, two if another one does."""
+
+
 def fit_domain(
     module: nn.Module,
     layers: Mapping[str, Layer],
@@ -98,17 +102,21 @@ def fit_domain(
     owned = owned_tensors(module, layers)
     readers = Readers({**layers, **find_norms(module)}, owned)
     with all_or_nothing(tensor for _, tensor in owned if tensor is not None) as undo:
-        domain = DomainPass(module, layers, stride, solver, readers, progress)
-        while not domain.run(batches):
-            undo()
+        for _ in range(MOST_PASSES):
             domain = DomainPass(module, layers, stride, solver, readers, progress)
-        rows = [domain.rows[name] for name in layers if name in domain.rows]
-        return make_report('domain', domain.images, rows, domain.skipped)
+            if domain.run(batches):
+                rows = [domain.rows[name] for name in layers if name in domain.rows]
+                return make_report('domain', domain.images, rows, domain.skipped)
+            undo()
+        raise CalibrationError(
+            f'each of {MOST_PASSES} passes over the same images read the outputs of the layers in another way; '
+            'look for randomness in the forward of the model'
+        )
 
 
 @contextmanager
 def all_or_nothing(tensors: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
-    """Gives a function that puts tensors back as they were, and calls it where an error or an interrupt ends the block."""
+    """Yields a function that restores tensors, and calls it if an error or an interrupt ends the context."""
     before = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
     @torch.no_grad()
@@ -176,6 +184,7 @@ class DomainPass:
         Raises:
             CalibrationError: There is no image, or the features of a layer are not finite.
         """
+        all_layers = sum(isinstance(layer, nn.Linear | nn.Conv2d) for layer in self.module.modules())
         with (
             evaluating(self.module),
             intercepting(self.layers, self._call),
@@ -194,16 +203,15 @@ class DomainPass:
             self.takers = Takers.seen_by(self.readers, self.module, self.layers, self.obstacles)
             while (name := self._next()) is not None:
                 self._fit(name)
-                if self.progress:
-                    self.progress(name)
-                if len(self.done) == len(self.layers):
-                    break
+                if len(self.done) == len(self.layers) < all_layers:
+                    break  # otherwise the runs end soon, and show who reads what behind the last layer
                 self.steps.resume(name)
-        for name in self.layers.keys() - self.done:  # no image reaches these
+        for name in [name for name in self.layers if name not in self.done]:  # no image reaches these
             self._fit(name)
-        for name, calls in self.calls_after.items():
-            if name in self.rows:
-                self.rows[name] = self.rows[name].noting(f'{calls} later calls in these batches were not looked at')
+        calls_after = sum(gather_processes(self.calls_after), Counter())
+        for name, row in self.rows.items():
+            if calls := calls_after[name]:
+                self.rows[name] = row.noting(f'{calls} later calls in these batches were not looked at')
         self.readers.merge_processes()
         return self.takers.agree(Takers.seen_by(self.readers, self.module, self.layers, self.obstacles))
 
@@ -221,8 +229,10 @@ class DomainPass:
             self.calls_after[name] += 1
             return forward(x)
         with self.readers.paused():
-            seen = self.features.setdefault(name, Features(self.layers[name]))
-            seen.update(sample, x, stride_of(self.stride, name))
+            if name not in self.features:
+                with torch.inference_mode(False):  # this run's own mode may not be that of the others
+                    self.features[name] = Features(self.layers[name])
+            self.features[name].update(sample, x, stride_of(self.stride, name))
             self.steps.pause(name)
         self.sample = sample
         return forward(x if self.shift is None else x + self.shift.to(x))
@@ -235,19 +245,23 @@ class DomainPass:
         return order[first] if first < len(order) else None
 
     def _fit(self, name: str) -> None:
-        """Fits one layer in place."""
-        layer = self.layers[name]
-        target = self.features.pop(name, Features(layer)).moments()
-        self.done.add(name)
+        """Fits one layer in place, or notes why it is skipped."""
         self.shift = None
+        if reason := self._correct(name, self.layers[name]):
+            self.skipped[name] = reason
+        self.done.add(name)
+        if self.progress:
+            self.progress(name)
+
+    def _correct(self, name: str, layer: Layer) -> str:
+        """Fits one layer in place; returns why not, or an empty text."""
+        target = (self.features.pop(name, None) or Features(layer)).moments()
         check_finite(name, target)
         if name in self.takers.unfit:
-            self.skipped[name] = self.takers.unfit[name]
-            return
+            return self.takers.unfit[name]
         source = self.solver.source_of(name, layer, target)
         if reason := self.solver.why_not(layer, source, target, stride_of(self.stride, name), self.images):
-            self.skipped[name] = reason
-            return
+            return reason
         linear, constant = self.solver.solve(layer, source, target, self.images)
         norm, note = self.takers.norms.get(name), ''
         if layer.bias is None and norm is None:
@@ -260,6 +274,7 @@ class DomainPass:
             self.shift = before_map(linear, constant)[0]  # the present inputs were made before their LayerNorm changed
         torch.clear_autocast_cache()
         self.rows[name] = self.solver.row(name, linear, constant, target, note)
+        return ''
 
 
 class Solver:

@@ -1,6 +1,5 @@
 """Mean and covariance of features, gathered batch by batch."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -66,7 +65,7 @@ class Moments:
             mean: mu, (groups, size).
             root: R, (groups, size, size).
         """
-        moments = cls(*mean.shape, mean.device)
+        moments = cls(mean.shape[0], mean.shape[1], mean.device)
         square = (root @ root).double()
         ridge = RIDGE / (1 + RIDGE) * square.diagonal(dim1=1, dim2=2).mean().item()
         moments.count = count
@@ -157,32 +156,6 @@ class Moments:
         self.count, self.mean, self.scatter = 0, torch.zeros_like(self.mean), torch.zeros_like(self.scatter)
         for count, mean, scatter in own:  # in the order of the ranks, so that all processes get the same bits
             self._add(count, mean.to(self.mean), scatter.to(self.scatter))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns what a file holds of them: ``count``, ``mean`` and ``scatter``."""
-        return dict(count=torch.tensor(self.count, device='cpu'), mean=self.mean, scatter=self.scatter)
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> 'Moments':
-        """Returns the moments that a :meth:`state_dict` describes.
-
-        Raises:
-            CalibrationError: The shapes do not belong together, a value is not finite, or the number is negative.
-        """
-        mean, scatter = state['mean'], state['scatter']
-        if mean.dim() != 2 or scatter.shape != (*mean.shape, mean.shape[1]):
-            raise CalibrationError(
-                f'moments of shapes {tuple(mean.shape)} and {tuple(scatter.shape)} do not belong together'
-            )
-        if not (torch.isfinite(mean).all() and torch.isfinite(scatter).all()):
-            raise CalibrationError('moments hold NaN or Inf')
-        if state['count'] < 0:
-            raise CalibrationError(f'moments of {int(state["count"])} vectors')
-        moments = cls(mean.shape[0], mean.shape[1], mean.device)
-        moments.count = int(state['count'])
-        moments.mean += mean
-        moments.scatter += scatter
-        return moments
 
 
 def add_ridge(matrix: Tensor, ridge: float) -> Tensor:

@@ -16,8 +16,8 @@ class Lockstep:
     """Runs that pause at places and go on together, one after the other.
 
     Each run has a call stack of its own (a greenlet), and all share one thread: threads of their own would each bring a
-    pool of OpenMP threads and, on a GPU, a cuBLAS workspace. What torch keeps for the thread (grad mode, inference mode,
-    autocast) stays with the run that set it.
+    pool of OpenMP threads and, on a GPU, a cuBLAS workspace. Grad mode, inference mode and autocast belong to the
+    thread; a run finds them after a pause as it left them.
 
     Used as a context manager, which ends the runs that are still paused.
 
@@ -39,9 +39,10 @@ class Lockstep:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        while self._paused:
-            run, _ = self._paused.popitem()
-            run.throw()
+        with ExitStack() as stack:  # an error in one run does not keep the others from being ended
+            for run in self._paused:
+                stack.callback(_end, run)
+            self._paused = {}
 
     @property
     def places(self) -> list[Hashable]:
@@ -67,9 +68,14 @@ class Lockstep:
 
     def _switch(self, run: greenlet) -> None:
         self._state = ThreadState()
-        place = run.switch()
+        place: Any = run.switch()
         if not run.dead:
             self._paused[run] = place
+
+
+def _end(run: greenlet) -> None:
+    while not run.dead:  # a run that catches everything goes on to its next pause
+        run.throw()
 
 
 class ThreadState:
