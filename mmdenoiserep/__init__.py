@@ -1,7 +1,7 @@
 """DenoiseRep (arXiv 2406.08773) for OpenMMLab: train linear denoisers on a backbone, fold them into its weights.
 
-The core needs torch and greenlet only. With mmengine installed, importing this package also registers ``DenoiseRepBackbone``, the
-hooks and the backbone ``VMamba`` in mmengine's root registries.
+The core needs torch and greenlet only. With mmengine installed, importing this package also registers
+``DenoiseRepBackbone``, the hooks and the backbone ``VMamba`` in mmengine's root registries.
 """
 
 from importlib.util import find_spec

@@ -28,9 +28,9 @@ def gather(model, batches, example=None, **options):
 
 
 def fit(model, batches, source, names=None, **options):
-    """Fits layers of a plain model, by default those that the source has moments of; returns the report."""
+    """Fits layers of a plain model, by default those that the source has moments of; returns the report with maps."""
     layers = {name: model.get_submodule(name) for name in (source if names is None else names)}
-    return fit_domain(model, layers, batches, source, **options)
+    return fit_domain(model, layers, batches, source, **{'maps': True, **options})
 
 
 def with_maps(model, report, *inputs):

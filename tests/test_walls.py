@@ -1,4 +1,4 @@
-"""Who imports whom: the core torch and greenlet, inner parts nothing of outer ones, tools and the package not each other."""
+"""Who imports whom: the core torch and greenlet, inner parts no outer ones, tools and the package not each other."""
 
 import ast
 import sys

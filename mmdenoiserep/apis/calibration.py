@@ -1,6 +1,5 @@
 """Calibrates the model of a config on unlabelled images: solves denoisers, gathers moments, fits a domain."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -481,15 +480,13 @@ def measure_vectors(
 
 def choose_strides(sizes: Mapping[str, Size], images: int) -> dict[str, int]:
     """Returns the stride of the sampling for each layer: 16, or less where ten vectors for each channel need it."""
-    return defaultdict(
-        lambda: 1,
-        {name: max(1, min(16, images * size.vectors // (10 * size.channels))) for name, size in sizes.items()},
-    )
+    return {name: max(1, min(16, images * size.vectors // (10 * size.channels))) for name, size in sizes.items()}
 
 
 def describe_strides(strides: int | Mapping[str, int]) -> str:
     """Returns which part of the vectors was taken, as a text."""
-    least, most = (strides, strides) if isinstance(strides, int) else (min(strides.values()), max(strides.values()))
+    numbers = {strides} if isinstance(strides, int) else set(strides.values())
+    least, most = min(numbers, default=1), max(numbers, default=1)
     return f'one in {least}' if least == most else f'one in {least} (late layers) to {most}'
 
 

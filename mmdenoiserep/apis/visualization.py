@@ -373,7 +373,7 @@ def run_backbone(
     def listen(name: str, layer: nn.Module) -> Any:
         return layer.register_forward_hook(
             lambda layer, args, output: features.setdefault(name, []).append(
-                sample(layer, output, strides[name] if strides else 1)
+                sample(layer, output, (strides or {}).get(name, 1))
             )
         )
 

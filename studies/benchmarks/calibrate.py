@@ -4,7 +4,7 @@ ViT-S/16 and ResNet-50 of mmpretrain with random weights and a denoiser on every
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from statistics import median
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--batch', type=int, default=32, help='images in a batch (default: %(default)s)')
     parser.add_argument('--batches', type=int, default=1, help='batches of a pass (default: %(default)s)')
     parser.add_argument(
-        '--every',
+        '--stride',
         type=int,
         help='stride of the sampling (default: the choice of tools/calibrate.py)',
     )
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from studies.benchmarks.measure import cost_ratio
 
     rows = [
-        compare(name, args.size, args.batch, args.batches, args.every, args.repeats, args.memory) for name in MODELS
+        compare(name, args.size, args.batch, args.batches, args.stride, args.repeats, args.memory) for name in MODELS
     ]
     passes = [name for name in rows[0]['seconds'] if name != PLAIN]
     lines = ['| model | pass | seconds | plain forward | ratio (quartiles) | goal |', '|---|---|---|---|---|---|']
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             ratio = cost_ratio(*pair)
             seconds = ' | '.join(f'{median(values):.2f}' for values in pair)
             verdict = '' if name.endswith(ALL) else f'{"met" if ratio.median <= GOAL else "missed"} (at most {GOAL})'
-            what = name.replace(SOME, f'one in {row["every"]} vectors')
+            what = name.replace(SOME, f'{row["strides"]} of the vectors')
             lines.append(f'| {row["model"]} | {what} | {seconds} | {ratio} | {verdict} |')
     for title, key, form in (
         ('seconds to solve all layers', 'solving', '{:.1f}'),
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def compare(
-    name: str, size: int, batch: int, batches: int, every: int | None, repeats: int, memory: bool
+    name: str, size: int, batch: int, batches: int, stride: int | None, repeats: int, memory: bool
 ) -> dict[str, Any]:
     """Returns the figures of one model.
 
@@ -96,15 +96,15 @@ def compare(
         size: Side of the images in pixels.
         batch: Images in a batch.
         batches: Batches of a pass.
-        every: Stride of the sampling; None takes the choice of tools/calibrate.py.
+        stride: Stride of the sampling; None takes the choice of tools/calibrate.py.
         repeats: Timed runs of each pass.
         memory: Whether to measure the memory.
 
     Returns:
-        ``model``, ``every``, ``seconds`` of all runs by pass, ``solving`` in seconds by mode and rank, and ``peak_mib``
+        ``model``, ``strides``, ``seconds`` of all runs by pass, ``solving`` in seconds by mode and rank, and ``peak_mib``
         by mode and rank, empty without ``memory``.
     """
-    from mmdenoiserep.apis.calibration import choose_every, measure_activations
+    from mmdenoiserep.apis.calibration import choose_strides, describe_strides, measure_vectors
     from mmdenoiserep.core import apply_denoiserep, collect_moments, select_layers
     from mmdenoiserep.core.utils.randomness import random_images
     from studies.benchmarks.measure import alternate, peak_memory
@@ -116,27 +116,27 @@ def compare(
     apply_denoiserep(low_rank, 'all', rank=RANK, example_input=images[:1])
     layers = select_layers(plain, 'all', example_input=images[:1])
     denoised = {name: converted.get_submodule(name) for name in layers}
-    if every is None:
-        every = choose_every(measure_activations(plain, layers, images[:1]), IMAGES)
+    if stride is None:
+        stride = choose_strides(measure_vectors(plain, layers, images[:1]), IMAGES)
     loader = [images] * batches
     runs: dict[str, Callable] = {PLAIN: partial(forward, plain, loader)}
-    for mode, part in (('schedule', every), ('domain', every), ('schedule', 1)):
+    for mode, part in (('schedule', stride), ('domain', stride), ('schedule', 1)):
         subject = (converted, denoised) if mode == 'schedule' else (plain, layers)
-        runs[f'{mode}, {SOME if part == every else ALL}'] = partial(
-            collect_moments, *subject, loader, inputs=mode == 'schedule', every=part
+        runs[f'{mode}, {SOME if part == stride else ALL}'] = partial(
+            collect_moments, *subject, loader, inputs=mode == 'schedule', stride=part
         )
     seconds = alternate(runs, 1, repeats)
-    inputs = collect_moments(converted, denoised, [images], inputs=True, every=every)
-    source = collect_moments(plain, layers, [images], every=every)
+    inputs = collect_moments(converted, denoised, [images], inputs=True, stride=stride)
+    source = collect_moments(plain, layers, [images], stride=stride)
     peaks: dict[str, tuple] = {}
     if memory:
         peaks[PLAIN] = forward, plain, [images]
         for rank, model in ((None, converted), (RANK, low_rank)):
-            peaks[f'schedule, {_rank(rank)}'] = fit, model, images, None, None, every
-            peaks[f'domain, {_rank(rank)}'] = fit, plain, images, source, rank, every
+            peaks[f'schedule, {_rank(rank)}'] = fit, model, images, None, None, stride
+            peaks[f'domain, {_rank(rank)}'] = fit, plain, images, source, rank, stride
     return dict(
         model=name,
-        every=every,
+        strides=describe_strides(stride),
         seconds=seconds,
         solving=time_solving(converted, inputs, source),
         peak_mib={key: peak_memory(*call) for key, call in peaks.items()},
@@ -172,16 +172,16 @@ def fit(
     images: 'Tensor',
     source: 'dict[str, Moments] | None',
     rank: int | None,
-    every: int,
+    stride: 'int | Mapping[str, int]',
 ) -> None:
     """Solves the denoisers of a model on one batch; with the moments of a source, fits its layers to the batch."""
     from mmdenoiserep.core import fit_domain, select_layers, solve_denoisers
 
     if source is None:
-        solve_denoisers(model, [images], every=every)
+        solve_denoisers(model, [images], stride=stride)
     else:
         layers = select_layers(model, 'all', example_input=images[:1])
-        fit_domain(model, layers, [images], source, rank=rank, every=every)
+        fit_domain(model, layers, [images], source, rank=rank, stride=stride)
 
 
 def time_solving(model: 'nn.Module', inputs: 'dict[str, Moments]', outputs: 'dict[str, Moments]') -> dict[str, float]:

@@ -77,4 +77,4 @@ def fit(model: 'nn.Module', images: int, size: int) -> None:
     from mmdenoiserep import solve_denoisers
     from mmdenoiserep.core.utils.randomness import random_images
 
-    solve_denoisers(model, [random_images((32, 3, size, size))] * (images // 32), every=16)
+    solve_denoisers(model, [random_images((32, 3, size, size))] * (images // 32), stride=16)

@@ -14,7 +14,7 @@ from .features import Features
 from .moments import CalibrationError, Moments, gather_processes
 
 Stride = int | Mapping[str, int]
-"""One in so many vectors: for all layers, or by layer name."""
+"""One in so many vectors: for all layers, or by layer name, where a layer without a number has 1."""
 
 
 def collect_moments(
@@ -92,7 +92,7 @@ def stride_of(stride: Stride, name: str) -> int:
     Raises:
         CalibrationError: It is below 1.
     """
-    number = stride[name] if isinstance(stride, Mapping) else stride
+    number = stride.get(name, 1) if isinstance(stride, Mapping) else stride
     if number < 1:
         raise CalibrationError(f'stride must be 1 or more, got {number}')
     return number

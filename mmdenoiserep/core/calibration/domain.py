@@ -25,7 +25,6 @@ from .readers import Readers
 from .report import CalibratedLayer, CalibrationReport, make_report, make_row
 from .takers import Takers, find_obstacles, owned_tensors
 
-
 MOST_PASSES = 5
 """Passes after which a fit gives up. One is enough if its first image shows who reads what, two if another one does."""
 
@@ -208,7 +207,7 @@ class DomainPass:
                 self.steps.resume(name)
         for name in [name for name in self.layers if name not in self.done]:  # no image reaches these
             self._fit(name)
-        calls_after = sum(gather_processes(self.calls_after), Counter())
+        calls_after: Counter[str] = sum(gather_processes(self.calls_after), Counter())
         for name, row in self.rows.items():
             if calls := calls_after[name]:
                 self.rows[name] = row.noting(f'{calls} later calls in these batches were not looked at')

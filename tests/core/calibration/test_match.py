@@ -16,7 +16,8 @@ IDENTITY = torch.eye(3, dtype=torch.float64).expand(2, 3, 3)
 
 @pytest.fixture
 def no_ridge(monkeypatch):
-    monkeypatch.setattr(import_module('mmdenoiserep.core.calibration.match'), 'RIDGE', 0.0)
+    for name in ('match', 'moments'):
+        monkeypatch.setattr(import_module(f'mmdenoiserep.core.calibration.{name}'), 'RIDGE', 0.0)
 
 
 def gaussian(covariance, mean, seed):

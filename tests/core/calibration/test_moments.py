@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from calibration_helpers import vectors
+from calibration_helpers import data, vectors
 from helpers import relative
 from mmdenoiserep.core import Moments
 
@@ -45,20 +45,30 @@ def test_float32_and_half_precision_are_summed_in_float64():
         assert relative(Moments.of(half).covariance, exact(half)[1]) < 1e-5
 
 
-def test_moments_come_back_from_a_file(tmp_path):
+def test_a_root_holds_the_covariance():
+    """With the ridge of 1 % of the mean variance; vectors that come later make it another root."""
     moments = Moments.of(vectors())
-    torch.save(moments.state_dict(), tmp_path / 'moments.pth')
-    back = Moments.from_state_dict(torch.load(tmp_path / 'moments.pth', weights_only=True))
-    assert back.count == moments.count
-    assert torch.equal(back.mean, moments.mean) and torch.equal(back.scatter, moments.scatter)
-    back.update(vectors())
-    assert back.count == 1000 and moments.count == 500
+    root, covariance = moments.root(), exact(vectors())[1]
+    mean_variance = covariance.diagonal(dim1=1, dim2=2).mean()
+    assert relative(root @ root, covariance + 0.01 * mean_variance * torch.eye(3)) < 1e-12
+    assert relative(root, root.mT) < 1e-12
+    back = Moments.from_root(moments.count, moments.mean, root)
+    assert back.count == 500 and torch.equal(back.mean, moments.mean) and back.root() is root
+    assert relative(back.covariance, covariance) < 1e-12
+    assert relative(back.to('cpu').root(), root) == 0 and back.root(torch.float32).dtype == torch.float32
+    back.update(vectors(seed=1))
+    both = Moments.of(torch.cat([vectors(), vectors(seed=1)], -1))
+    assert relative(back.root(), both.root()) < 1e-12 and relative(both.root(), root) > 1e-2
 
 
-@pytest.mark.parametrize('change', [dict(mean=torch.zeros(2, 4)), dict(scatter=torch.full((2, 3, 3), torch.nan))])
-def test_damaged_moments_are_refused(change):
-    with pytest.raises(ValueError):
-        Moments.from_state_dict({**Moments.of(vectors()).state_dict(), **change})
+@pytest.mark.parametrize('bias', [None, data(5, seed=1)])
+def test_moments_of_a_linear_map(bias):
+    """They follow from those of its input."""
+    x, weight = vectors(1), data(5, 3)
+    y = weight @ x if bias is None else weight @ x + bias[:, None]
+    mapped, expected = Moments.of(x).mapped(weight, bias), Moments.of(y)
+    assert mapped.count == 500
+    assert relative(mapped.mean, expected.mean) < 1e-12 and relative(mapped.covariance, expected.covariance) < 1e-12
 
 
 def test_moments_move_to_another_device():

@@ -29,7 +29,7 @@ def test_the_optimum_of_every_layer(rank):
     before = {name: model.get_submodule(name).denoise_loss(torch.cat(x)).item() for name, x in inputs.items()}
     report = solve_denoisers(model, CLEAN)
     assert {row.name: row.start for row in report.layers} == pytest.approx(before, rel=1e-9)
-    assert [row.name for row in report.layers] == LAYERS and report.images == 24 and report.passes == 1
+    assert [row.name for row in report.layers] == LAYERS and report.images == 24
     for row in report.layers:
         layer = model.get_submodule(row.name)
         loss = layer.denoise_loss(torch.cat(inputs[row.name]))

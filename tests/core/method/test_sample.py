@@ -19,7 +19,7 @@ def test_a_part_of_few_tokens_is_all_of_them():
 def test_the_pixels_that_are_drawn_differ_from_image_to_image():
     """A place in the image is no random sample: what lies there may be the same in all of them."""
     ramp = torch.arange(64.0).reshape(1, 1, 8, 8).expand(500, 1, 8, 8)
-    moments = Moments.of(Sample(every=8)(nn.Conv2d(1, 2, 1), ramp))
+    moments = Moments.of(Sample()(nn.Conv2d(1, 2, 1), ramp, stride=8))
     assert moments.count == 500 * 8
     assert abs(moments.mean.item() - 31.5) < 1
     assert relative(moments.covariance.flatten(), ramp[0].var().reshape(1)) < 0.05
