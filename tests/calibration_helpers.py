@@ -141,7 +141,11 @@ class Experts(nn.Module):
         self.o = nn.Linear(8, 8)
 
     def forward(self, x):
-        return self.o(torch.stack([self.experts[self.choose(image)](image) for image in x]))
+        chosen, y = torch.tensor([self.choose(image) for image in x]), torch.empty_like(x)
+        for number, expert in enumerate(self.experts):
+            if (chosen == number).any():
+                y[chosen == number] = expert(x[chosen == number])
+        return self.o(y)
 
     def choose(self, image):
         return int(image[0, 0] > 0) + int(image[0, 0] > 2)

@@ -74,11 +74,11 @@ def fold_map(layer: Layer, norm: Tensor | None, linear: Tensor, constant: Tensor
         elif norm is not None:
             norm.sub_(constant.flatten())
     else:
-        layer.weight.copy_(weight @ linear[0])
         if bias is not None:
-            bias.add_(weight @ constant[0])
+            bias.add_(weight @ constant[0])  # before the weight, which in float64 is no copy
         elif norm is not None:
             norm.add_(before_map(linear, constant)[0])
+        layer.weight.copy_(weight @ linear[0])
 
 
 def before_map(linear: Tensor, constant: Tensor) -> Tensor:

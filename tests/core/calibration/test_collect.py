@@ -40,7 +40,7 @@ def test_layers_gather_what_flows_through_them():
 
 
 def test_a_part_of_the_tokens_is_drawn_the_same_way_every_time():
-    part, again, whole = (gather(built(), CLEAN, every=every) for every in (5, 5, 1))
+    part, again, whole = (gather(built(), CLEAN, stride=stride) for stride in (5, 5, 1))
     for name, moments in part.items():
         assert 0 < moments.count <= whole[name].count / 4
         assert torch.equal(moments.scatter, again[name].scatter)
@@ -57,19 +57,23 @@ def test_a_part_of_the_tokens_is_drawn_the_same_way_every_time():
         (lambda: Recurrent(True), [data(4, 8), data(3, 8, seed=1)]),
     ],
 )
-def test_moments_are_of_all_calls_in_all_batches(make, batches):
+@pytest.mark.parametrize('inputs', [False, True])
+def test_moments_are_of_the_first_call_or_of_all_calls_in_all_batches(make, batches, inputs):
+    """What a domain fit acts on; what denoisers are solved for."""
     model = built(make)
     example = torch.cat([data(1, 6, 8, seed=i) * 2 for i in range(9)]) if make is Experts else batches[-1]
     layers = select_layers(model, example_input=example)
-    moments = collect_moments(model, layers, iter(batches))
-    expected = {
-        name: torch.cat([x.reshape(-1, 8) for x, _ in calls]) for name, calls in seen_by(model, layers, batches).items()
-    }
-    assert len({len(x) for x in expected.values()}) > 1, 'the layers see different numbers of vectors'
-    for name, x in expected.items():
+    moments = collect_moments(model, layers, iter(batches), inputs=inputs)
+    seen = {name: [] for name in layers}
+    for batch in batches:
+        for name, calls in seen_by(model, layers, [batch]).items():
+            seen[name] += [x.reshape(-1, 8) for x, _ in (calls if inputs else calls[:1])]
+    for name, parts in seen.items():
+        x = torch.cat(parts or [data(0, 8)])
         assert moments[name].count == len(x), name
-        assert relative(moments[name].mean[0], x.mean(0)) < 1e-9
-        assert relative(moments[name].covariance[0], torch.cov(x.mT, correction=0)) < 1e-9
+        if len(x):
+            assert relative(moments[name].mean[0], x.mean(0)) < 1e-9
+            assert relative(moments[name].covariance[0], torch.cov(x.mT, correction=0)) < 1e-9
 
 
 class Dicts(nn.Module):

@@ -50,7 +50,7 @@ def test_a_root_holds_the_covariance():
     moments = Moments.of(vectors())
     root, covariance = moments.root(), exact(vectors())[1]
     mean_variance = covariance.diagonal(dim1=1, dim2=2).mean()
-    assert relative(root @ root, covariance + 0.01 * mean_variance * torch.eye(3)) < 1e-12
+    assert relative(root @ root, covariance + 0.01 * mean_variance * torch.eye(3, dtype=torch.float64)) < 1e-12
     assert relative(root, root.mT) < 1e-12
     back = Moments.from_root(moments.count, moments.mean, root)
     assert back.count == 500 and torch.equal(back.mean, moments.mean) and back.root() is root
