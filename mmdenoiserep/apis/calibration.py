@@ -427,7 +427,7 @@ class Extractor(nn.Module):
 
     @classmethod
     def of(cls, model: nn.Module, name: str) -> nn.Module:
-        """Returns the backbone of a model with its neck, or alone where there is none.
+        """Returns the backbone of a model with its neck, or alone where there is no neck with layers to fit.
 
         Args:
             model: The model.
@@ -435,12 +435,10 @@ class Extractor(nn.Module):
         """
         *path, last = name.split('.')
         owner = model.get_submodule('.'.join(path))
-        if (
-            last == 'backbone'
-            and isinstance(getattr(owner, 'neck', None), nn.Module)
-            and hasattr(owner, 'extract_feat')
-        ):
-            return cls(owner)
+        neck = getattr(owner, 'neck', None)
+        if last == 'backbone' and isinstance(neck, nn.Module) and hasattr(owner, 'extract_feat'):
+            if any(isinstance(layer, nn.Linear | nn.Conv2d) for layer in neck.modules()):
+                return cls(owner)
         return model.get_submodule(name)
 
 

@@ -584,7 +584,7 @@ def describe_preprocessing(cfg: Config, model: nn.Module) -> dict[str, str]:
         **{name: value.flatten().tolist() for name, value in preprocessor.named_buffers()},
     }
     about = {
-        f'data_preprocessor.{name}': str(value)
+        f'data_preprocessor.{"bgr_to_rgb" if name == "_channel_conversion" else name}': str(value)
         for name, value in settings.items()
         if isinstance(value, bool | int | float | str | list) and name != 'training'
     }

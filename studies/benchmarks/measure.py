@@ -81,6 +81,20 @@ def peak_memory(function: Callable, *args: Any, imports: Iterable[str] = ('torch
         return pool.submit(_growth, call, tuple(imports)).result()
 
 
+def isolated(function: Callable, *args: Any) -> Any:
+    """Returns ``function(*args)`` of a new process, whose memory nothing else has used."""
+    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
+        return pool.submit(function, *args).result()
+
+
+def peak() -> float:
+    """Returns the peak memory of this process in MiB, its libraries included; on a GPU, of its tensors there."""
+    torch = sys.modules.get('torch')
+    if torch and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return _status('VmHWM')
+
+
 def _growth(call: bytes, imports: tuple[str, ...]) -> float:
     for name in imports:
         import_module(name)

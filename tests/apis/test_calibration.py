@@ -1,14 +1,19 @@
-"""What a calibration needs to know before its first pass."""
+"""What a calibration needs to know before its pass."""
 
 import torch
 
-from mmdenoiserep.apis import calibration
+from mmdenoiserep.apis.calibration import Size, choose_strides, describe_strides, measure_vectors
 
 
-def test_layers_that_the_first_image_does_not_reach_have_no_flow():
-    layer = torch.nn.Sequential(torch.nn.Linear(3, 2))
-    assert calibration.measure_activations(layer, ['0'], torch.ones(1, 3)) == [
-        calibration.ActivationSize(3, 1, 12),
-        calibration.ActivationSize(2, 1, 8),
-    ]
-    assert calibration.choose_every([], 100) == 16 and calibration.fits_memory([], 100, 0.0)
+def test_strides_follow_the_vectors_of_an_image():
+    """A convolution counts by what is gathered of it: its input where that is narrower, else its output."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 4, 2), torch.nn.Flatten(2))
+    model.append(torch.nn.Linear(64, 5))
+    layers = {'0': model[0], '1': model[1], '3': model[3], 'unused': torch.nn.Linear(2, 2)}
+    sizes = measure_vectors(model, layers, torch.ones(1, 3, 9, 9))
+    assert sizes == {'0': Size(3, 81), '1': Size(4, 64), '3': Size(64, 4)}
+    assert measure_vectors(model, layers, torch.ones(1, 3, 9, 9), inputs=True)['1'] == Size(8, 81)
+    assert choose_strides(sizes, 2) == {'0': 5, '1': 3, '3': 1}
+    assert choose_strides(sizes, 10_000) == {'0': 16, '1': 16, '3': 16}
+    texts = [describe_strides(strides) for strides in (4, choose_strides(sizes, 2), choose_strides(sizes, 10_000), {})]
+    assert texts == ['one in 4', 'one in 1 (late layers) to 5', 'one in 16', 'one in 1']

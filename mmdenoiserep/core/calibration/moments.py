@@ -119,6 +119,7 @@ class Moments:
             centred = x - mean
             self._add(x.shape[-1], mean[..., 0].double(), centred @ centred.mT)
 
+    @torch.no_grad()
     def mapped(self, weight: Tensor, bias: Tensor | None) -> 'Moments':
         """Returns the moments of ``W x + b``, of one group.
 
