@@ -436,9 +436,10 @@ class Extractor(nn.Module):
         *path, last = name.split('.')
         owner = model.get_submodule('.'.join(path))
         neck = getattr(owner, 'neck', None)
-        if last == 'backbone' and isinstance(neck, nn.Module) and hasattr(owner, 'extract_feat'):
-            if any(isinstance(layer, nn.Linear | nn.Conv2d) for layer in neck.modules()):
-                return cls(owner)
+        parts = neck.modules() if isinstance(neck, nn.Module) else ()
+        has_layers = any(isinstance(part, nn.Linear | nn.Conv2d) for part in parts)
+        if last == 'backbone' and has_layers and hasattr(owner, 'extract_feat'):
+            return cls(owner)
         return model.get_submodule(name)
 
 

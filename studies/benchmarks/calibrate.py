@@ -101,8 +101,8 @@ def compare(
         memory: Whether to measure the memory.
 
     Returns:
-        ``model``, ``strides``, ``seconds`` of all runs by pass, ``solving`` in seconds by mode and rank, and ``peak_mib``
-        by mode and rank, empty without ``memory``.
+        ``model``, ``strides``, ``seconds`` of all runs by pass, ``solving`` in seconds by mode and rank, and
+        ``peak_mib`` by mode and rank, empty without ``memory``.
     """
     from mmdenoiserep.apis.calibration import choose_strides, describe_strides, measure_vectors
     from mmdenoiserep.core import apply_denoiserep, collect_moments, select_layers
