@@ -66,46 +66,43 @@ def measure(name: str, count: int, batch: int, size: int, repeats: int) -> dict[
     Returns:
         ``images``; ``plain``, ``moments``, ``fit`` and ``solving`` in seconds of all rounds; ``peak`` in GiB.
     """
-    import tempfile
+    from studies.benchmarks.measure import peak
+
+    model = build(name, size)
+    images, noisy = (Images(count, batch, size, name, noise) for noise in (0.0, 0.2))
+    forward(model, images, 2)
+    rounds = [measure_round(model, images, noisy) for _ in range(repeats)]
+    seconds = {key: [one[key] for one in rounds] for key in rounds[0]}
+    return dict(seconds, model=name, images=len(images), peak=peak() / 1024)
+
+
+def measure_round(model: 'nn.Module', images: 'Images', noisy: 'Images') -> dict[str, float]:
+    """Returns the seconds of a plain forward, of both passes, and of solving; a copy of the model is fitted."""
     from copy import deepcopy
+    from tempfile import TemporaryDirectory
     from unittest.mock import patch
 
     from mmdenoiserep.apis.calibration import choose_strides, measure_vectors
     from mmdenoiserep.core import collect_moments, fit_domain, load_moments, save_moments, select_layers
     from mmdenoiserep.core.calibration.domain import DomainPass
-    from studies.benchmarks.measure import peak
 
-    model = build(name, size)
-    batches = Images(count, batch, size, name)
-    example = next(iter(batches))[:1]
+    example = next(iter(images))[:1]
     layers = select_layers(model, 'all', example_input=example)
-    strides = choose_strides(measure_vectors(model, layers, example), len(batches))
-    forward(model, batches, 2)
-    solve = DomainPass._fit
-    seconds: dict[str, list[float]] = {key: [] for key in ('plain', 'moments', 'fit', 'solving')}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(repeats):
-            seconds['plain'].append(timed(lambda: forward(model, batches)))
-            gathered: dict[str, Any] = {}
-            seconds['moments'].append(
-                timed(lambda: gathered.update(collect_moments(model, layers, batches, stride=strides)))
-            )
-            save_moments(gathered, f'{folder}/moments.pth', {})
-            gathered.clear()
-            source, _ = load_moments(f'{folder}/moments.pth')
-            fitted = deepcopy(model)
-            chosen = {layer: fitted.get_submodule(layer) for layer in layers}
-            solving: list[float] = []
-            noisy = Images(count, batch, size, name, 0.2)
+    strides = choose_strides(measure_vectors(model, layers, example), len(images))
+    plain, _ = timed(lambda: forward(model, images))
+    moments, gathered = timed(lambda: collect_moments(model, layers, images, stride=strides))
+    fitted, fit_layer, solving = deepcopy(model), DomainPass._fit, []
+    chosen = {name: fitted.get_submodule(name) for name in layers}
 
-            def fit(domain: DomainPass, layer: str) -> None:
-                solving.append(timed(lambda: solve(domain, layer)))
+    def timed_fit(domain: DomainPass, layer: str) -> None:
+        solving.append(timed(lambda: fit_layer(domain, layer))[0])
 
-            with patch.object(DomainPass, '_fit', fit):
-                total = timed(lambda: fit_domain(fitted, chosen, noisy, source, stride=strides))
-            seconds['solving'].append(sum(solving))
-            seconds['fit'].append(total - sum(solving))
-    return dict(seconds, model=name, images=len(batches), peak=peak() / 1024)
+    with TemporaryDirectory() as folder, patch.object(DomainPass, '_fit', timed_fit):
+        save_moments(gathered, f'{folder}/moments.pth', {})
+        del gathered
+        source, _ = load_moments(f'{folder}/moments.pth')
+        total, _ = timed(lambda: fit_domain(fitted, chosen, noisy, source, stride=strides))
+    return dict(plain=plain, moments=moments, fit=total - sum(solving), solving=sum(solving))
 
 
 class Images:
@@ -171,8 +168,8 @@ def forward(model: 'nn.Module', batches: Images, most: int | None = None) -> Non
             model(batch)
 
 
-def timed(function: Callable[[], Any]) -> float:
-    """Returns the seconds of a call."""
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Returns the seconds of a call, and its result."""
     started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
+    result = function()
+    return time.perf_counter() - started, result
