@@ -44,10 +44,11 @@ def cases():
     branch, twice = gather(built(Branch), [data(30, 6, 8, seed=3)]), gather(built(Second), [data(90, 8, seed=3)])
     return {
         'solved': (denoised, None, (first.split(4), second.split(4))),
-        'in turn': (built(), source, ([first], [second])),
-        'layer by layer': (built(), source, (first.split(5), second.split(5))),
-        'other layers, in turn': (built(Branch), branch, ([large], [small])),
+        'one batch': (built(), source, ([first], [second])),
+        'several batches': (built(), source, (first.split(5), second.split(5))),
+        'other layers, one batch': (built(Branch), branch, ([large], [small])),
         'other layers': (built(Branch), branch, ([large[:4], large[4:]], [small])),
+        'no batch left early': (built(), source, (first.split(2), [second])),
         'no batch': (built(Branch), branch, ([large, small], [])),
         'again': (built(Second), twice, ([large[:1, 0]], [large[:, 1]])),
     }
