@@ -22,6 +22,7 @@ class Lockstep:
     Used as a context manager, which ends the runs that are still paused.
 
     Example:
+        >>> from mmdenoiserep.core.utils.lockstep import Lockstep
         >>> with Lockstep() as steps:
         ...     for number in range(2):
         ...         steps.start(lambda: [steps.pause(place) for place in ('a', 'b')])

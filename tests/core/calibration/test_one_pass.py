@@ -140,8 +140,8 @@ def test_each_run_has_its_own_modes(outside):
     """Grad mode, inference mode and autocast; as in runs one after the other, and as they were afterwards."""
     model = built(Modes, torch.float32)
     batches = [data(4, 3, 3, 8, seed=kind, dtype=torch.float32) for kind in range(4)] * 2
-    for kind, batch in enumerate(batches):
-        batch[0, 0, 0, 0] = kind % 4 + 0.5
+    for number, batch in enumerate(batches):
+        batch[0, 0, 0, 0] = (number + 1) % 4 + 0.5  # inference mode first
     source = gather(model, batches)
     with outside():
         model.seen.clear()
@@ -153,7 +153,7 @@ def test_each_run_has_its_own_modes(outside):
         before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled('cpu')
         plain = copied(model.state_dict())
         model.seen.clear()
-        fit(model, [batch * 1.5 if i % 4 == 0 else batch for i, batch in enumerate(batches)], source)
+        fit(model, [batch * 1.5 if i % 4 == 3 else batch for i, batch in enumerate(batches)], source)
         assert sorted(model.seen[3:], key=str) == expected, 'besides the run that shows who reads what'
         assert before == (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled('cpu'))
         assert not equal(model.state_dict(), plain)
