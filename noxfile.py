@@ -14,9 +14,11 @@ nox.options.error_on_missing_interpreters = False  # a Python that is not here i
 nox.options.reuse_existing_virtualenvs = True
 
 CORE = Path('tests', 'core')
+CALIBRATION = ('closed_form', 'collect', 'features', 'match', 'memory', 'moments', 'solve')
 TORCH_ALONE = [
+    CORE / 'utils' / 'test_lockstep.py',
     CORE / 'test_alone.py',
-    *(CORE / 'calibration' / f'test_{name}.py' for name in ('closed_form', 'collect', 'match', 'moments', 'solve')),
+    *(CORE / 'calibration' / f'test_{name}.py' for name in CALIBRATION),
     *(CORE / 'method' / f'test_{name}.py' for name in ('correction', 'layers', 'sample', 'schedule', 'select')),
 ]
 MMENGINE_ALONE = [
@@ -35,7 +37,7 @@ PURELIB = 'import sysconfig; print(sysconfig.get_path("purelib"))'
 @nox.session(python=['3.10', '3.11', '3.12', '3.13'])
 @nox.parametrize('torch', ['2.6.0', '2.14.1'])
 def core(session: nox.Session, torch: str) -> None:
-    """The core with torch alone, then with mmengine and no other library."""
+    """The core with torch and greenlet, then with mmengine and no other library."""
     session.install('--constraint=requirements/dev.txt', f'torch=={torch}', 'pytest', '.')
     session.run('pytest', '--noconftest', '--deselect', BY_OBJECTS, *TORCH_ALONE)
     session.install('--constraint=requirements/openmmlab.txt', 'mmengine', 'setuptools<81')

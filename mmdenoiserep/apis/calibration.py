@@ -528,6 +528,7 @@ class ProgressBatches:
         self.bar = bar
 
     def __iter__(self) -> Iterator[Tensor]:
+        self.bar.reset()  # a second pass may be needed
         for batch in self.images:
             yield batch
             self.bar.update(len(batch))
