@@ -23,6 +23,7 @@ def paused_bytes(module: nn.Module, layers: Mapping[str, Layer], image: Tensor) 
         image: What to call the module with, one image; it counts too.
     """
     largest = 0
+    image = image.clone()  # not the memory of the batch that it is a part of
     live = _LiveStorages([*module.parameters(), *module.buffers()])
     live.add(image)
 

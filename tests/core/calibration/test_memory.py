@@ -50,6 +50,6 @@ def test_views_count_once_and_what_is_let_go_does_not():
             x = torch.relu(torch.relu(x) + 1)  # two of three are let go
             return self.fc(x.reshape(-1, 6)[:1].expand(4, -1))
 
-    model = Views()
-    assert paused_bytes(model, layers_of(model, 'fc'), torch.randn(2, 12)) == 2 * 24 * 4
+    model, batch = Views(), torch.randn(8, 12)
+    assert paused_bytes(model, layers_of(model, 'fc'), batch[:2]) == 2 * 24 * 4
     assert all('forward' not in layer.__dict__ for layer in model.modules())
