@@ -290,7 +290,7 @@ def test_files_that_do_not_belong_together(tmp_path):
         ('exists', 'moments', config, weights, source(name)),
         ('is not a folder', 'moments', config, weights, out, '--images', 'nowhere'),
         ('broken.png cannot be read', 'moments', config, weights, out, '--images', tmp_path),
-        ('train_dataloader cannot be read', 'moments', config, weights, out, *nowhere),
+        ('cannot be read', 'moments', config, weights, out, *nowhere),
     ):
         assert said in sentence('calibrate', *args)
     assert not out.exists() and not out.with_suffix('.png').exists()

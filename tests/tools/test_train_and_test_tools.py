@@ -255,7 +255,7 @@ def test_a_missing_file_is_a_sentence(name, missing):
         ([], ['train_dataloader.sampler.type=DefaultSample'], 'config.py'),
         (['--launcher', 'pytorch'], [], 'needs RANK in the environment'),
         (['--launcher', 'slurm'], [], 'needs SLURM_PROCID in the environment'),
-        (['--amp'], ['optim_wrapper=None'], 'the config has no optim_wrapper'),
+        (['--amp'], ['optim_wrapper=None'], 'the config config.py has no optim_wrapper'),
         (['--auto-scale-lr'], ['auto_scale_lr=None'], 'has no auto_scale_lr.base_batch_size'),
         ([], ['randomness.seed.x=1'], '--cfg-options do not fit'),
         ([], ['work_dir=[1,'], '--cfg-options cannot be read'),
