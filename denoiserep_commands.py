@@ -22,20 +22,8 @@ PACKAGES = {
 """The package that provides a module, if its name differs."""
 INSTALLED = {
     *PACKAGES,
-    *(
-        'torch',
-        'torchvision',
-        'mmengine',
-        'mmcv',
-        'mmdet',
-        'mmpretrain',
-        'numpy',
-        'tqdm',
-        'scipy',
-        'h5py',
-        'matplotlib',
-    ),
-    *('albumentations', 'onnx', 'onnxruntime', 'onnxscript', 'tensorboard', 'pycocotools'),
+    *('torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'numpy', 'tqdm', 'scipy', 'h5py'),
+    *('matplotlib', 'albumentations', 'onnx', 'onnxruntime', 'onnxscript', 'tensorboard', 'pycocotools'),
 }
 """Modules that ``make install`` brings and tools need."""
 

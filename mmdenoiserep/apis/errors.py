@@ -71,7 +71,7 @@ def find_missing(error: BaseException | None) -> str:
 
 
 def importing_place(error: BaseException | None) -> str:
-    """Returns where the module is imported that :func:`find_missing` names, ``FILE, line N,``; empty if a config does."""
+    """Returns ``FILE, line N,`` of the import of :func:`find_missing`'s module; empty if a config imports it."""
     cause = _missing_import(error)
     places = [place for place in _frames(cause) if place.path.is_file()] if cause else []  # importlib has no files
     return f'{places[-1].path}, line {places[-1].line},' if places and _is_users(places[-1]) else ''
