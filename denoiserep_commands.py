@@ -20,6 +20,12 @@ PACKAGES = {
     'pkg_resources': '"setuptools<81"',
 }
 """The package that provides a module, if its name differs."""
+INSTALLED = {
+    *PACKAGES,
+    *('torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'numpy', 'tqdm', 'scipy', 'h5py'),
+    *('matplotlib', 'albumentations', 'onnx', 'onnxruntime', 'onnxscript', 'tensorboard', 'pycocotools'),
+}
+"""Modules that ``make install`` brings and tools need."""
 
 
 def main() -> None:
@@ -67,6 +73,8 @@ def _describe(error: Exception) -> str:
         # an error raised on purpose says what needs the module
         who = str(error) if not error.msg.startswith('No module named') else f'this tool needs {name}'
         package = PACKAGES.get(name, name)
+        if name not in INSTALLED:  # perhaps a module of the user, or a slip
+            return f'{who}, which is neither installed nor on PYTHONPATH'
         return f'{who}, which is not installed; make install brings the tested versions, or: pip install {package}'
     return ''
 

@@ -187,7 +187,7 @@ def survey(library: str, name: str) -> Row:
 
     import mmdenoiserep  # noqa: F401  (registers DenoiseRepBackbone)
     from mmdenoiserep.core import fuse_state_dict, verify_fusion
-    from mmdenoiserep.engine.backbone import denoised_backbones
+    from mmdenoiserep.core.method.record import find_records
 
     torch.manual_seed(0)
     row = Row(library, name)
@@ -209,7 +209,7 @@ def survey(library: str, name: str) -> Row:
         if hasattr(denoised, 'init_weights'):
             denoised.init_weights()
 
-    [(_, _, record)] = denoised_backbones(denoised)
+    [(_, _, record)] = find_records(denoised)
     report = record.report
     row.converted, row.extra_parameters = len(report.layers), report.extra_parameters
     for layer, reason in sorted(report.skipped.items()):

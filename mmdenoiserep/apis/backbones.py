@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from ..core import ConversionReport, InputError
 from ..core.method.probe import evaluating
+from ..core.method.record import find_records
 from ..core.utils.randomness import equal_draws
 from ..core.utils.tensors import tensors_in
-from ..engine.backbone import DenoiseRepBackbone, denoised_backbones
+from ..engine.backbone import DenoiseRepBackbone
 from .config import set_default_scope
 from .errors import config_at_fault, is_from_user
 
@@ -67,7 +68,7 @@ def find_backbones(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         InputError: The model has no backbone.
     """
-    denoised = {name for name, _, _ in denoised_backbones(model)}
+    denoised = {name for name, _, _ in find_records(model)}
     found = _outermost(model, lambda name, _: name in denoised or _is_backbone(name.rpartition('.')[2]))
     found = found or _outermost(model, lambda _, module: '.backbones.' in type(module).__module__)
     if not found:
@@ -182,7 +183,7 @@ def convert_backbones(cfg: Config, options: Mapping[str, Any]) -> dict[str, Conv
         models = {path: MODELS.build(config) for path, config in configs.items() if denoised_configs(config)}
     reports = {}
     for path, model in models.items():
-        for _, module, record in denoised_backbones(model):
+        for _, module, record in find_records(model):
             place = f'model.{path}: ' if len(models) > 1 else ''
             reports[f'{place}{type(module).__module__}.{type(module).__qualname__}'] = record.report
     return reports

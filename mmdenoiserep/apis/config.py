@@ -13,7 +13,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import init_default_scope
 
 from ..engine.resume import allow_plain_classes
-from .errors import ConfigError, config_name, find_missing, is_from_user
+from .errors import ConfigError, config_name, find_missing, importing_place, is_from_user
 
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 
@@ -49,7 +49,8 @@ def load_config(
             import_module(scope)
     except Exception as error:  # a config is a program and may fail in any way
         if name := find_missing(error):
-            raise ModuleNotFoundError(f'the config {path} needs {name}', name=name) from error
+            who = importing_place(error) or f'the config {path}'
+            raise ModuleNotFoundError(f'{who} needs {name}', name=name) from error
         if is_from_user(error):  # a module of custom_imports
             raise
         raise ConfigError(f'the config {path} cannot be read ({type(error).__name__}: {error})') from error

@@ -12,8 +12,8 @@ from ..core.files.atomic import check_output
 from ..core.files.checkpoint import write_atomically
 from ..core.files.content import open_checkpoint
 from ..core.files.fused import fuse_content
+from ..core.method.record import find_records
 from ..core.utils.randomness import random_images
-from ..engine.backbone import denoised_backbones
 from .errors import ConfigError
 from .model import build_model, load_strictly
 
@@ -88,14 +88,14 @@ def verify_weights(
         True
     """
     model = build_model(cfg)
-    if not any(denoised_backbones(model)):
+    if not any(find_records(model)):
         raise ConfigError(f'{cfg.filename} has no DenoiseRepBackbone; --verify needs the config of the training run')
     vanilla = build_model(cfg, denoised=False)
     _copy_values(model, vanilla)
     load_strictly(model, denoised, source, 'denoised')
     load_strictly(vanilla, fused, source, 'vanilla')
     differences = {}
-    for name, backbone, record in denoised_backbones(model):
+    for name, backbone, record in find_records(model):
         images = random_images((2, *record.image_shape[1:])).to(next(backbone.parameters()).dtype)
         if reason := record.report.probe_failure:
             raise CheckpointError(

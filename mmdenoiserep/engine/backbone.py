@@ -1,8 +1,7 @@
 """Builds any backbone of any OpenMMLab library with denoisers on its layers."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +9,9 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from ..core import DEFAULT_RANK, ConversionReport, NoiseSchedule, apply_denoiserep
+from ..core import DEFAULT_RANK, NoiseSchedule, apply_denoiserep
 from ..core.method.probe import image_channels
+from ..core.method.record import KEY, DenoiseRepRecord
 from ..core.method.targets import Targets
 from ..core.utils.tensors import tensors_in
 
@@ -50,12 +50,14 @@ def DenoiseRepBackbone(
 
     Raises:
         KeyError: The inner type is in no registry in reach.
-        ValueError: See :func:`mmdenoiserep.apply_denoiserep`.
+        ValueError: See :func:`mmdenoiserep.apply_denoiserep`; or the backbone has an attribute ``denoiserep``.
     """
     config = dict(backbone)
     if pretrained is not None:
         config['pretrained'] = pretrained
     module = _build(config)
+    if hasattr(module, KEY):
+        raise ValueError(f'{type(module).__qualname__} has an attribute {KEY} of its own; rename that')
     arguments = {name: p.default for name, p in inspect.signature(type(module)).parameters.items()} | config
     size = image_size or arguments.get('img_size') or 224
     height, width = (size, size) if isinstance(size, int) else size
@@ -90,21 +92,6 @@ def _build(config: dict[str, Any]) -> nn.Module:
         ) from None
 
 
-@dataclass
-class DenoiseRepRecord:
-    """What is known of a denoised backbone, kept as its attribute ``denoiserep``.
-
-    Attributes:
-        report: What the conversion did.
-        image_shape: Shape of the dummy image of the dry run, (1, C, H, W).
-        has_loss: Whether a :class:`DenoiseLossHook` adds the loss of its denoisers at present.
-    """
-
-    report: ConversionReport
-    image_shape: tuple[int, ...]
-    has_loss: bool = False
-
-
 def guard_training(backbone: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook: makes the backward pass raise while nothing adds the loss of the denoisers.
 
@@ -122,11 +109,3 @@ def _refuse_backward(grad: torch.Tensor) -> None:
         'a denoised backbone is being trained without the loss of its denoisers, which would stay as they are; '
         "add custom_hooks = [dict(type='DenoiseLossHook')] to the config"
     )
-
-
-def denoised_backbones(model: nn.Module) -> Iterator[tuple[str, nn.Module, DenoiseRepRecord]]:
-    """Yields the name, the module and the record of every backbone that :func:`DenoiseRepBackbone` built."""
-    for name, module in model.named_modules():
-        record = vars(module).get('denoiserep')
-        if isinstance(record, DenoiseRepRecord):
-            yield name, module, record

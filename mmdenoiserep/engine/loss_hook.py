@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..core import DenoiseLayer, denoise_losses
-from .backbone import denoised_backbones
 
 MODES = ('joint', 'label_free')
 SOON = 100
@@ -114,9 +113,6 @@ class DenoiseLossHook(Hook):
             model.register_forward_hook(self._close),
         ):
             stack.callback(handle.remove)
-        for _, _, record in denoised_backbones(model):
-            record.has_loss = True
-            stack.callback(setattr, record, 'has_loss', False)
         own = {id(p) for denoiser in denoisers for p in denoiser.parameters()}
         several = isinstance(runner.optim_wrapper, OptimWrapperDict)
         for wrapper in runner.optim_wrapper.optim_wrappers.values() if several else [runner.optim_wrapper]:

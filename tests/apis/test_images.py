@@ -580,7 +580,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, content, step):
     ('data', 'error', 'words'),
     [
         (custom('nowhere'), InputError, 'train_dataloader in the config cannot be read'),
-        (dict(type='NoSuchDataset'), InputError, 'train_dataloader cannot be read.*NoSuch'),
+        (dict(type='NoSuchDataset'), InputError, 'train_dataloader in the config cannot be read.*NoSuch'),
         (dict(type='Buggy', data_root='nowhere', pipeline=[]), ZeroDivisionError, 'my own data set'),
     ],
 )

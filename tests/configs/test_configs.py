@@ -23,7 +23,7 @@ from mmpretrain.datasets import CIFAR10
 from engine_helpers import assert_equal, inner, is_denoiser, runner_case, snapshot, split
 from helpers import ROOT, randomise
 from mmdenoiserep.core import fuse_state_dict, verify_fusion
-from mmdenoiserep.engine.backbone import denoised_backbones
+from mmdenoiserep.core.method.record import find_records
 from tiny_datasets import WRITERS, without_checksums, write_all
 
 CONFIGS = ROOT / 'configs'
@@ -332,7 +332,7 @@ def test_from_a_vanilla_checkpoint_to_a_fused_file(name, case, tmp_path):
     load_all(vanilla, file)
 
     del before, denoisers, others, state, file
-    ((_, backbone, record),) = denoised_backbones(model)
+    ((_, backbone, record),) = find_records(model)
     randomise(backbone.double())
     plain = vanilla.backbone.double()
     load_all(plain, fuse_state_dict(backbone.state_dict()))
@@ -382,7 +382,7 @@ def test_identities_are_found_alike_before_and_after_fusing(name, case, tmp_path
 
     plain = build_vanilla(control)
     load_all(plain, split(model.state_dict())[1])
-    ((_, backbone, record),) = denoised_backbones(model)
+    ((_, backbone, record),) = find_records(model)
     images = torch.randn(record.image_shape, generator=torch.Generator().manual_seed(0))
     assert not verify_fusion(backbone, plain.backbone, images).ok, 'the denoisers matter'
 

@@ -32,8 +32,8 @@ from engine_helpers import (
     tiny_model,
 )
 from helpers import copied, equal, randomise
-from mmdenoiserep.core import DenoiseLayer, NoiseSchedule, fuse_model
-from mmdenoiserep.engine.backbone import denoised_backbones
+from mmdenoiserep.core import DenoiseLayer, NoiseSchedule, denoise_losses, fuse_model
+from mmdenoiserep.core.method.record import find_records
 
 LIBRARIES = {'mmdet': mmdet, 'mmseg': mmseg, 'mmpretrain': mmpretrain}
 CONVNEXT_ARCH = dict(depths=[1, 1, 1, 1], channels=[4, 8, 8, 12])
@@ -268,7 +268,7 @@ class Chans(BaseModule):
 def test_dummy_image_has_the_channels_that_the_backbone_takes(scope, name, channels):
     """LeNet5 takes grey images, and the first convolution of CSPDarknet twelve channels of an image of three."""
     module = build(scope, dict(type=name))
-    [(_, _, record)] = denoised_backbones(module)
+    [(_, _, record)] = find_records(module)
     assert record.image_shape == (1, channels, 32, 32)
     assert (record.report.order, record.report.probe_failure) == ('execution', '')
     assert name != 'Chans' or module.conv.timestep == 2 and module.late.timestep == 1
@@ -508,6 +508,31 @@ def test_other_uses_without_the_loss_hook_are_not_refused():
     module.eval()
     module(images(9))[0].sum().backward()
     assert module.stem.weight.grad is not None
+
+
+def test_a_training_loop_in_plain_pytorch_is_not_refused():
+    """``denoise_losses`` adds the loss of the denoisers just as the hook does."""
+    module = MODELS.build(denoised())
+    module.train()
+    with denoise_losses(module) as losses:
+        (module(images(9))[0].sum() + losses.mean()).backward()
+    assert all(p.grad is not None for p in module.conv.denoiser.parameters())
+    with pytest.raises(RuntimeError, match='without the loss of its denoisers'):
+        module(images(9))[0].sum().backward()
+
+
+@MODELS.register_module()
+class NamedLikeTheRecord(BaseModule):
+    """Has an attribute of the name under which a denoised backbone is described."""
+
+    def __init__(self):
+        super().__init__()
+        self.denoiserep = nn.Linear(3, 3)
+
+
+def test_an_attribute_of_the_user_is_not_overwritten():
+    with pytest.raises(ValueError, match='NamedLikeTheRecord has an attribute denoiserep of its own'):
+        MODELS.build(dict(type='DenoiseRepBackbone', backbone=dict(type='NamedLikeTheRecord')))
 
 
 def test_a_run_without_the_loss_hook_stops_in_its_first_iteration(case):

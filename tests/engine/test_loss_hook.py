@@ -39,8 +39,8 @@ from engine_helpers import (
 from helpers import randomise
 from mmdenoiserep import NoiseSchedule, apply_denoiserep, fuse_model
 from mmdenoiserep.core import DenoiseLayer
+from mmdenoiserep.core.method.record import find_records
 from mmdenoiserep.core.method.sample import Sample
-from mmdenoiserep.engine.backbone import denoised_backbones
 from mmdenoiserep.engine.loss_hook import SOON, DenoiseLossHook
 
 JOINT = dict(type='DenoiseLossHook', mode='joint', weight=0.1, tokens=None)
@@ -61,7 +61,7 @@ class Unguard(Hook):
     """Makes a control: trains a denoised model as it is, without the loss of its denoisers."""
 
     def before_train(self, runner):
-        for _, _, record in denoised_backbones(inner(runner)):
+        for _, _, record in find_records(inner(runner)):
             record.has_loss = True
 
 
@@ -406,7 +406,7 @@ def test_ema_copy_holds_no_listeners(case, order):
     assert seen == [(0, 0), (5, 3)]  # the live one: what opens the model's forward, its three layers, what closes it
     average, key = average_of(runner), 'backbone.conv.denoiser.weight'
     assert not torch.equal(average.state_dict()[key], start[key])
-    assert [record.has_loss for _, _, record in denoised_backbones(average)] == [False]
+    assert [record.has_loss for _, _, record in find_records(average)] == [False]
 
 
 @pytest.mark.parametrize('hook', [JOINT | dict(tokens=5), LABEL_FREE | dict(tokens=5)])
@@ -661,7 +661,7 @@ def test_interrupted_training_leaves_nothing_behind(case, hook, error, place):
     assert torch.is_grad_enabled()
     assert all(not m._forward_pre_hooks for m in model.modules())
     assert not model._forward_hooks
-    assert [record.has_loss for _, _, record in denoised_backbones(model)] == [False]
+    assert [record.has_loss for _, _, record in find_records(model)] == [False]
     assert runner.optim_wrapper.clip_func is nn.utils.clip_grad_norm_
 
 

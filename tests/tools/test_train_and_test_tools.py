@@ -16,6 +16,8 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader, checkpoint
 
+from helpers import ROOT
+from mmdenoiserep.apis import errors
 from mmdenoiserep.apis.config import load_config
 from mmdenoiserep.apis.model import build_model
 from mmdenoiserep.core import CheckpointError
@@ -181,6 +183,7 @@ class OwnData(CustomDataset):
         fail('read', self)
         return super().get_data_info(idx)
 """
+OWN_PARTS = "vit['type'], data['type'] = 'Own', 'OwnData'\npipeline.insert(1, dict(type='OwnStep'))\n"
 BUGS = ('import', 'build', 'forward', 'transform', 'list', 'read')
 SLIPS = {
     'undefined_name': NameError,
@@ -201,8 +204,7 @@ RUNS = {
 @pytest.mark.parametrize('name', RUNS)
 def test_a_bug_of_the_user_keeps_its_traceback(bug, name, folder):
     weights()
-    own = "vit['type'], data['type'] = 'Own', 'OwnData'\npipeline.insert(1, dict(type='OwnStep'))\n"
-    Path('config.py').write_text(f'{CONFIG}{IMPORT}{own}')
+    Path('config.py').write_text(f'{CONFIG}{IMPORT}{OWN_PARTS}')
     for slip, kind in SLIPS.items():
         (folder / 'mine.py').write_text(OWN.format(bug=bug, slip=slip))
         importlib.invalidate_caches()
@@ -212,6 +214,47 @@ def test_a_bug_of_the_user_keeps_its_traceback(bug, name, folder):
         lines = [str(entry.statement).strip() for entry in caught.traceback if Path(entry.path).name == 'mine.py']
         assert slip in lines, (slip, lines)
     assert not Path('out.pth').exists() and not Path('figures').exists()
+
+
+READING_PROCESS = "train_dataloader['num_workers'] = test_dataloader['num_workers'] = 1\n"
+
+
+@pytest.mark.parametrize('bug', ['transform', 'read'])
+@pytest.mark.parametrize('name', ['train', 'test', 'calibrate'])
+def test_a_bug_of_the_user_in_a_reading_process(bug, name, folder):
+    """DataLoader passes such an error on with the traceback in its text."""
+    weights()
+    Path('config.py').write_text(f'{CONFIG}{IMPORT}{OWN_PARTS}{READING_PROCESS}')
+    (folder / 'mine.py').write_text(OWN.format(bug=bug, slip='kind.undefined'))
+    with pytest.raises(AttributeError, match=r'mine\.py", line \d+, in fail') as caught:
+        tool(name, *RUNS[name])
+    assert 'kind.undefined' in str(caught.value)
+
+
+def test_an_error_of_a_library_in_a_reading_process_is_one_sentence():
+    weights()
+    Path('config.py').write_text(f"{CONFIG}pipeline[1]['scale'] = 'wide'\n{READING_PROCESS}")
+    text = sentence('train', 'config.py', '--work-dir', 'w')
+    assert 'the config config.py does not work (' in text and ', line ' in text and 'Traceback' not in text
+
+
+@pytest.mark.parametrize('bug', ['build', 'transform'])
+def test_an_installed_package_of_the_user_keeps_its_traceback(bug, folder, monkeypatch):
+    """It registers classes and is none of the libraries."""
+    weights()
+    Path('config.py').write_text(f'{CONFIG}{IMPORT}{OWN_PARTS}')
+    (folder / 'mine.py').write_text(OWN.format(bug=bug, slip='kind.undefined'))
+    monkeypatch.setattr(errors.sysconfig, 'get_path', lambda kind: str(ROOT.parents[-1]))  # all is installed
+    with pytest.raises(AttributeError, match='undefined'):
+        tool('train', *RUNS['train'])
+
+
+@pytest.mark.parametrize(('name', 'place'), [('mine', 'mine.py, line 1,'), ('nummpy', 'the config config.py')])
+def test_a_missing_module_is_named_with_the_file_that_imports_it(name, place, folder):
+    (folder / 'mine.py').write_text('import nummpy\n')
+    Path('config.py').write_text(f"{CONFIG}custom_imports['imports'].append('{name}')\n")
+    text = sentence('train', 'config.py', '--work-dir', 'w')
+    assert f'{place} needs nummpy, which is neither installed nor on PYTHONPATH' in text and 'pip' not in text
 
 
 @pytest.mark.parametrize(
@@ -255,7 +298,7 @@ def test_a_missing_file_is_a_sentence(name, missing):
         ([], ['train_dataloader.sampler.type=DefaultSample'], 'config.py'),
         (['--launcher', 'pytorch'], [], 'needs RANK in the environment'),
         (['--launcher', 'slurm'], [], 'needs SLURM_PROCID in the environment'),
-        (['--amp'], ['optim_wrapper=None'], 'the config has no optim_wrapper'),
+        (['--amp'], ['optim_wrapper=None'], 'the config config.py has no optim_wrapper'),
         (['--auto-scale-lr'], ['auto_scale_lr=None'], 'has no auto_scale_lr.base_batch_size'),
         ([], ['randomness.seed.x=1'], '--cfg-options do not fit'),
         ([], ['work_dir=[1,'], '--cfg-options cannot be read'),

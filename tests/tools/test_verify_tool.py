@@ -11,7 +11,7 @@ from mmengine.registry import MODELS, DefaultScope
 from hardening_helpers import as_config, run
 from helpers import randomise
 from mmdenoiserep.core.files import fused
-from mmdenoiserep.engine.backbone import denoised_backbones
+from mmdenoiserep.core.method.record import find_records
 from tiny_models import LORA, RESNET, VIT, classifier, semi, wrapped
 from tools_helpers import run_tool
 
@@ -100,7 +100,7 @@ def test_verify(kind, folder):
     config, checkpoint, model = write(folder, *MODEL_KINDS[kind])
     assert run('fuse_checkpoint', checkpoint, folder / 'out.pth', '--verify', config) is None
     state = torch.load(folder / 'out.pth', weights_only=True)['state_dict']
-    names = [name for name, _, _ in denoised_backbones(model)]
+    names = [name for name, _, _ in find_records(model)]
     assert names == (['student.backbone', 'teacher.backbone'] if kind == 'soft teacher' else [names[0]])
     assert state and not any('.denoiser.' in key for key in state)
 

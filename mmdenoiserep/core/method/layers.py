@@ -327,8 +327,10 @@ def forget_denoising(module: nn.Module) -> None:
     """Removes what this package hung on a module: its hooks, which listen to denoised layers, and its record."""
     package = f'{__name__.partition(".")[0]}.'
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [key for key, hook in hooks.items() if str(getattr(hook, '__module__', '')).startswith(package)]:
-            del hooks[key]
+        for key, hook in list(hooks.items()):
+            function = getattr(hook, 'func', hook)  # of a partial
+            if str(getattr(function, '__module__', '')).startswith(package):
+                del hooks[key]
     if type(module.__dict__.get('denoiserep')).__module__.startswith(package):
         del module.__dict__['denoiserep']
 

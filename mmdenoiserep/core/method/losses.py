@@ -1,13 +1,15 @@
 """Computes the loss of all denoisers of a model from the inputs that their layers see."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .layers import DenoiseLayer, find_denoise_layers
+from .record import find_records
 from .sample import Sample
 
 
@@ -38,6 +40,7 @@ class DenoiseLosses:
         self.depth = 0
         self._inputs: dict[str, list[tuple[Tensor, int]]] = {}
         self._recording = False
+        self._is_copy = False
 
     def mean(self, weight: float = 1.0) -> Tensor:
         """Returns ``weight * (mean of the losses of the N layers that ran)`` and drops the recorded inputs.
@@ -71,7 +74,7 @@ class DenoiseLosses:
 
     def _begin(self, *_: Any) -> None:
         self.depth += 1
-        if self.depth > 1:
+        if self.depth > 1 or self._is_copy:
             return
         self._inputs = {}
         self._sample = Sample(most=self.tokens, seed=self.draw)
@@ -83,18 +86,18 @@ class DenoiseLosses:
         if not self.depth:
             self._recording = False
 
-    def _recorder(self, name: str) -> Callable[[Any, tuple, dict], None]:
-        """Returns the forward pre-hook of a layer."""
+    def _record(self, name: str, layer: DenoiseLayer, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook of a layer."""
+        if not self._recording:
+            return
+        self.ran.add(name)
+        if any(p.requires_grad for p in layer.denoiser.parameters()):
+            (x,) = args or kwargs.values()  # `forward` of nn.Linear and nn.Conv2d takes one tensor
+            self._inputs.setdefault(name, []).append((self._sample(layer, x.detach()), x.numel()))
 
-        def record(layer: DenoiseLayer, args: tuple, kwargs: dict) -> None:
-            if not self._recording:
-                return
-            self.ran.add(name)
-            if any(p.requires_grad for p in layer.denoiser.parameters()):
-                (x,) = args or kwargs.values()  # `forward` of nn.Linear and nn.Conv2d takes one tensor
-                self._inputs.setdefault(name, []).append((self._sample(layer, x.detach()), x.numel()))
-
-        return record
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy of the model, or a file of it, keeps of its hooks: they record nothing."""
+        return {**vars(self), '_inputs': {}, '_sample': None, '_recording': False, '_is_copy': True}
 
 
 @contextmanager
@@ -119,8 +122,11 @@ def denoise_losses(module: nn.Module, tokens: int | None = 128) -> Iterator[Deno
     losses = DenoiseLosses(module, tokens)
     with ExitStack() as stack:
         stack.callback(losses.clear)
+        for _, _, record in find_records(module):
+            record.has_loss = True
+            stack.callback(setattr, record, 'has_loss', False)
         stack.enter_context(module.register_forward_pre_hook(losses._begin))
         stack.enter_context(module.register_forward_hook(losses._end, always_call=True))
         for name, layer in losses.layers.items():
-            stack.enter_context(layer.register_forward_pre_hook(losses._recorder(name), with_kwargs=True))
+            stack.enter_context(layer.register_forward_pre_hook(partial(losses._record, name), with_kwargs=True))
         yield losses

@@ -179,6 +179,8 @@ def _find_obstacle(layer: nn.Module, execution: Execution, shared: Container[int
     parameters = [p for p in layer._parameters.values() if p is not None]
     if not all(type(p.data) is Tensor and p.is_floating_point() and p.layout is torch.strided for p in parameters):
         return 'its weight or bias is no ordinary tensor of floating-point numbers'
+    if any(0 in (stride for stride, size in zip(p.stride(), p.shape, strict=True) if size > 1) for p in parameters):
+        return 'its weight or bias is expanded: several elements share memory'
     own = {*layer.__dict__, *layer._parameters, *layer._buffers, *layer._modules}
     if taken := reserved_names(layer) & (own | execution.attributes.get(id(layer), set())):
         return f'it has attributes that a denoised layer needs for itself: {", ".join(sorted(taken))}'

@@ -339,6 +339,12 @@ def buffered():
     return layer
 
 
+def expanded():
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(torch.randn(1, 8, dtype=torch.float64).expand(8, 8))
+    return layer
+
+
 def owning(kind, **attributes):
     layer = plain(kind)
     for name, value in attributes.items():
@@ -361,6 +367,7 @@ def owning(kind, **attributes):
         (weight_norm(nn.Linear(8, 8), 'bias', dim=None), 'not a parameter of its own'),
         (spectral_norm(nn.Conv2d(8, 8, 1)), 'not a parameter of its own'),
         (buffered(), 'not a parameter of its own'),
+        (expanded(), 'is expanded: several elements share memory'),
         (with_conv_forward(), '_conv_forward was replaced'),
         (owning('linear', timestep=3), 'for itself: timestep'),
         (owning('conv', schedule='cosine', vanilla_class=nn.Linear), 'schedule, vanilla_class'),

@@ -1,6 +1,8 @@
 """The loss of all denoisers of a model in training: stable under any optimizer, and taken of what ran."""
 
 import contextlib
+import copy
+import io
 import math
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from helpers import denoised, randomise
-from mmdenoiserep import apply_denoiserep, denoise_losses
+from mmdenoiserep import apply_denoiserep, denoise_losses, fuse_model
 from mmdenoiserep.core.method.sample import Sample
 
 SCALES = (1e-2, 1.0, 255.0)
@@ -263,6 +265,24 @@ def test_nothing_is_left_after_an_interrupt(error):
     with pytest.raises(error), denoise_losses(model):
         model(x)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules() if m is not model.shared)
+
+
+def test_copies_and_files_of_a_model_in_training_record_nothing():
+    """Weights are averaged, and models saved, while they train."""
+    model, x = net()
+    with denoise_losses(model) as losses:
+        model(x)
+        average, file = copy.deepcopy(model), io.BytesIO()
+        torch.save(model, file)
+        before = losses.draw
+        for other in (average, torch.load(io.BytesIO(file.getvalue()), weights_only=False)):
+            other(x)
+            hooks = [
+                getattr(hook, 'func', hook).__self__ for m in other.modules() for hook in m._forward_pre_hooks.values()
+            ]
+            assert hooks and not any(hook._inputs for hook in hooks)
+            assert not any(m._forward_pre_hooks or m._forward_hooks for m in fuse_model(other).modules())
+        assert losses.draw == before and losses.mean() > 0
 
 
 def test_model_without_denoisers():
