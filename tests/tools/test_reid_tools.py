@@ -370,5 +370,5 @@ def test_bad_input_of_the_features(images, tmp_path_factory):
         assert text in sentence('extract_features', config, checkpoint, folder, output, '--device', 'cpu')
     device = ['--device', 'nowhere']
     text = sentence('extract_features', 'config.py', 'config.pth', good, 'no.npz', *device)
-    assert '--device nowhere cannot be used' in text
+    assert 'the device nowhere cannot be used' in text
     assert not Path('evil').exists() and not Path('no.npz').exists() and Path('there.npz').read_text() == 'mine'
