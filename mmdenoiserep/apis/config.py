@@ -45,7 +45,7 @@ def load_config(
         5
     """
     if not isinstance(path, str | Path) or not os.path.isfile(path):
-        raise ConfigError(f'the config {str(path)!r} cannot be read: it is no file')
+        raise ConfigError(f'the config {path or repr(path)} cannot be read: it is no file')
     if find_spec('mmseg') and not any(distributions(name='mmsegmentation')):
         # the distribution of mmseg may have another name, but mmengine looks for mmsegmentation
         MODULE2PACKAGE['mmseg'] = 'mmseg'

@@ -29,8 +29,8 @@ def folder(tmp_path, monkeypatch):
         ('config.py', ['a=[1,'], 'the options cannot be read'),
         ('config.py', ['a.b=1'], 'the options do not fit config.py'),
         ('', None, "the config '' cannot be read: it is no file"),
-        ('.', None, "the config '.' cannot be read: it is no file"),
-        (None, None, "the config 'None' cannot be read: it is no file"),
+        ('.', None, 'the config . cannot be read: it is no file'),
+        (None, None, 'the config None cannot be read: it is no file'),
         ('imports.py', None, 'torch.nowhere'),
     ],
 )

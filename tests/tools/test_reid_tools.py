@@ -365,7 +365,7 @@ def test_bad_input_of_the_features(images, tmp_path_factory):
         ('config.py', 'evil.pth', good, 'no.npz', 'evil.pth can only be read by running code'),
         ('config.py', 'denoised.pth', good, 'no.npz', 'denoised.pth has denoisers and the config has none'),
         ('denoised.py', 'config.pth', good, 'no.npz', 'config.pth has no backbone.layers.0.ffn.layers.0.0.denoiser.'),
-        ('no_head.py', 'no_head.pth', good, 'no.npz', 'the model of no_head.py predicts no pred_feature'),
+        ('no_head.py', 'no_head.pth', good, 'no.npz', 'the model of the config no_head.py predicts no pred_feature'),
     ):
         assert text in sentence('extract_features', config, checkpoint, folder, output, '--device', 'cpu')
     device = ['--device', 'nowhere']
