@@ -31,15 +31,16 @@ from ..core import (
     solve_denoisers,
 )
 from ..core.calibration.collect import sum_processes
-from ..core.calibration.match import FEW, MANY, RANKED, early_half
+from ..core.calibration.match import FEW, FITS, MANY, RANKED, early_half
 from ..core.calibration.solve import denoised_layers
 from ..core.files.config_text import vanilla_text
 from ..core.files.fused import STAMP
 from ..core.method.probe import run_model
+from .arguments import at_least, config_path, one_of
 from .backbones import check_input, denoised_configs, predicting_backbone
-from .errors import ConfigError, config_at_fault
+from .errors import ConfigError, config_at_fault, config_name
 from .fusion import verify_weights
-from .images import Batches, open_images, take_evenly
+from .images import SPLITS, Batches, open_images, take_evenly
 from .model import build_model, load_strictly, open_model, to_device
 
 LARGE_SHIFT = 0.5
@@ -95,10 +96,10 @@ class Subject:
 
 def open_subject(
     cfg: Config,
-    checkpoint: str,
+    checkpoint: str | Path,
     *,
     denoised: bool = False,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     split: str = 'train',
     num_images: int = 4000,
     batch_size: int = 32,
@@ -129,9 +130,11 @@ def open_subject(
         >>> subject.example.shape
         torch.Size([1, 1, 28, 28])
     """
+    one_of(SPLITS, split=split)
+    at_least(1, num_images=num_images, batch_size=batch_size)
     if denoised and not denoised_configs(cfg.get('model')):
         raise ConfigError(
-            f'{cfg.filename} has no DenoiseRepBackbone, which a schedule needs; '
+            f'{config_name(cfg)} has no DenoiseRepBackbone, which a schedule needs; '
             'wrap the backbone as docs/own-model.md shows'
         )
     denoisers = 'keep' if denoised else 'fold'
@@ -144,12 +147,12 @@ def open_subject(
     saved = model.state_dict()
     if lost := [key for key, _ in model.named_parameters() if key not in saved]:
         raise InputError(
-            f'the state dict of the model of {cfg.filename} leaves out {lost[0]} and {len(lost) - 1} others (LoRA?), '
-            'so their calibration would be lost; merge the adapters into the weights first'
+            f'the state dict of the model of {config_name(cfg)} leaves out {lost[0]} and {len(lost) - 1} others '
+            '(LoRA?), so their calibration would be lost; merge the adapters into the weights first'
         )
     weights = fingerprint(model.get_submodule(name).state_dict())
     to_device(model, device)
-    with config_at_fault(cfg.filename):
+    with config_at_fault(config_path(cfg)):
         images = _open_batches(cfg, model, folder, split, num_images, batch_size)
         example = next(iter(images))[:1]
         check_input(model, name, example)
@@ -159,10 +162,10 @@ def open_subject(
 
 
 def _open_batches(
-    cfg: Config, model: nn.Module, folder: Path | None, split: str, num_images: int, batch_size: int
+    cfg: Config, model: nn.Module, folder: str | Path | None, split: str, num_images: int, batch_size: int
 ) -> Batches:
     if not folder and not cfg.get(f'{split}_dataloader'):
-        raise ConfigError(f'{cfg.filename} has no {split}_dataloader; name a folder with --images')
+        raise ConfigError(f'{config_name(cfg)} has no {split}_dataloader; name a folder of images')
     loader = None if folder else cfg[f'{split}_dataloader']
     workers = loader.get('num_workers', 0) if isinstance(loader, Mapping) else 0
     share = take_evenly(open_images(cfg, split, folder, model), num_images, get_rank(), get_world_size())
@@ -192,6 +195,7 @@ def solve(subject: Subject, prior: float = 0.0, every: int | None = None) -> tup
         >>> report.mode
         'schedule'
     """
+    at_least(1, optional=True, every=every)
     every = every or subject.choose_every(subject.layers)
     with with_progress_bar(subject.images, 1) as batches:
         return solve_denoisers(subject.backbone, batches, prior=prior, every=every), every
@@ -216,6 +220,7 @@ def gather_source(subject: Subject, every: int | None = None) -> tuple[dict[str,
         >>> moments, about = gather_source(open_subject(cfg, 'vit.pth', device='cpu'))
         >>> save_moments(moments, 'moments.pth', about)
     """
+    at_least(1, optional=True, every=every)
     every = every or subject.choose_every(subject.layers)
     with with_progress_bar(subject.images, 1) as batches:
         moments = collect_moments(subject.backbone, subject.layers, batches, every=every)
@@ -256,7 +261,13 @@ def choose_fit(
         fit: Moments to match, see :func:`mmdenoiserep.core.transport`.
         rank: Rank of the maps minus the identity; 0 for full.
         prior: Weight of the training domain as a prior, as a number of images.
+
+    Raises:
+        InputError: The part, the fit or the rank is unknown.
     """
+    one_of((None, 'first', 'early', 'all'), part=part)
+    one_of((None, *FITS), fit=fit)
+    at_least(0, optional=True, rank=rank)
     names = list(subject.layers)
     options = safe_fit(names, subject.total, representative)
     if part:
@@ -300,6 +311,9 @@ def fit(
         >>> report, every = fit(subject, source, choose_fit(subject))
         >>> torch.save(dict(meta=subject.meta, state_dict=subject.model.state_dict()), 'fitted.pth')
     """
+    at_least(1, optional=True, every=every)
+    if not options.get('layers') or not subject.layers.keys() >= set(options['layers']):
+        raise InputError('the options of a fit need names of layers of the model under layers; choose_fit returns some')
     chosen = {name: subject.layers[name] for name in options['layers']}
     sizes = measure_activations(subject.backbone, chosen, subject.example)
     every = every or choose_every(sizes, subject.total)
