@@ -24,6 +24,7 @@ from ..core.method.record import find_records
 from ..core.utils.randomness import equal_draws
 from ..core.utils.tensors import tensors_in
 from ..engine.backbone import DenoiseRepBackbone
+from .arguments import config_path
 from .config import set_default_scope
 from .errors import config_at_fault, is_from_user
 
@@ -172,7 +173,8 @@ def convert_backbones(cfg: Config, options: Mapping[str, Any]) -> dict[str, Conv
         mmpretrain.models.backbones.vision_transformer.VisionTransformer 8
     """
     MMLogger.get_current_instance().setLevel('ERROR')  # the conversion logs the report that is returned here
-    with config_at_fault(cfg.filename):
+    given = ', '.join(f'{key}={value!r}' for key, value in options.items())
+    with config_at_fault(config_path(cfg) + f' with {given}' * bool(given)):
         set_default_scope(cfg)
         configs = deepcopy(backbone_configs(cfg.get('model') or {}))
         if not any(denoised_configs(config) for config in configs.values()):

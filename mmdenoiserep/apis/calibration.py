@@ -32,7 +32,7 @@ from ..core import (
 )
 from ..core.calibration.collect import sum_processes
 from ..core.calibration.features import Features
-from ..core.calibration.match import FEW, MANY, RANKED, early_half
+from ..core.calibration.match import FEW, FITS, MANY, RANKED, early_half
 from ..core.calibration.memory import paused_bytes
 from ..core.calibration.moments import gather_processes
 from ..core.calibration.solve import denoised_layers
@@ -40,10 +40,11 @@ from ..core.files.config_text import vanilla_text
 from ..core.files.fused import STAMP
 from ..core.method.probe import run_model
 from ..core.utils.intercept import intercepting
+from .arguments import at_least, config_path, one_of
 from .backbones import check_input, denoised_configs, predicting_backbone
-from .errors import ConfigError, config_at_fault
+from .errors import ConfigError, config_at_fault, config_name
 from .fusion import verify_weights
-from .images import Batches, describe_preprocessing, open_images, take_evenly
+from .images import SPLITS, Batches, describe_preprocessing, open_images, take_evenly
 from .model import build_model, load_strictly, open_model, to_device
 
 LARGE_SHIFT = 0.5
@@ -92,10 +93,10 @@ class Subject:
 
 def open_subject(
     cfg: Config,
-    checkpoint: str,
+    checkpoint: str | Path,
     *,
     denoised: bool = False,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     split: str = 'train',
     num_images: int = 4000,
     batch_size: int = 32,
@@ -126,9 +127,11 @@ def open_subject(
         >>> subject.example.shape
         torch.Size([1, 1, 28, 28])
     """
+    one_of(SPLITS, split=split)
+    at_least(1, num_images=num_images, batch_size=batch_size)
     if denoised and not denoised_configs(cfg.get('model')):
         raise ConfigError(
-            f'{cfg.filename} has no DenoiseRepBackbone, which a schedule needs; '
+            f'{config_name(cfg)} has no DenoiseRepBackbone, which a schedule needs; '
             'wrap the backbone as docs/own-model.md shows'
         )
     denoisers = 'keep' if denoised else 'fold'
@@ -141,13 +144,13 @@ def open_subject(
     saved = model.state_dict()
     if lost := [key for key, _ in model.named_parameters() if key not in saved]:
         raise InputError(
-            f'the state dict of the model of {cfg.filename} leaves out {lost[0]} and {len(lost) - 1} others (LoRA?), '
-            'so their calibration would be lost; merge the adapters into the weights first'
+            f'the state dict of the model of {config_name(cfg)} leaves out {lost[0]} and {len(lost) - 1} others '
+            '(LoRA?), so their calibration would be lost; merge the adapters into the weights first'
         )
     part = model.get_submodule(name) if denoised else Extractor.of(model, name)
     about = dict(weights=fingerprint(part.state_dict()), preprocessing=describe_preprocessing(cfg, model))
     to_device(model, device)
-    with config_at_fault(cfg.filename):
+    with config_at_fault(config_path(cfg)):
         images = _open_batches(cfg, model, folder, split, num_images, batch_size)
         example = next(iter(images))[:1]
         check_input(model, name, example)
@@ -156,10 +159,10 @@ def open_subject(
 
 
 def _open_batches(
-    cfg: Config, model: nn.Module, folder: Path | None, split: str, num_images: int, batch_size: int
+    cfg: Config, model: nn.Module, folder: str | Path | None, split: str, num_images: int, batch_size: int
 ) -> Batches:
     if not folder and not cfg.get(f'{split}_dataloader'):
-        raise ConfigError(f'{cfg.filename} has no {split}_dataloader; name a folder with --images')
+        raise ConfigError(f'{config_name(cfg)} has no {split}_dataloader; name a folder of images')
     loader = None if folder else cfg[f'{split}_dataloader']
     workers = loader.get('num_workers', 0) if isinstance(loader, Mapping) else 0
     share = take_evenly(open_images(cfg, split, folder, model), num_images, get_rank(), get_world_size())
@@ -192,6 +195,7 @@ def solve(
         >>> report.mode
         'schedule'
     """
+    at_least(1, optional=True, stride=stride)
     strides = stride or subject.choose_strides(inputs=True)
     with with_progress_bar(subject.images) as batches:
         report = solve_denoisers(subject.part, batches, prior=prior, stride=strides, spectra=spectra)
@@ -217,6 +221,7 @@ def gather_source(subject: Subject, stride: int | None = None) -> tuple[dict[str
         >>> moments, about = gather_source(open_subject(cfg, 'vit.pth', device='cpu'))
         >>> save_moments(moments, 'moments.pth', about)
     """
+    at_least(1, optional=True, stride=stride)
     strides = stride or subject.choose_strides()
     with with_progress_bar(subject.images) as batches:
         moments = collect_moments(subject.part, subject.layers, batches, stride=strides)
@@ -270,7 +275,13 @@ def choose_fit(
         rank: Rank of the maps minus the identity; 0 for full.
         prior: Weight of the training domain as a prior, as a number of images.
         memory: GiB in each process for the images and features of the forwards.
+
+    Raises:
+        InputError: The part, the fit or the rank is unknown.
     """
+    one_of((None, 'first', 'early', 'all'), part=part)
+    one_of((None, *FITS), fit=fit)
+    at_least(0, optional=True, rank=rank)
     names = list(subject.layers)
 
     def choose() -> dict[str, Any]:
@@ -320,6 +331,9 @@ def fit(
         >>> report, strides = fit(subject, source, choose_fit(subject))
         >>> torch.save(dict(meta=subject.meta, state_dict=subject.model.state_dict()), 'fitted.pth')
     """
+    at_least(1, optional=True, stride=stride)
+    if not options.get('layers') or not subject.layers.keys() >= set(options['layers']):
+        raise InputError('the options of a fit need names of layers of the model under layers; choose_fit returns some')
     chosen = {name: subject.layers[name] for name in options['layers']}
     strides = stride or subject.choose_strides()
     how = {key: value for key, value in options.items() if key != 'layers'}

@@ -1,6 +1,8 @@
 """Reads a config and applies the options of the tools to it."""
 
 import argparse
+import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import distributions
@@ -19,7 +21,10 @@ LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 
 
 def load_config(
-    path: str | Path, options: Sequence[str] | None = None, work_dir: str | None = None, launcher: str | None = None
+    path: str | Path,
+    options: Sequence[str] | None = None,
+    work_dir: str | Path | None = None,
+    launcher: str | None = None,
 ) -> Config:
     """Reads a config and imports its ``custom_imports`` and the library of its default scope.
 
@@ -27,8 +32,8 @@ def load_config(
         path: Path of the config.
         options: Settings to override, each ``KEY=VALUE``, as after ``--cfg-options``.
         work_dir: Folder of a run; None takes ``work_dir`` of the config, or ``work_dirs/<name of the config>``.
-        launcher: Launcher of a run: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``; None for a config that is not
-            run.
+        launcher: Launcher of a run: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``; None takes ``launcher`` of the
+            config, or ``'none'``.
 
     Raises:
         ConfigError: The config can't be read, or the options do not fit it.
@@ -39,6 +44,8 @@ def load_config(
         >>> cfg.model.head.num_classes
         5
     """
+    if not isinstance(path, str | Path) or not os.path.isfile(path):
+        raise ConfigError(f'the config {path or repr(path)} cannot be read: it is no file')
     if find_spec('mmseg') and not any(distributions(name='mmsegmentation')):
         # the distribution of mmseg may have another name, but mmengine looks for mmsegmentation
         MODULE2PACKAGE['mmseg'] = 'mmseg'
@@ -53,7 +60,8 @@ def load_config(
             raise ModuleNotFoundError(f'{who} needs {name}', name=name) from error
         if is_from_user(error):  # a module of custom_imports
             raise
-        raise ConfigError(f'the config {path} cannot be read ({type(error).__name__}: {error})') from error
+        reason = str(error).partition(', the current sys.path')[0]  # of custom_imports
+        raise ConfigError(f'the config {path} cannot be read ({type(error).__name__}: {reason})') from error
     imports = (cfg.get('custom_imports') or {}).get('imports') or ()
     allow_plain_classes([imports] if isinstance(imports, str) else imports)
     _drop_scope(cfg._cfg_dict, 'mmdenoiserep')
@@ -62,11 +70,21 @@ def load_config(
         try:
             cfg.merge_from_dict(parsed)
         except Exception as error:  # the path of a key may lead through any object
-            raise ConfigError(f'--cfg-options do not fit {path} ({type(error).__name__}: {error})') from error
+            raise ConfigError(f'the options do not fit {path} ({type(error).__name__}: {error})') from error
+    if work_dir:
+        cfg.work_dir = str(work_dir)
     if launcher is not None:
         cfg.launcher = launcher
-        cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(path).stem)
+        set_run_defaults(cfg)
     return cfg
+
+
+def set_run_defaults(cfg: Config) -> None:
+    """Sets the launcher and the work dir of a config, which a run needs, if it has none."""
+    if not cfg.get('launcher'):
+        cfg.launcher = 'none'
+    if not cfg.get('work_dir'):
+        cfg.work_dir = str(Path('work_dirs') / Path(cfg.filename or 'config').stem)
 
 
 def _drop_scope(config: Any, scope: str) -> None:
@@ -82,14 +100,15 @@ def _drop_scope(config: Any, scope: str) -> None:
 
 def _parse_options(options: Sequence[str]) -> dict:
     """Parses ``KEY=VALUE`` words with mmengine's ``DictAction``."""
-    if wrong := [option for option in options if '=' not in option]:
-        raise ConfigError(f'--cfg-options takes KEY=VALUE, got {wrong[0]!r}')
+    for option in options:
+        if not isinstance(option, str) or not re.match(r'[^-=][^=]*=', option):
+            raise ConfigError(f'an option must be KEY=VALUE, got {option!r}')
     parser = argparse.ArgumentParser()
     parser.add_argument('--options', nargs='+', action=DictAction)
     try:
         return parser.parse_args(['--options', *options]).options
     except Exception as error:  # unbalanced brackets, for example
-        raise ConfigError(f'--cfg-options cannot be read ({type(error).__name__}: {error})') from error
+        raise ConfigError(f'the options cannot be read ({type(error).__name__}: {error})') from error
 
 
 def set_default_scope(cfg: Config) -> None:
@@ -136,7 +155,7 @@ def enable_auto_scale_lr(cfg: Config) -> None:
         ConfigError: The config has no ``auto_scale_lr.base_batch_size``.
     """
     if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
-        raise ConfigError(f'{cfg.filename} has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs')
+        raise ConfigError(f'{config_name(cfg)} has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs')
     cfg.auto_scale_lr.enable = True
 
 
@@ -154,7 +173,7 @@ def enable_visualization_hook(cfg: Config, folder: str | None = None, window: bo
     """
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     if hook is None:
-        raise ConfigError(f'{cfg.filename} has no default_hooks.visualization, which --show and --show-dir need')
+        raise ConfigError(f'{config_name(cfg)} has no default_hooks.visualization, which --show and --show-dir need')
     kind = type_name(hook)  # mmpretrain's is VisualizationHook, mmseg's SegVisualizationHook
     switch = 'enable' if kind == 'VisualizationHook' else 'draw'
     hook.update({switch: True}, show=window, wait_time=seconds, interval=1)

@@ -9,6 +9,7 @@ from ..core import InputError, read_checkpoint
 from ..core.files.atomic import check_output
 from ..core.files.checkpoint import write_atomically
 from ..core.files.content import open_checkpoint
+from .arguments import one_of
 
 
 def convert_file(
@@ -42,6 +43,9 @@ def convert_file(
         >>> convert_file('plain', 'released.pth', 'converted.pth', key='teacher')[0]
         2
     """
+    one_of(('transreid', 'vmamba', 'plain'), kind=kind)
+    if key and kind != 'plain':
+        raise InputError(f'a file of the kind {kind} takes no key, got {key!r}')
     source, target = Path(source), Path(target)
     check_output(target, overwrite, source=source)
     if kind == 'plain':

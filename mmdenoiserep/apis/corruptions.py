@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ..core import InputError
 from ..core.files.atomic import check_folder, write_folder
+from .arguments import at_least, one_of
 from .folders import check_outside, find_images
 from .pixels import read_stored
 
@@ -39,10 +40,12 @@ def corrupt(image: NDArray[Any], corruption: str, severity: float, seed: int, nu
         The corrupted image, with the same shape and dtype.
 
     Raises:
-        InputError: The range of the values is unknown, or the corruption does not support the image or the severity.
+        InputError: The corruption is unknown or does not support the image or the severity, the range of the values is
+            unknown, or the seed or the number is negative.
     """
     if corruption == 'clean':
         return image
+    at_least(0, seed=seed, number=number)
     channels = image.shape[2] if image.ndim == 3 else 1
     colours = channels - 1 if channels in (2, 4) else channels
     if corruption == 'jpeg' and (image.dtype == np.uint16 or colours not in COLOURS):
@@ -81,8 +84,10 @@ def make_transform(corruption: str, severity: float, seed: int) -> Any:
         seed: Seed of the transform.
 
     Raises:
-        InputError: The severity is outside :data:`RANGES`.
+        InputError: The corruption is unknown, the severity is outside :data:`RANGES`, or the seed is negative.
     """
+    one_of(RANGES, corruption=corruption)
+    at_least(0, seed=seed)
     os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # otherwise it looks for updates in the network
     import albumentations as A
 
@@ -144,7 +149,7 @@ def corrupt_folder(
     paths = find_images(images)
     copies = {target / path.relative_to(images) for path in paths}
     check_folder(target, lambda path: copies.issuperset(_files_in(path)), overwrite)
-    severity = SEVERITIES[corruption] if severity is None else severity
+    severity = SEVERITIES.get(corruption, 0) if severity is None else severity
     make_transform(corruption, severity, seed)
     with write_folder(target) as new:
         for i, path in enumerate(tqdm(paths, unit='image')):

@@ -14,9 +14,11 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from ..core import InputError
 from ..core.files.atomic import check_output, write_file
 from ..core.utils.randomness import random_images
-from .errors import ConfigError, is_from_user
+from .arguments import at_least
+from .errors import ConfigError, config_name, is_from_user
 from .images import backbone_arguments, image_channels
 from .model import open_model
 
@@ -26,10 +28,10 @@ TOLERANCE = 1e-4
 
 def export_file(
     cfg: Config,
-    checkpoint: str,
+    checkpoint: str | Path,
     target: str | Path,
     *,
-    size: Sequence[int] | None = None,
+    size: int | Sequence[int] | None = None,
     dynamic_batch: bool = False,
     dynamo: bool = False,
     overwrite: bool = False,
@@ -81,10 +83,10 @@ def export_file(
         except Exception as error:  # exporters and runtimes fail in many ways
             if not runs and is_from_user(error):
                 raise  # a bug in the user's own model: they want the traceback
-            how = 'with --dynamic-batch; leave that out, for one image' if dynamic_batch else 'for one image'
+            how = 'with a dynamic batch; leave that out, for one image' if dynamic_batch else 'for one image'
             reason = re.split(r'\n|\. ', str(error).strip())[0]
             raise ConfigError(
-                f'{cfg.filename} cannot be exported {how} {shape} ({type(error).__name__}: {reason})'
+                f'{config_name(cfg)} cannot be exported {how} {shape} ({type(error).__name__}: {reason})'
             ) from error
         with write_file(Path(target)) as file:
             file.write(temporary.read_bytes())
@@ -123,10 +125,15 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def image_shape(cfg: Config, model: nn.Module, size: Sequence[int] | None) -> tuple[int, int, int]:
+def image_shape(cfg: Config, model: nn.Module, size: int | Sequence[int] | None) -> tuple[int, int, int]:
     """Returns the shape (C, H, W) of the images; without a size, ``img_size`` of the backbone, or 224."""
-    size = size or backbone_arguments(cfg).get('img_size') or 224
-    height, width = (size, size) if isinstance(size, int) else size
+    if size is None:
+        size = backbone_arguments(cfg).get('img_size') or 224
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if len(size) != 2:
+        raise InputError(f'size must be a height and a width, got {size}')
+    height, width = size
+    at_least(1, height=height, width=width)
     return image_channels(cfg, model), height, width
 
 

@@ -16,14 +16,15 @@ from tqdm import tqdm
 
 from ..core import InputError
 from ..engine.resume import allow_training_checkpoints
-from .errors import config_at_fault, is_from_user
+from .arguments import at_least, checkpoint_path, config_path
+from .errors import config_at_fault, config_name, is_from_user
 from .images import NoImage, open_images
 from .model import build_model, to_device
 from .weights import LoadingCheck
 
 
 def extract_features(
-    cfg: Config, checkpoint: str, images: str | Path, *, batch_size: int = 64, device: str | None = None
+    cfg: Config, checkpoint: str | Path, images: str | Path, *, batch_size: int = 64, device: str | None = None
 ) -> tuple[NDArray[np.float32], list[str]]:
     """Returns the features of all images in a folder, before normalisation.
 
@@ -47,13 +48,13 @@ def extract_features(
         >>> features.shape
         (4, 96)
     """
+    at_least(1, batch_size=batch_size)
     images = Path(images)
     if not os.path.isdir(images):  # False, too, for a name that is too long
         raise InputError(f'{images} is not a folder')
-    if '://' not in checkpoint and not os.path.isfile(checkpoint):
-        raise InputError(f'the checkpoint {checkpoint} does not exist')
+    checkpoint = checkpoint_path(checkpoint)
     model, missing = _open_model(cfg, checkpoint, device)
-    with config_at_fault(cfg.filename):
+    with config_at_fault(config_path(cfg)):
         dataset = open_images(cfg, folder=images, model=model)
     features: list[Any] = []
     paths: list[str] = []
@@ -61,8 +62,8 @@ def extract_features(
         paths += [path.relative_to(images).as_posix() for path in batch]
         if not batch:
             continue
-        with config_at_fault(cfg.filename):
-            features.append(_predict(model, pseudo_collate(list(batch.values())), cfg.filename))
+        with config_at_fault(config_path(cfg)):
+            features.append(_predict(model, pseudo_collate(list(batch.values())), config_name(cfg)))
         if not np.isfinite(features[-1]).all():
             reason = f': {checkpoint} has no {missing[0]}, {len(missing)} are missing' if missing else ''
             raise InputError(f'the features of {images / paths[-len(batch)]} and others are not finite{reason}')

@@ -14,7 +14,7 @@ from ..core.files.content import open_checkpoint
 from ..core.files.fused import fuse_content
 from ..core.method.record import find_records
 from ..core.utils.randomness import random_images
-from .errors import ConfigError
+from .errors import ConfigError, config_name
 from .model import build_model, load_strictly
 
 
@@ -89,7 +89,9 @@ def verify_weights(
     """
     model = build_model(cfg)
     if not any(find_records(model)):
-        raise ConfigError(f'{cfg.filename} has no DenoiseRepBackbone; --verify needs the config of the training run')
+        raise ConfigError(
+            f'{config_name(cfg)} has no DenoiseRepBackbone; the verification needs the config of the training run'
+        )
     vanilla = build_model(cfg, denoised=False)
     _copy_values(model, vanilla)
     load_strictly(model, denoised, source, 'denoised')

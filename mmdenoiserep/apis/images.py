@@ -33,6 +33,7 @@ from ..core import InputError
 from ..core.method import probe
 from ..core.utils.errors import printable
 from ..engine.backbone import CHANNELS
+from .arguments import one_of
 from .backbones import backbone_configs
 from .errors import config_name, is_from_user
 from .folders import SUFFIXES, find_images
@@ -49,6 +50,8 @@ ANNOTATIONS = {
 LIBRARIES = ('mmcv.', 'mmdet.', 'mmengine.', 'mmpretrain.', 'mmseg.')
 COLOR_TYPES = {1: 'grayscale', 3: 'color', 4: 'unchanged'}
 """Input channels of the model: the ``color_type`` to read files with if no transform of the pipeline loads them."""
+SPLITS = ('train', 'val', 'test')
+"""Data sets of a config: ``<split>_dataloader``."""
 RGB = 'CIFAR10'
 """The data set class of the libraries that gives RGB arrays; all others give BGR. Its subclasses count too."""
 MAX_WAITING = 4
@@ -344,7 +347,7 @@ class DatasetImages(Images):
 def open_images(
     cfg: Config,
     split: str = 'test',
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     model: nn.Module | None = None,
     after_loading: Change | None = None,
 ) -> Images:
@@ -371,11 +374,12 @@ def open_images(
         torch.Size([1, 28, 28])
     """
     images: Images
+    one_of(SPLITS, split=split)
     if folder is None:
         images = DatasetImages(cfg, split)
     else:
         channels = image_channels(cfg, model) if model else 3
-        images = FolderImages(cfg, find_images(folder, _suffixes(cfg)), COLOR_TYPES.get(channels))
+        images = FolderImages(cfg, find_images(Path(folder), _suffixes(cfg)), COLOR_TYPES.get(channels))
     return images.after_loading(after_loading) if after_loading else images
 
 
@@ -616,7 +620,7 @@ def _test_steps(cfg: Config) -> list[Callable]:
         kind = _name(datasets[0]) if len(datasets) == 1 else 'a list'
         raise InputError(
             f'the test data set of {config_name(cfg)} ({kind}) has parts with {len(found)} different pipelines, but '
-            'other images need a single one; choose it with --cfg-options test_dataloader.dataset=...'
+            'other images need one; set test_dataloader.dataset to a single one'
         )
     return [TRANSFORMS.build(step) if isinstance(step, dict) else step for step in found[0]]
 

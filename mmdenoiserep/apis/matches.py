@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 
 from ..core import InputError
+from .arguments import at_least, config_path
 from .errors import config_at_fault
 from .images import open_images
 from .pixels import to_rgb
@@ -48,6 +49,7 @@ def draw_matches(
         >>> figure, count = draw_matches(cfg, 'matches.json', queries=2)
         >>> figure.savefig('matches.png')
     """
+    at_least(1, queries=queries)
     entries = read_matches(Path(path))
     count = min(queries, len(entries))
     if hardest:
@@ -92,7 +94,7 @@ def _read_images(cfg: Config, wanted: list[dict[str, Any]], path: Path) -> dict[
         wanted: Entries of the file with ``sample_idx`` and ``img_path``.
         path: The file, for messages.
     """
-    with config_at_fault(cfg.filename):
+    with config_at_fault(config_path(cfg)):
         dataset = open_images(cfg, 'test')
     numbers: dict[int, dict[str, int]] = {}
     for number in range(len(dataset)):

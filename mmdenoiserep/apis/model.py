@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from pathlib import Path
 
 import torch
 from mmengine.config import Config
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from ..core import CheckpointError, InputError, fuse_state_dict
 from ..core.files.content import EXTRA_STATE, open_checkpoint
 from ..core.fusing.fuse import denoiser_keys
+from .arguments import config_path, one_of
 from .backbones import find_backbones
 from .config import set_default_scope, without_denoising
-from .errors import ConfigError, config_at_fault
+from .errors import ConfigError, config_at_fault, config_name
 
 
 def build_model(cfg: Config, denoised: bool = True) -> nn.Module:
@@ -31,9 +33,9 @@ def build_model(cfg: Config, denoised: bool = True) -> nn.Module:
         >>> build_model(cfg)(torch.randn(2, 1, 28, 28)).shape
         torch.Size([2, 10])
     """
-    with config_at_fault(cfg.filename):
+    with config_at_fault(config_path(cfg)):
         if not cfg.get('model'):
-            raise ConfigError(f'{cfg.filename} has no model')
+            raise ConfigError(f'{config_name(cfg)} has no model')
         set_default_scope(cfg)
         model = deepcopy(cfg.model)
         if 'data_preprocessor' in cfg:
@@ -42,7 +44,7 @@ def build_model(cfg: Config, denoised: bool = True) -> nn.Module:
 
 
 def open_model(
-    cfg: Config, checkpoint: str, *, denoisers: str = 'fold', allow_pickle: bool = False
+    cfg: Config, checkpoint: str | Path, *, denoisers: str = 'fold', allow_pickle: bool = False
 ) -> tuple[nn.Module, dict]:
     """Builds the model of a config and loads a checkpoint into it.
 
@@ -70,6 +72,7 @@ def open_model(
         >>> type(model).__name__
         'ImageClassifier'
     """
+    one_of(('fold', 'refuse', 'keep'), denoisers=denoisers)
     content = open_checkpoint(checkpoint, allow_pickle)
     if denoisers != 'keep':
         content = content.without_denoising()
@@ -91,7 +94,7 @@ def open_model(
     return model, content.meta
 
 
-def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], path: str, kind: str) -> None:
+def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path, kind: str) -> None:
     """Loads a state dict whose names and shapes match the model exactly.
 
     Args:
@@ -153,4 +156,4 @@ def to_device(model: nn.Module, device: str | None = None) -> nn.Module:
         return model.to(device)
     except Exception as error:  # the module or the driver of a device may be missing
         reason = str(error).split('\n')[0]
-        raise InputError(f'--device {device} cannot be used ({reason})') from error
+        raise InputError(f'the device {device} cannot be used ({reason})') from error

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from ..core import InputError
+from ..core.files.atomic import check_output
 from ..engine.resume import allow_training_checkpoints
+from .arguments import checkpoint_path, config_path, make_folder, one_of
+from .config import set_run_defaults
 from .errors import ConfigError, blame, config_at_fault, is_from_user
 from .weights import LoadingCheck, check_resumable
 
@@ -24,7 +28,7 @@ def train(cfg: Config) -> None:
     """Trains the model of a config.
 
     Args:
-        cfg: A config from :func:`~.config.load_config` with a launcher.
+        cfg: A config from :func:`~.config.load_config`; it is changed.
 
     Raises:
         InputError: The config or its ``load_from`` can't be used. Errors after the first iteration begins pass
@@ -42,19 +46,20 @@ def train(cfg: Config) -> None:
     if 'mmdenoiserep.tasks.reid' in sys.modules:
         runner.register_hook(dict(type='ReIDCheckHook'))
     purpose = 'resume' if cfg.get('resume') else 'start'
-    _start(runner, runner.train, cfg.filename, cfg.get('load_from'), purpose)
+    _start(runner, runner.train, config_path(cfg), cfg.get('load_from'), purpose)
 
 
-def test(cfg: Config, checkpoint: str, out: str | None = None) -> None:
+def test(cfg: Config, checkpoint: str | Path, out: str | Path | None = None) -> None:
     """Evaluates a checkpoint with its config, and logs the metrics.
 
     Args:
-        cfg: A config from :func:`~.config.load_config` with a launcher.
+        cfg: A config from :func:`~.config.load_config`; it is changed.
         checkpoint: Path or URL of the checkpoint.
-        out: Pickle file for the predictions; None writes none.
+        out: Pickle file for the predictions, which is replaced if it exists; None writes none.
 
     Raises:
-        InputError: The config or the checkpoint can't be used, or do not belong together.
+        InputError: The config or the checkpoint can't be used, they do not belong together, or the file can't be
+            written.
 
     Example:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py', ['log_level=ERROR'], launcher='none')
@@ -62,26 +67,31 @@ def test(cfg: Config, checkpoint: str, out: str | None = None) -> None:
         >>> test(cfg, 'vit.pth', out='predictions.pkl')
         Loads checkpoint by local backend from path: vit.pth
     """
-    if '://' not in checkpoint and not os.path.isfile(checkpoint):
-        raise InputError(f'the checkpoint {checkpoint} does not exist')
+    config, checkpoint = config_path(cfg), checkpoint_path(checkpoint)
+    if out and '://' not in str(out):
+        if Path(out).suffix not in ('.pkl', '.pickle'):
+            raise InputError(f'{out} must end with .pkl or .pickle')
+        make_folder(Path(out).parent)
+        check_output(Path(out), overwrite=True)
     cfg.load_from, cfg.resume = checkpoint, False  # the config may resume its training
     runner = _build_runner(cfg)
     if out:
-        with config_at_fault(cfg.filename):
-            runner.test_evaluator.metrics.append(DumpResults(out_file_path=out))
-    _start(runner, runner.test, cfg.filename, checkpoint, 'test')
+        with config_at_fault(config):
+            runner.test_evaluator.metrics.append(DumpResults(out_file_path=str(out)))
+    _start(runner, runner.test, config, checkpoint, 'test')
 
 
-def resume(cfg: Config, checkpoint: str = 'auto') -> None:
+def resume(cfg: Config, checkpoint: str | Path = 'auto') -> None:
     """Makes a run resume from a checkpoint.
 
     Args:
-        cfg: A config from :func:`~.config.load_config` with a launcher; it is changed.
+        cfg: A config from :func:`~.config.load_config`; it is changed.
         checkpoint: Path or URL; ``'auto'`` takes the last checkpoint in the work dir, or starts a new run without one.
 
     Raises:
         InputError: The checkpoint does not exist.
     """
+    set_run_defaults(cfg)
     if checkpoint == 'auto':
         if not (last := find_latest_checkpoint(cfg.work_dir)):
             cfg.resume = False  # a new run starts from load_from
@@ -89,9 +99,7 @@ def resume(cfg: Config, checkpoint: str = 'auto') -> None:
         # the noted path may be outdated: the folder was moved, or is relative to another working directory
         moved = os.path.join(cfg.work_dir, os.path.basename(last))
         checkpoint = moved if os.path.isfile(moved) and not os.path.isfile(last) else last
-    if '://' not in checkpoint and not os.path.isfile(os.path.expanduser(checkpoint)):
-        raise InputError(f'{checkpoint} to resume from does not exist')
-    cfg.resume, cfg.load_from = True, checkpoint
+    cfg.resume, cfg.load_from = True, checkpoint_path(checkpoint)
 
 
 def start_gloo(launcher: str) -> bool:
@@ -101,11 +109,12 @@ def start_gloo(launcher: str) -> bool:
         Whether it did.
 
     Raises:
-        ConfigError: The process was not started by the launcher.
+        InputError: The launcher is unknown, or did not start the process.
     """
+    one_of(('none', *STARTED_BY), launcher=launcher)
     if launcher in STARTED_BY and STARTED_BY[launcher] not in os.environ:
         raise ConfigError(
-            f'--launcher {launcher} needs {STARTED_BY[launcher]} in the environment; start it by the launcher'
+            f'the launcher {launcher} needs {STARTED_BY[launcher]} in the environment; start the process by it'
         )
     if launcher != 'pytorch' or torch.cuda.is_available():
         return False
@@ -114,11 +123,14 @@ def start_gloo(launcher: str) -> bool:
 
 
 def _build_runner(cfg: Config) -> Any:
+    config = config_path(cfg)
+    set_run_defaults(cfg)
     allow_training_checkpoints()
     if start_gloo(cfg.launcher):
         default = dict(broadcast_buffers=False, find_unused_parameters=cfg.get('find_unused_parameters', False))
         cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg', default), device_ids=None)
-    with config_at_fault(cfg.filename):
+    make_folder(cfg.work_dir)
+    with config_at_fault(config):
         return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 

@@ -29,6 +29,7 @@ from ..core.method.sample import Sample
 from ..core.method.targets import near_names
 from ..core.utils.randomness import equal_draws
 from ..core.utils.tensors import tensors_in
+from .arguments import at_least, config_path
 from .backbones import check_input, predicting_backbone
 from .calibration import Size, choose_strides, describe_strides
 from .corruptions import SEVERITIES, corrupt, make_transform
@@ -163,7 +164,7 @@ class Visualization:
         corruption: Corruption of the images, see :func:`~.corruptions.corrupt`.
         severity: Severity of the corruption; None takes the default of :data:`~.corruptions.SEVERITIES`.
         seed: Seed of the corruption, 0 or more.
-        num_images: Largest number of images for the statistics of the layers.
+        num_images: Largest number of images for the statistics of the layers, 2 or more.
         shown: Number of images to show.
         batch_size: Batch size of the statistics.
         spectra: Names of the layers whose spectra are drawn; None takes nine of them.
@@ -184,31 +185,34 @@ class Visualization:
     def __init__(
         self,
         cfg: Config,
-        before: str,
-        after: str,
+        before: str | Path,
+        after: str | Path,
         *,
-        folder: Path | None = None,
+        folder: str | Path | None = None,
         corruption: str = 'noise',
         severity: float | None = None,
         seed: int = 0,
         num_images: int = 200,
         shown: int = 4,
         batch_size: int = 8,
-        spectra: Sequence[str] | None = None,
+        spectra: str | Sequence[str] | None = None,
         device: str | None = None,
     ) -> None:
-        severity = SEVERITIES[corruption] if severity is None else severity
+        at_least(2, num_images=num_images)
+        at_least(1, shown=shown, batch_size=batch_size)
+        severity = SEVERITIES.get(corruption, 0) if severity is None else severity
+        make_transform(corruption, severity, seed)
+        spectra = [spectra] if isinstance(spectra, str) else spectra
         self.severity = f'{corruption} {severity:.3g}'
         self.num_images = num_images
         self.shown = shown
         self.batch_size = batch_size
-        make_transform(corruption, severity, seed)
         self.paths = dict(before=before, after=after)
         self.models, metas = {}, {}
         for which, path in self.paths.items():
             model, metas[which] = open_model(cfg, path, denoisers='fold')
             self.models[which] = to_device(model, device)
-        with config_at_fault(cfg.filename):
+        with config_at_fault(config_path(cfg)):
             self._open(cfg, folder, (corruption, severity, seed), metas['before'], spectra)
 
     def _open(
@@ -278,7 +282,7 @@ class Visualization:
                 if pairs[0].order != pairs[1].order:
                     sentence = list(pairs[0].left_out)[-1]
                     raise InputError(
-                        f'{sentence}, but not both clean and corrupted; take another --corrupt or --severity'
+                        f'{sentence}, but not both clean and corrupted; take another corruption or severity'
                     )
                 batches = dict(clean=clean, corrupted=corrupted)
                 features = {}
@@ -312,7 +316,7 @@ class Visualization:
         chosen = take_evenly(self.images['clean'], self.shown).indices
         chosen = [index for index in chosen if not isinstance(self.images['clean'][index], NoImage)]
         if not chosen:
-            raise InputError('the config leaves out all images to show; show more of them with --show')
+            raise InputError('the config leaves out all images to show; show more of them')
         return [
             {variant: self._view(index, *variant) for variant in VARIANTS}
             for index in tqdm(chosen, unit='image', desc='views')

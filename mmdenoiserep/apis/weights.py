@@ -185,7 +185,7 @@ def check_resumable(checkpoint: Mapping[str, Any], path: str) -> None:
     if lacking:
         raise InputError(
             f'{path} is no checkpoint of a run that could be resumed, for it has no {lacking[0]}; to start from its '
-            f'weights leave out --resume, and resume = True of the config: --cfg-options load_from={path} resume=False'
+            f'weights do not resume, but set load_from={path} and resume=False'
         )
 
 

@@ -1,8 +1,13 @@
 """What a calibration needs to know before its pass."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
+from mmdenoiserep.apis import calibration
 from mmdenoiserep.apis.calibration import Size, choose_strides, describe_strides, measure_vectors
+from mmdenoiserep.core import InputError
 
 
 def test_strides_follow_the_vectors_of_an_image():
@@ -17,3 +22,44 @@ def test_strides_follow_the_vectors_of_an_image():
     assert choose_strides(sizes, 10_000) == {'0': 16, '1': 16, '3': 16}
     texts = [describe_strides(strides) for strides in (4, choose_strides(sizes, 2), choose_strides(sizes, 10_000), {})]
     assert texts == ['one in 4', 'one in 1 (late layers) to 5', 'one in 16', 'one in 1']
+
+
+@pytest.mark.parametrize(
+    ('call', 'words'),
+    [
+        (lambda subject: calibration.open_subject(None, 'in.pth', num_images=-1), 'num_images must be .* 1 or more'),
+        (lambda subject: calibration.open_subject(None, 'in.pth', num_images=0), 'num_images must be .* 1 or more'),
+        (lambda subject: calibration.open_subject(None, 'in.pth', num_images=None), 'num_images must be .* 1 or more'),
+        (lambda subject: calibration.open_subject(None, 'in.pth', batch_size=0), 'batch_size must be .* 1 or more'),
+        (
+            lambda subject: calibration.open_subject(None, 'in.pth', split='foo'),
+            'split must be one of train, val, test',
+        ),
+        (lambda subject: calibration.solve(subject, stride=0), 'stride must be a whole number of 1 or more, got 0'),
+        (
+            lambda subject: calibration.gather_source(subject, stride=0),
+            'stride must be a whole number of 1 or more, got 0',
+        ),
+        (
+            lambda subject: calibration.fit(subject, {}, {}, stride=-1),
+            'stride must be a whole number of 1 or more, got -1',
+        ),
+        (
+            lambda subject: calibration.fit(subject, {}, dict(fit='full')),
+            'need names of layers of the model under layers',
+        ),
+        (lambda subject: calibration.fit(subject, {}, dict(layers=['b'])), 'need names of layers of the model'),
+        (
+            lambda subject: calibration.choose_fit(subject, fit='foo'),
+            'fit must be one of None, full, covariance, .* got',
+        ),
+        (
+            lambda subject: calibration.choose_fit(subject, part='foo'),
+            'part must be one of None, first, early, all, got',
+        ),
+        (lambda subject: calibration.choose_fit(subject, rank=-1), 'rank must be a whole number of 0 or more, got -1'),
+    ],
+)
+def test_arguments_that_do_not_work(call, words):
+    with pytest.raises(InputError, match=words):
+        call(SimpleNamespace(layers=dict(a=torch.nn.Linear(3, 2))))

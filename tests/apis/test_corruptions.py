@@ -1,9 +1,10 @@
 """mmdenoiserep.apis.corruptions: what an image becomes, for every depth and number of channels."""
 
+import cv2
 import numpy as np
 import pytest
 
-from mmdenoiserep.apis.corruptions import RANGES, corrupt, make_transform
+from mmdenoiserep.apis.corruptions import RANGES, corrupt, corrupt_folder, make_transform
 from mmdenoiserep.core import InputError
 
 SEVERITIES = dict(noise=0.1, blur=2.0, jpeg=10, contrast=0.5, occlusion=0.4, shot=0.05)
@@ -111,3 +112,23 @@ def test_severities_out_of_range_are_refused(corruption):
     for severity in (least - 1, most * 2, np.nan, np.inf, 10.5 if corruption == 'jpeg' else -0.1):
         with pytest.raises(InputError, match=corruption):
             make_transform(corruption, severity, 0)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (dict(corruption='foo'), "corruption must be one of noise, blur, .*, got 'foo'"),
+        (dict(corruption='clean'), "corruption must be one of noise, blur, .*, got 'clean'"),
+        (dict(corruption='noise', seed=-1), 'seed must be a whole number of 0 or more, got -1'),
+        (dict(corruption='noise', severity=2), 'severity 2 does not work for noise'),
+    ],
+)
+def test_arguments_that_do_not_work(arguments, words, tmp_path):
+    (tmp_path / 'images').mkdir()
+    cv2.imwrite(str(tmp_path / 'images/a.png'), picture())
+    with pytest.raises(InputError, match=words):
+        corrupt_folder(tmp_path / 'images', tmp_path / 'out', **arguments)
+    if 'severity' not in arguments and arguments['corruption'] != 'clean':
+        with pytest.raises(InputError, match=words):
+            corrupt(picture(), **dict(dict(severity=0.1, seed=0, number=0), **arguments))
+    assert not (tmp_path / 'out').exists()

@@ -8,7 +8,13 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from mmdenoiserep.apis.backbones import backbone_configs, check_input, find_backbones, predicting_backbone
+from mmdenoiserep.apis.backbones import (
+    backbone_configs,
+    check_input,
+    convert_backbones,
+    find_backbones,
+    predicting_backbone,
+)
 from mmdenoiserep.core import InputError
 from tiny_models import RESNET, VIT, detector, semi, wrapped
 
@@ -194,3 +200,24 @@ MAE = dict(
 def test_models_of_the_libraries_hand_the_images_on(scope, model):
     model = build(scope, model)
     check_input(model, predicting_backbone(model), torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ('cfg', 'options', 'words'),
+    [
+        (
+            Config(dict(model=detector(RESNET))),
+            dict(targets='mlpx'),
+            "^the config in memory with targets='mlpx' does not",
+        ),
+        (
+            Config(dict(model=detector(RESNET))),
+            dict(rank=4, foo=1),
+            '^the config in memory with rank=4, foo=1 does not',
+        ),
+        ('config.py', {}, 'cfg must be a Config'),
+    ],
+)
+def test_options_that_do_not_work(cfg, options, words):
+    with DefaultScope.overwrite_default_scope('mmdet'), pytest.raises(InputError, match=words):
+        convert_backbones(cfg, options)

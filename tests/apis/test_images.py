@@ -834,3 +834,8 @@ def test_matches_of_a_wrapped_test_set_find_their_images(root):
     entry = dict(sample_idx=0, img_path=str(root / '0/4.png'))
     (image,) = _read_images(config(fold), [entry], Path('m.json')).values()
     assert np.array_equal(image, cv2.imread(entry['img_path']))
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(InputError, match="split must be one of train, val, test, got 'valid'"):
+        open_images(Config({}), 'valid')

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from mmengine.config import Config
 
-from mmdenoiserep.apis.model import load_strictly
-from mmdenoiserep.core import CheckpointError
+from mmdenoiserep.apis.model import build_model, load_strictly, open_model, to_device
+from mmdenoiserep.core import CheckpointError, InputError
 
 
 def small():
@@ -51,3 +52,21 @@ def test_weights_that_are_not_all_of_a_model(change, words):
 def test_weights_of_another_shape():
     with pytest.raises(CheckpointError, match=r'2.weight is \(5, 4\) in the file and \(4, 4\) in the model'):
         load_strictly(small(), small().state_dict() | {'2.weight': torch.zeros(5, 4)}, 'in.pth', 'vanilla')
+
+
+@pytest.mark.parametrize(
+    ('call', 'words'),
+    [
+        (
+            lambda: open_model(Config({}), 'in.pth', denoisers='flod'),
+            'denoisers must be one of fold, refuse, keep, got',
+        ),
+        (lambda: build_model('config.py'), 'cfg must be a Config, such as load_config returns, got a str'),
+        (lambda: build_model(Config({})), '^the config has no model'),
+        (lambda: build_model(Config(dict(model=dict(type='Nothing')))), '^the config in memory does not work'),
+        (lambda: to_device(small(), 'nowhere'), '^the device nowhere cannot be used'),
+    ],
+)
+def test_arguments_that_do_not_work(call, words):
+    with pytest.raises(InputError, match=words):
+        call()

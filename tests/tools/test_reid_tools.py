@@ -365,10 +365,10 @@ def test_bad_input_of_the_features(images, tmp_path_factory):
         ('config.py', 'evil.pth', good, 'no.npz', 'evil.pth can only be read by running code'),
         ('config.py', 'denoised.pth', good, 'no.npz', 'denoised.pth has denoisers and the config has none'),
         ('denoised.py', 'config.pth', good, 'no.npz', 'config.pth has no backbone.layers.0.ffn.layers.0.0.denoiser.'),
-        ('no_head.py', 'no_head.pth', good, 'no.npz', 'the model of no_head.py predicts no pred_feature'),
+        ('no_head.py', 'no_head.pth', good, 'no.npz', 'the model of the config no_head.py predicts no pred_feature'),
     ):
         assert text in sentence('extract_features', config, checkpoint, folder, output, '--device', 'cpu')
     device = ['--device', 'nowhere']
     text = sentence('extract_features', 'config.py', 'config.pth', good, 'no.npz', *device)
-    assert '--device nowhere cannot be used' in text
+    assert 'the device nowhere cannot be used' in text
     assert not Path('evil').exists() and not Path('no.npz').exists() and Path('there.npz').read_text() == 'mine'

@@ -300,9 +300,9 @@ def test_a_missing_file_is_a_sentence(name, missing):
         (['--launcher', 'slurm'], [], 'needs SLURM_PROCID in the environment'),
         (['--amp'], ['optim_wrapper=None'], 'the config config.py has no optim_wrapper'),
         (['--auto-scale-lr'], ['auto_scale_lr=None'], 'has no auto_scale_lr.base_batch_size'),
-        ([], ['randomness.seed.x=1'], '--cfg-options do not fit'),
-        ([], ['work_dir=[1,'], '--cfg-options cannot be read'),
-        ([], ['train_dataloader.dataset.pipeline.99.type=X'], '--cfg-options do not fit'),
+        ([], ['randomness.seed.x=1'], 'the options do not fit'),
+        ([], ['work_dir=[1,'], 'the options cannot be read'),
+        ([], ['train_dataloader.dataset.pipeline.99.type=X'], 'the options do not fit'),
     ],
 )
 def test_a_training_that_cannot_begin_ends_in_one_sentence(args, options, words):

@@ -314,7 +314,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path):
         ('pass --overwrite', config, weights, weights, *among),
         ('a.png, which --overwrite would delete', config, weights, weights, *among, '--overwrite'),
         (f'the features of {broken} hold NaN or Inf', config, weights, broken, *out),
-        ('--device gpu cannot be used', *good, '--device', 'gpu'),
+        ('the device gpu cannot be used', *good, '--device', 'gpu'),
         ('(KeyError: VisionTransformr is not in', *good, '--cfg-options', 'model.backbone.type=VisionTransformr'),
         ('too long', config, weights, weights, '--out', tmp_path / ('x' * 300)),
     ):
