@@ -166,7 +166,7 @@ def convert_backbones(cfg: Config, options: Mapping[str, Any]) -> dict[str, Conv
     Raises:
         InputError: The config has no backbone, or a backbone can't be built or converted.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
         >>> for name, report in convert_backbones(cfg, dict(targets='mlp')).items():
         ...     print(name, len(report.layers))

@@ -123,7 +123,7 @@ def open_subject(
         InputError: The checkpoint or the images can't be read or do not fit the config, or the state dict of the
             model leaves out parameters.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> subject = open_subject(cfg, 'vit.pth', num_images=2, device='cpu')
@@ -188,7 +188,7 @@ def solve(subject: Subject, prior: float = 0.0, every: int | None = None) -> tup
     Raises:
         CalibrationError: The images or the features can't be used.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist_denoiserep.py')
         >>> torch.save(build_model(cfg, denoised=False).state_dict(), 'vit.pth')
         >>> report, every = solve(open_subject(cfg, 'vit.pth', denoised=True, device='cpu'))
@@ -214,7 +214,7 @@ def gather_source(subject: Subject, every: int | None = None) -> tuple[dict[str,
     Raises:
         CalibrationError: The images or the features can't be used.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> moments, about = gather_source(open_subject(cfg, 'vit.pth', device='cpu'))
@@ -303,7 +303,7 @@ def fit(
     Raises:
         CalibrationError: The images, the features or the source can't be used.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> source, _ = gather_source(open_subject(cfg, 'vit.pth', split='train', device='cpu'))

@@ -41,7 +41,7 @@ def extract_features(
     Raises:
         InputError: The checkpoint or an image can't be used, or the model predicts no features, or not finite ones.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-reid.py')
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> features, paths = extract_features(cfg, 'vit.pth', 'images', device='cpu')

@@ -34,7 +34,7 @@ def train(cfg: Config) -> None:
         InputError: The config or its ``load_from`` can't be used. Errors after the first iteration begins pass
             unchanged.
 
-    Example:
+    Examples:
         >>> options = ['train_cfg.max_iters=2', 'log_level=ERROR']
         >>> cfg = load_config('configs/demo/vit_fashion-mnist_denoiserep.py', options, 'run', launcher='none')
         >>> cfg.load_from = None
@@ -61,7 +61,7 @@ def test(cfg: Config, checkpoint: str | Path, out: str | Path | None = None) -> 
         InputError: The config or the checkpoint can't be used, they do not belong together, or the file can't be
             written.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py', ['log_level=ERROR'], launcher='none')
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> test(cfg, 'vit.pth', out='predictions.pkl')

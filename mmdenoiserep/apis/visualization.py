@@ -173,7 +173,7 @@ class Visualization:
     Raises:
         InputError: A checkpoint or the images can't be used, or do not fit the config.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> visualization = Visualization(cfg, 'vit.pth', 'vit.pth', num_images=2, device='cpu')

@@ -104,7 +104,7 @@ def fit_domain(
             or no layer can be fitted. Nothing has been changed then. Or the features of a layer are not finite, which
             leaves the layers before it fitted.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
         >>> images = torch.randn(64, 3, 2, 2)
         >>> layers = select_layers(model, example_input=images)
