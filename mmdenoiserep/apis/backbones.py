@@ -24,9 +24,8 @@ from ..core.method.record import find_records
 from ..core.utils.randomness import equal_draws
 from ..core.utils.tensors import tensors_in
 from ..engine.backbone import DenoiseRepBackbone
-from .arguments import config_path
 from .config import set_default_scope
-from .errors import config_at_fault, is_from_user
+from .errors import config_at_fault, config_path, is_from_user
 
 
 def backbone_configs(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -36,9 +36,9 @@ from ..core.calibration.solve import denoised_layers
 from ..core.files.config_text import vanilla_text
 from ..core.files.fused import STAMP
 from ..core.method.probe import run_model
-from .arguments import at_least, config_path, one_of
+from .arguments import at_least, one_of
 from .backbones import check_input, denoised_configs, predicting_backbone
-from .errors import ConfigError, config_at_fault, config_name
+from .errors import ConfigError, config_at_fault, config_name, config_path
 from .fusion import verify_weights
 from .images import SPLITS, Batches, open_images, take_evenly
 from .model import build_model, load_strictly, open_model, to_device

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from ..core import InputError
 from ..engine.resume import allow_training_checkpoints
-from .arguments import at_least, checkpoint_path, config_path
-from .errors import config_at_fault, config_name, is_from_user
+from .arguments import at_least, checkpoint_path
+from .errors import config_at_fault, config_name, config_path, is_from_user
 from .images import NoImage, open_images
 from .model import build_model, to_device
 from .weights import LoadingCheck

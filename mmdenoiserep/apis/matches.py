@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 
 from ..core import InputError
-from .arguments import at_least, config_path
-from .errors import config_at_fault
+from .arguments import at_least
+from .errors import config_at_fault, config_path
 from .images import open_images
 from .pixels import to_rgb
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..core import CheckpointError, InputError, fuse_state_dict
 from ..core.files.content import EXTRA_STATE, open_checkpoint
 from ..core.fusing.fuse import denoiser_keys
-from .arguments import config_path, one_of
+from .arguments import one_of
 from .backbones import find_backbones
 from .config import set_default_scope, without_denoising
-from .errors import ConfigError, config_at_fault, config_name
+from .errors import ConfigError, config_at_fault, config_name, config_path
 
 
 def build_model(cfg: Config, denoised: bool = True) -> nn.Module:

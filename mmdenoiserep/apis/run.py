@@ -15,9 +15,9 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from ..core import InputError
 from ..core.files.atomic import check_output
 from ..engine.resume import allow_training_checkpoints
-from .arguments import checkpoint_path, config_path, make_folder, one_of
+from .arguments import checkpoint_path, make_folder, one_of
 from .config import set_run_defaults
-from .errors import ConfigError, blame, config_at_fault, is_from_user
+from .errors import ConfigError, blame, config_at_fault, config_path, is_from_user
 from .weights import LoadingCheck, check_resumable
 
 STARTED_BY = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_LOCAL_RANK')

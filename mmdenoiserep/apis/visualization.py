@@ -29,11 +29,11 @@ from ..core.method.sample import Sample
 from ..core.method.targets import near_names
 from ..core.utils.randomness import equal_draws
 from ..core.utils.tensors import tensors_in
-from .arguments import at_least, config_path
+from .arguments import at_least
 from .backbones import check_input, predicting_backbone
 from .calibration import choose_every, measure_activations
 from .corruptions import SEVERITIES, corrupt, make_transform
-from .errors import config_at_fault
+from .errors import config_at_fault, config_path
 from .images import Batches, NoImage, datasets_of, leaves, open_images, take_evenly
 from .model import open_model, to_device
 from .pixels import to_rgb
