@@ -7,8 +7,6 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
-
 from ..core import InputError
 
 
@@ -27,13 +25,6 @@ def one_of(choices: Iterable[str | None], /, **arguments: Any) -> None:
     for name, value in arguments.items():
         if value not in choices:
             raise InputError(f'{name} must be one of {", ".join(map(str, choices))}, got {value!r}')
-
-
-def config_path(cfg: Config) -> str:
-    """Returns the path of a config for messages, ``'in memory'`` without one; checks that it is a config."""
-    if not isinstance(cfg, Config):
-        raise InputError(f'cfg must be a Config, such as load_config returns, got a {type(cfg).__name__}')
-    return cfg.filename or 'in memory'
 
 
 def checkpoint_path(checkpoint: str | Path) -> str:

@@ -24,9 +24,8 @@ from ..core.method.record import find_records
 from ..core.utils.randomness import equal_draws
 from ..core.utils.tensors import tensors_in
 from ..engine.backbone import DenoiseRepBackbone
-from .arguments import config_path
 from .config import set_default_scope
-from .errors import config_at_fault, is_from_user
+from .errors import config_at_fault, config_path, is_from_user
 
 
 def backbone_configs(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -166,7 +165,7 @@ def convert_backbones(cfg: Config, options: Mapping[str, Any]) -> dict[str, Conv
     Raises:
         InputError: The config has no backbone, or a backbone can't be built or converted.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
         >>> for name, report in convert_backbones(cfg, dict(targets='mlp')).items():
         ...     print(name, len(report.layers))

@@ -40,9 +40,9 @@ from ..core.files.config_text import vanilla_text
 from ..core.files.fused import STAMP
 from ..core.method.probe import run_model
 from ..core.utils.intercept import intercepting
-from .arguments import at_least, config_path, one_of
+from .arguments import at_least, one_of
 from .backbones import check_input, denoised_configs, predicting_backbone
-from .errors import ConfigError, config_at_fault, config_name
+from .errors import ConfigError, config_at_fault, config_name, config_path
 from .fusion import verify_weights
 from .images import SPLITS, Batches, describe_preprocessing, open_images, take_evenly
 from .model import build_model, load_strictly, open_model, to_device
@@ -120,7 +120,7 @@ def open_subject(
         InputError: The checkpoint or the images can't be read or do not fit the config, or the state dict of the
             model leaves out parameters.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> subject = open_subject(cfg, 'vit.pth', num_images=2, device='cpu')
@@ -188,7 +188,7 @@ def solve(
     Raises:
         CalibrationError: The images or the features can't be used.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist_denoiserep.py')
         >>> torch.save(build_model(cfg, denoised=False).state_dict(), 'vit.pth')
         >>> report, strides = solve(open_subject(cfg, 'vit.pth', denoised=True, device='cpu'))
@@ -215,7 +215,7 @@ def gather_source(subject: Subject, stride: int | None = None) -> tuple[dict[str
     Raises:
         CalibrationError: The images or the features can't be used.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> moments, about = gather_source(open_subject(cfg, 'vit.pth', device='cpu'))
@@ -323,7 +323,7 @@ def fit(
     Raises:
         CalibrationError: The images, the features or the source can't be used.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> source, _ = gather_source(open_subject(cfg, 'vit.pth', split='train', device='cpu'))

@@ -39,7 +39,7 @@ def load_config(
         ConfigError: The config can't be read, or the options do not fit it.
         ModuleNotFoundError: The config needs a library that is not installed.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py', ['model.head.num_classes=5'])
         >>> cfg.model.head.num_classes
         5

@@ -37,7 +37,7 @@ def convert_file(
     Raises:
         InputError: The source can't be read or converted, or the target can't be written.
 
-    Example:
+    Examples:
         >>> weights = torch.nn.Linear(4, 2).state_dict()
         >>> torch.save(dict(teacher=weights, student=weights), 'released.pth')
         >>> convert_file('plain', 'released.pth', 'converted.pth', key='teacher')[0]

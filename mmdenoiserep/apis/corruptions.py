@@ -138,7 +138,7 @@ def corrupt_folder(
     Raises:
         InputError: A folder or an image can't be used, or the corruption does not support it.
 
-    Example:
+    Examples:
         >>> corrupt_folder('images', 'noisy', 'noise', severity=0.1)
         4
     """

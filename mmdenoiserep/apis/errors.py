@@ -32,6 +32,13 @@ def config_name(cfg: Config) -> str:
     return f'the config {cfg.filename}' if cfg.filename else 'the config'
 
 
+def config_path(cfg: Config) -> str:
+    """Returns the path of a config for messages, ``'in memory'`` without one; checks that it is a config."""
+    if not isinstance(cfg, Config):
+        raise InputError(f'cfg must be a Config, such as load_config returns, got a {type(cfg).__name__}')
+    return cfg.filename or 'in memory'
+
+
 @contextmanager
 def config_at_fault(path: str | Path) -> Iterator[None]:
     """Turns errors of the libraries into a :class:`ConfigError` that names the config.

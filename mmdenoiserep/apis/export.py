@@ -54,7 +54,7 @@ def export_file(
         InputError: The file can't be written, the checkpoint does not fit or has denoisers, or the model can't be
             exported.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/resnet_fashion-mnist.py')
         >>> torch.save(build_model(cfg).state_dict(), 'resnet.pth')
         >>> export_file(cfg, 'resnet.pth', 'resnet.onnx', size=(28, 28))[1] < 1e-4

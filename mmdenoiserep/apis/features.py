@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from ..core import InputError
 from ..engine.resume import allow_training_checkpoints
-from .arguments import at_least, checkpoint_path, config_path
-from .errors import config_at_fault, config_name, is_from_user
+from .arguments import at_least, checkpoint_path
+from .errors import config_at_fault, config_name, config_path, is_from_user
 from .images import NoImage, open_images
 from .model import build_model, to_device
 from .weights import LoadingCheck
@@ -41,7 +41,7 @@ def extract_features(
     Raises:
         InputError: The checkpoint or an image can't be used, or the model predicts no features, or not finite ones.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-reid.py')
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> features, paths = extract_features(cfg, 'vit.pth', 'images', device='cpu')

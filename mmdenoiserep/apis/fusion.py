@@ -43,7 +43,7 @@ def fuse_file(
         ConfigError: The config has no DenoiseRepBackbone.
         FusionError: The backbone returns no tensor that could be compared.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist_denoiserep.py')
         >>> torch.save(build_model(cfg).state_dict(), 'denoised.pth')
         >>> fused, differences = fuse_file('denoised.pth', 'fused.pth', cfg=cfg)
@@ -81,7 +81,7 @@ def verify_weights(
         ConfigError: The config has no DenoiseRepBackbone.
         FusionError: A backbone returns no tensor that could be compared.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist_denoiserep.py')
         >>> denoised = build_model(cfg).state_dict()
         >>> verify_weights(cfg, denoised, fuse_state_dict(denoised), 'denoised.pth')['backbone'].ok

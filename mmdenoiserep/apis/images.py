@@ -367,7 +367,7 @@ def open_images(
     Raises:
         InputError: There are no images, they can't be read, or the config has no single test pipeline.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
         >>> images = open_images(cfg, 'train')
         >>> images[0]['inputs'].shape

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 
 from ..core import InputError
-from .arguments import at_least, config_path
-from .errors import config_at_fault
+from .arguments import at_least
+from .errors import config_at_fault, config_path
 from .images import open_images
 from .pixels import to_rgb
 
@@ -40,7 +40,7 @@ def draw_matches(
     Raises:
         InputError: The file was not written by ReIDMetric, or belongs to another data set.
 
-    Example:
+    Examples:
         >>> options = ['test_evaluator.matches_file=matches.json', 'log_level=ERROR']
         >>> cfg = load_config('configs/demo/vit_fashion-reid.py', options, launcher='none')
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')

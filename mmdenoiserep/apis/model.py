@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..core import CheckpointError, InputError, fuse_state_dict
 from ..core.files.content import EXTRA_STATE, open_checkpoint
 from ..core.fusing.fuse import denoiser_keys
-from .arguments import config_path, one_of
+from .arguments import one_of
 from .backbones import find_backbones
 from .config import set_default_scope, without_denoising
-from .errors import ConfigError, config_at_fault, config_name
+from .errors import ConfigError, config_at_fault, config_name, config_path
 
 
 def build_model(cfg: Config, denoised: bool = True) -> nn.Module:
@@ -28,7 +28,7 @@ def build_model(cfg: Config, denoised: bool = True) -> nn.Module:
     Raises:
         ConfigError: The config has no model, or the model can't be built.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
         >>> build_model(cfg)(torch.randn(2, 1, 28, 28)).shape
         torch.Size([2, 10])
@@ -65,7 +65,7 @@ def open_model(
         FusionError: The denoisers can't be folded.
         InputError: The model has no backbone.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> model, meta = open_model(cfg, 'vit.pth')

@@ -15,9 +15,9 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from ..core import InputError
 from ..core.files.atomic import check_output
 from ..engine.resume import allow_training_checkpoints
-from .arguments import checkpoint_path, config_path, make_folder, one_of
+from .arguments import checkpoint_path, make_folder, one_of
 from .config import set_run_defaults
-from .errors import ConfigError, blame, config_at_fault, is_from_user
+from .errors import ConfigError, blame, config_at_fault, config_path, is_from_user
 from .weights import LoadingCheck, check_resumable
 
 STARTED_BY = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_LOCAL_RANK')
@@ -34,7 +34,7 @@ def train(cfg: Config) -> None:
         InputError: The config or its ``load_from`` can't be used. Errors after the first iteration begins pass
             unchanged.
 
-    Example:
+    Examples:
         >>> options = ['train_cfg.max_iters=2', 'log_level=ERROR']
         >>> cfg = load_config('configs/demo/vit_fashion-mnist_denoiserep.py', options, 'run', launcher='none')
         >>> cfg.load_from = None
@@ -61,7 +61,7 @@ def test(cfg: Config, checkpoint: str | Path, out: str | Path | None = None) -> 
         InputError: The config or the checkpoint can't be used, they do not belong together, or the file can't be
             written.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py', ['log_level=ERROR'], launcher='none')
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> test(cfg, 'vit.pth', out='predictions.pkl')

@@ -29,11 +29,11 @@ from ..core.method.sample import Sample
 from ..core.method.targets import near_names
 from ..core.utils.randomness import equal_draws
 from ..core.utils.tensors import tensors_in
-from .arguments import at_least, config_path
+from .arguments import at_least
 from .backbones import check_input, predicting_backbone
 from .calibration import Size, choose_strides, describe_strides
 from .corruptions import SEVERITIES, corrupt, make_transform
-from .errors import config_at_fault
+from .errors import config_at_fault, config_path
 from .images import Batches, NoImage, datasets_of, leaves, open_images, take_evenly
 from .model import open_model, to_device
 from .pixels import to_rgb
@@ -173,7 +173,7 @@ class Visualization:
     Raises:
         InputError: A checkpoint or the images can't be used, or do not fit the config.
 
-    Example:
+    Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> visualization = Visualization(cfg, 'vit.pth', 'vit.pth', num_images=2, device='cpu')

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from mmengine.config import Config
 
-from mmdenoiserep.apis.arguments import at_least, checkpoint_path, config_path, make_folder, one_of
+from mmdenoiserep.apis.arguments import at_least, checkpoint_path, make_folder, one_of
+from mmdenoiserep.apis.errors import config_path
 from mmdenoiserep.core import InputError
 
 

@@ -44,7 +44,7 @@ def collect_moments(
     Raises:
         CalibrationError: There is no layer or no image, or the features are not finite.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
         >>> images = torch.randn(64, 3, 2, 2)
         >>> source = collect_moments(model, select_layers(model, example_input=images), [images])

@@ -73,7 +73,7 @@ def fit_domain(
             the features of a layer are not finite, or no layer can be fitted. The model is as it was then, as after
             any other error and an interrupt.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
         >>> images = torch.randn(64, 3, 2, 2)
         >>> layers = select_layers(model, example_input=images)

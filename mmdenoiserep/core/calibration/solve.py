@@ -44,7 +44,7 @@ def solve_denoisers(
         CalibrationError: The module has no denoisers, a name is unknown, there is no image, no layer can be solved
             for, or features are not finite. Nothing has been changed then.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
         >>> images = torch.randn(64, 3, 2, 2)
         >>> _ = apply_denoiserep(model, 'all', example_input=images)

@@ -66,7 +66,7 @@ def select_layers(
         ValueError: The model has denoisers or lazy parameters, or an entry of targets or exclude is malformed or
             matches no layer.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(2), nn.Linear(36, 4))
         >>> list(select_layers(model, 'all', example_input=torch.zeros(1, 3, 8, 8)))
         ['0', '2']

@@ -81,7 +81,7 @@ def refused(source, target, message, **options):
     assert folder is None or sorted(target.parent.iterdir()) == folder
 
 
-def test_training_checkpoint_is_read_safely(source):
+def test_training_checkpoint_is_read_safely(source, clean_allow_list):
     """Tensors and plain data come back; mmengine's and numpy's objects are inert; the process' allow-list stays."""
     with pytest.raises(pickle.UnpicklingError):
         torch.load(source, weights_only=True)
