@@ -13,6 +13,7 @@ from ..core import DEFAULT_RANK, NoiseSchedule, apply_denoiserep
 from ..core.method.probe import image_channels
 from ..core.method.record import KEY, DenoiseRepRecord
 from ..core.method.targets import Targets
+from ..core.utils.randomness import random_images
 from ..core.utils.tensors import tensors_in
 
 CHANNELS = ('in_channels', 'in_chans', 'input_channels')
@@ -70,7 +71,7 @@ def DenoiseRepBackbone(
         rank=rank,
         bias=denoiser_bias,
         schedule=NoiseSchedule(**schedule) if schedule else None,
-        example_input=torch.randn(shape, generator=torch.Generator().manual_seed(0), device='cpu'),
+        example_input=random_images(shape),
     )
     print_log(f'DenoiseRep on {type(module).__module__}.{type(module).__qualname__}:\n{report}', logger='current')
     module.denoiserep = DenoiseRepRecord(report, shape)  # type: ignore[assignment]

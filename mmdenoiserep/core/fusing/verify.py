@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..method.layers import find_denoise_layers
-from ..method.probe import evaluating, random_images, run_model
+from ..method.probe import default_images, evaluating, run_model
 from ..utils.intercept import intercepting
 from ..utils.randomness import equal_draws
 from ..utils.table import format_table
@@ -101,7 +101,7 @@ def verify_fusion(
     if tolerance is None:
         tolerance = max(TOLERANCES[layer.weight.dtype] for layer in layers.values())
     if example_input is None:
-        example_input = random_images(denoised, 2)
+        example_input = default_images(denoised, 2)
 
     def by_definition(name: str, forward: Callable, x: Tensor) -> Tensor:
         return layers[name].forward_by_definition(x)

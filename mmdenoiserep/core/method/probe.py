@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..utils.intercept import intercepting
-from ..utils.randomness import equal_draws
+from ..utils.randomness import equal_draws, random_images
 from ..utils.storage import Storages
 from ..utils.tensors import tensors_in
 
@@ -94,7 +94,7 @@ def probe_execution(module: nn.Module, layers: Mapping[str, nn.Module], example_
     execution = Execution()
     watch = _WeightWatch(layers, execution)
     if example_input is None:
-        example_input = random_images(module, 1)
+        example_input = default_images(module, 1)
     try:
         with restoring_state(module), intercepting(layers, watch.run):
             with equal_draws(module), watch, evaluating(module):
@@ -105,9 +105,9 @@ def probe_execution(module: nn.Module, layers: Mapping[str, nn.Module], example_
     return execution
 
 
-def random_images(module: nn.Module, number: int) -> Tensor:
-    """Returns random images from seed 0, (number, 3, 224, 224), of the device and dtype of a module's parameters."""
-    images = torch.randn(number, 3, 224, 224, generator=torch.Generator().manual_seed(0), device='cpu')
+def default_images(module: nn.Module, number: int) -> Tensor:
+    """Returns random images, (number, 3, 224, 224), of the device and dtype of a module's parameters."""
+    images = random_images((number, 3, 224, 224))
     return images.to(next(module.parameters(), images))
 
 

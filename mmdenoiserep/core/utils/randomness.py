@@ -1,4 +1,4 @@
-"""Seeds all random number generators temporarily."""
+"""Random images that are the same in every call, and all random number generators seeded for a while."""
 
 import random
 import sys

@@ -28,7 +28,7 @@ def conv(*args, out=12, **kw):
     return lambda: nn.Conv2d(12, out, *args, **kw)
 
 
-# name: (how to build it, whether design.md grants the denoiser a bias)
+# name: (how to build it, whether the denoiser gets a bias)
 LAYERS = {
     'linear': (linear(), True),
     'linear-no-bias': (linear(bias=False), False),
@@ -67,7 +67,7 @@ def example(layer, dtype=torch.float64):
 @pytest.mark.parametrize('rank', [None, 2])
 @pytest.mark.parametrize('kind', LAYERS)
 def test_layers_fuse_exactly(kind, rank, dtype, tolerance):
-    """Every row of the table of design.md: a plain layer of the same shape gives the same output."""
+    """A plain layer of the same shape gives the same output."""
     build, with_bias = LAYERS[kind]
     torch.manual_seed(0)
     vanilla = build().to(dtype)

@@ -97,7 +97,7 @@ def test_shapes(layer, shape, rank):
 
 
 def check_loss(layer, x):
-    """Compare the loss with the formula of design.md; without tokens it is 0 and has a gradient of 0."""
+    """Compare the loss with the formula of its docstring; without tokens it is 0 and has a gradient of 0."""
     loss = layer.denoise_loss(x)
     loss.backward()
     assert loss.shape == ()
@@ -241,7 +241,7 @@ def test_random_state_is_not_touched(rank):
     ],
 )
 def test_names_in_files(layer, keys):
-    """The state dict holds the vanilla names and those of design.md, nothing else, and no buffer."""
+    """The state dict holds the vanilla names and those of the denoiser, nothing else, and no buffer."""
     assert ' '.join(sorted(layer.state_dict())) == keys
     assert not list(layer.buffers())
     assert all(type(parameter) is nn.Parameter for parameter in layer.parameters())

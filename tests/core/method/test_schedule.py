@@ -10,7 +10,7 @@ mpmath.mp.dps = 60
 
 
 def exact_step(timestep, start='1e-4', end='2e-3', steps=1000):
-    """Work out (signal, noise, c1, c3 - 1) of design.md with 60 digits."""
+    """Work out (signal, noise, c1, c3 - 1) with 60 digits."""
     start, end = mpmath.mpf(start), mpmath.mpf(end)
     betas = [start + (end - start) * i / (steps - 1) for i in range(timestep + 1)]
     abar = mpmath.fprod(1 - beta for beta in betas)
