@@ -148,9 +148,9 @@ def open_subject(
             '(LoRA?), so their calibration would be lost; merge the adapters into the weights first'
         )
     part = model.get_submodule(name) if denoised else Extractor.of(model, name)
-    about = dict(weights=fingerprint(part.state_dict()), preprocessing=describe_preprocessing(cfg, model))
     to_device(model, device)
     with config_at_fault(config_path(cfg)):
+        about = dict(weights=fingerprint(part.state_dict()), preprocessing=describe_preprocessing(cfg, model))
         images = _open_batches(cfg, model, folder, split, num_images, batch_size)
         example = next(iter(images))[:1]
         check_input(model, name, example)
