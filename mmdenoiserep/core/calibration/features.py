@@ -88,16 +88,20 @@ def convolve_at(layer: nn.Conv2d, x: Tensor, places: Tensor) -> Tensor:
         places: Which pixels of the output, counted row by row, (B, n).
     """
     _, width = _output_size(layer, x)
-    x = F.pad(x, _padding(layer), 'constant' if layer.padding_mode == 'zeros' else layer.padding_mode)
-    rows = places.div(width, rounding_mode='floor') * layer.stride[0]
-    columns = places % width * layer.stride[1]
-    taps = [  # (B, n) each
-        (rows + i * layer.dilation[0]) * x.shape[-1] + columns + j * layer.dilation[1]
-        for i in range(layer.kernel_size[0])
-        for j in range(layer.kernel_size[1])
-    ]
-    index = torch.stack(taps, 1).flatten(1)  # (B, k * n)
+    left, _, top, _ = padding = _padding(layer)
+    zeros = layer.padding_mode == 'zeros'  # then no padded copy is made
+    if not zeros:
+        x = F.pad(x, padding, layer.padding_mode)
+        left = top = 0
+    taps = torch.cartesian_prod(*(torch.arange(size, device=x.device) for size in layer.kernel_size))  # (k, 2)
+    rows, columns = taps.view(-1, 2).mul(torch.tensor(layer.dilation, device=x.device)).mT[..., None, None]  # (k, 1, 1)
+    rows = rows + places.div(width, rounding_mode='floor') * layer.stride[0] - top  # (k, B, n)
+    columns = columns + places % width * layer.stride[1] - left
+    inside = (rows >= 0) & (rows < x.shape[-2]) & (columns >= 0) & (columns < x.shape[-1])
+    index = (rows * x.shape[-1] + columns).where(inside, 0).transpose(0, 1).flatten(1)  # (B, k * n)
     patches = x.flatten(2).gather(2, index[:, None].expand(-1, x.shape[1], -1))  # (B, C, k * n)
+    if zeros and any(padding):
+        patches *= inside.transpose(0, 1).flatten(1)[:, None]
     patches = patches.reshape(len(x), layer.groups, -1, places.shape[1])  # (B, g, C/g * k, n)
     weight = layer.weight.reshape(layer.groups, -1, patches.shape[2])  # (g, C_out/g, C/g * k)
     output = (weight @ patches).flatten(1, 2)
