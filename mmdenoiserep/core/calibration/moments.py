@@ -134,6 +134,13 @@ class Moments:
         moments.scatter = weight @ self.scatter @ weight.mT
         return moments
 
+    def merged(self, other: 'Moments') -> 'Moments':
+        """Returns the moments of all vectors of both."""
+        moments = Moments(*self.mean.shape, self.mean.device)
+        moments.merge(self)
+        moments.merge(other)
+        return moments
+
     def merge(self, other: 'Moments') -> None:
         """Adds all vectors that other moments have seen."""
         self._add(other.count, other.mean.to(self.mean), other.scatter.to(self.scatter))

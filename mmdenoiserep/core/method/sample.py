@@ -13,10 +13,12 @@ class Sample:
         most: Largest size of a sample; a convolution samples equally many vectors of each image, which may round the
             size up. None sets no limit.
         seed: Seed of the sampler's own generator.
+        images: Images in the batch, of each of which a Linear layer samples equally many vectors too.
     """
 
-    def __init__(self, most: int | None = None, seed: int = 0) -> None:
+    def __init__(self, most: int | None = None, seed: int = 0, images: int = 1) -> None:
         self.most = most
+        self.images = images
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, layer: nn.Module, x: Tensor, stride: int = 1) -> Tensor:
@@ -34,10 +36,16 @@ class Sample:
                 x = x.gather(2, places[:, None].to(x.device).expand(-1, x.shape[1], -1))  # (B, C, n / B)
             return x.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)  # (groups, C/g, n)
         x = x.flatten(0, -2) if x.dim() > 1 else x[None]  # (tokens, C)
-        places = self.draw(1, len(x), stride)
+        images = self.parts(len(x))
+        places = self.draw(images, len(x) // images, stride)
         if places is not None:
-            x = x.index_select(0, places[0].to(x.device))  # (n, C)
+            places = places + torch.arange(0, len(x), len(x) // images)[:, None]
+            x = x.index_select(0, places.flatten().to(x.device))  # (n, C)
         return x.mT[None]  # (1, C, n)
+
+    def parts(self, number: int) -> int:
+        """Returns the number of images that a number of vectors comes from; 1 if it is not the same of each image."""
+        return 1 if number % self.images else self.images
 
     def draw(self, rows: int, length: int, stride: int) -> Tensor | None:
         """Returns random indices below ``length``, with replacement, (rows, number); None stands for all."""
