@@ -18,7 +18,7 @@ from .batches import count_images
 from .collect import Stride, check_finite, stride_of, sum_processes, too_few
 from .features import Features, fitted_on_output
 from .maps import before_map, fold_map
-from .match import FITS, RANKED, transport
+from .match import FITS, transport
 from .moments import CalibrationError, Moments, gather_processes
 from .norms import find_norms
 from .readers import Readers
@@ -36,7 +36,6 @@ def fit_domain(
     source: Mapping[str, Moments],
     *,
     fit: str = 'full',
-    rank: int | None = None,
     prior: float = 0.0,
     stride: Stride = 1,
     spectra: bool = False,
@@ -58,7 +57,6 @@ def fit_domain(
         batches: What to call the module with, of any sizes; each process has its own.
         source: Moments in the training domain, of :func:`collect_moments` or :func:`load_moments`.
         fit: ``'full'``, ``'covariance'``, ``'diagonal'`` or ``'mean'``, see :func:`transport`.
-        rank: Rank of the maps less the identity; None for full. Means and variances alone have none.
         prior: Images that the source is worth, so that few images cannot wreck a model.
         stride: See :func:`collect_moments`.
         spectra: Whether the report has the spectra of all layers, which cost two decompositions each.
@@ -91,11 +89,9 @@ def fit_domain(
         raise CalibrationError(f'prior must be a number of images, 0 or more, got {prior}')
     if fit not in FITS:
         raise CalibrationError(f'fit must be one of {", ".join(FITS)}, got {fit!r}')
-    if rank is not None and rank < 1:
-        raise CalibrationError(f'rank must be 1 or more, or None for full maps, got {rank}')
     if missing := next((name for name in layers if name not in source), None):
         raise CalibrationError(f'source has no moments of {missing}; gather them with the same targets')
-    solver = Solver(source, fit, rank, prior, dict(spectra=spectra, maps=maps))
+    solver = Solver(source, fit, prior, dict(spectra=spectra, maps=maps))
     if iter(batches) is batches:
         batches = list(batches)  # a second pass may be needed
     owned = owned_tensors(module, layers)
@@ -282,17 +278,13 @@ class Solver:
     Args:
         source: Moments in the training domain by layer name.
         fit: See :func:`fit_domain`.
-        rank: See :func:`fit_domain`.
         prior: See :func:`fit_domain`.
         keep: What the report has of each layer, see :func:`make_row`.
     """
 
-    def __init__(
-        self, source: Mapping[str, Moments], fit: str, rank: int | None, prior: float, keep: Mapping[str, bool]
-    ) -> None:
+    def __init__(self, source: Mapping[str, Moments], fit: str, prior: float, keep: Mapping[str, bool]) -> None:
         self.source = source
         self.fit = fit
-        self.rank = rank
         self.prior = prior
         self.keep = keep
 
@@ -343,12 +335,11 @@ class Solver:
     def solve(self, layer: Layer, source: Moments, target: Moments, images: int) -> tuple[Tensor, Tensor]:
         """Returns A and c, see :func:`transport`, in the precision of the layer, float32 at least."""
         prior = self.prior / (self.prior + images)
-        return transport(source, target, self.fit, self.rank, prior, solving_dtype(layer))
+        return transport(source, target, self.fit, prior, solving_dtype(layer))
 
     def row(self, name: str, linear: Tensor, constant: Tensor, target: Moments, note: str) -> CalibratedLayer:
         """Returns the row of a layer in the report."""
-        ranked = self.fit in RANKED and self.rank is not None and self.rank < linear.shape[-1]
-        return make_row(name, linear, constant, target, rank=self.rank if ranked else None, note=note, **self.keep)
+        return make_row(name, linear, constant, target, note=note, **self.keep)
 
 
 def solving_dtype(layer: Layer) -> torch.dtype:

@@ -8,16 +8,14 @@ from torch import Tensor
 
 from .moments import RIDGE, CalibrationError, Moments, add_ridge, power
 
-RANKED = ('full', 'covariance')
-FITS = (*RANKED, 'diagonal', 'mean')
-"""What may be carried; a rank says something of the first ones only."""
+FITS = ('full', 'covariance', 'diagonal', 'mean')
+"""What may be carried."""
 
 
 def transport(
     source: Moments,
     target: Moments,
     fit: str = 'full',
-    rank: int | None = None,
     prior: float = 0.0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
@@ -30,14 +28,12 @@ def transport(
         covariance:  A as for full, but ``c = mu_t - A mu_t``: the mean, which depends on what the images show, stays
 
     both covariances with a ridge of :data:`RIDGE` times the mean source variance. For ``S_t = S_s + sigma^2 I`` and no
-    ridge this is the probability-flow denoiser of a Gaussian feature. At low rank, ``A - I`` keeps the directions in
-    which it is largest (singular values).
+    ridge this is the probability-flow denoiser of a Gaussian feature.
 
     Args:
         source: Moments in the training domain.
         target: Moments in the deployment domain, of the same shape.
         fit: ``'full'``, ``'covariance'``, ``'diagonal'`` or ``'mean'``.
-        rank: Rank of ``A - I`` in each group, where the fit is in :data:`RANKED`; None for full.
         prior: Weight of the source in the target's moments, 0 to 1; ``n_0 / (n_0 + n)`` for a prior worth n_0 images.
         dtype: Precision of the roots.
 
@@ -45,12 +41,10 @@ def transport(
         A, of that dtype, (groups, size, size), and c, float64, (groups, size).
 
     Raises:
-        CalibrationError: The shapes differ, one side has seen nothing, or fit or rank is unknown.
+        CalibrationError: The shapes differ, one side has seen nothing, or the fit is unknown.
     """
     if fit not in FITS:
         raise CalibrationError(f'fit must be one of {", ".join(FITS)}, got {fit!r}')
-    if rank is not None and rank < 1:
-        raise CalibrationError(f'rank must be 1 or more, or None for a full map, got {rank}')
     if source.mean.shape != target.mean.shape:
         raise CalibrationError(f'moments of {tuple(source.mean.shape)} and {tuple(target.mean.shape)} channels differ')
     if not (source.count and target.count):
@@ -70,18 +64,8 @@ def transport(
         linear = torch.diag_embed((var_s / var_t).sqrt()).to(dtype)
     else:
         linear = source.root(dtype) @ power(add_ridge(covariance, ridge).to(dtype), -0.5)
-        if rank is not None and rank < linear.shape[-1]:
-            linear = _low_rank(linear, rank)
     goal = mean if fit == 'covariance' else source.mean
     return linear, goal - (linear.double() @ mean[:, :, None])[..., 0]
-
-
-def _low_rank(linear: Tensor, rank: int) -> Tensor:
-    """Returns A with ``A - I`` projected on its right singular vectors of the largest values."""
-    identity = torch.eye(linear.shape[-1], dtype=linear.dtype, device=linear.device)
-    change = linear - identity
-    largest = torch.linalg.eigh(change.mT @ change).eigenvectors[..., -rank:]  # (groups, size, rank)
-    return identity + change @ largest @ largest.mT
 
 
 FEW, MANY = 32, 512
@@ -89,9 +73,6 @@ FEW, MANY = 32, 512
 
 PRIOR = 16
 """Images that the source is worth below :data:`MANY`, or where the mix of classes is unknown."""
-
-RANK = 64
-"""Rank of the maps, less the identity, from :data:`MANY` on."""
 
 
 def early_half(layers: Sequence[str]) -> tuple[str, ...]:
@@ -111,7 +92,7 @@ def safe_fit(layers: Sequence[str], images: int, representative: bool = False) -
 
         unknown mix, or fewer than :data:`FEW` images:  the first layer, its covariance but not its mean
         fewer than :data:`MANY`:  the early half, mean and covariance
-        more:                     all layers, mean and covariance, at rank :data:`RANK`
+        more:                     all layers, mean and covariance
 
     with a prior worth :data:`PRIOR` images in the first two cases. The first one harms where the light is another one,
     because the mean stays: look at :attr:`CalibratedLayer.moved`.
@@ -122,10 +103,10 @@ def safe_fit(layers: Sequence[str], images: int, representative: bool = False) -
         representative: Whether they show the classes about as often as the training images did.
 
     Returns:
-        ``layers``, ``fit``, ``rank`` and ``prior`` for :func:`fit_domain`.
+        ``layers``, ``fit`` and ``prior`` for :func:`fit_domain`.
     """
     if not representative or images < FEW:
-        return dict(layers=tuple(layers[:1]), fit='covariance', rank=None, prior=float(PRIOR))
+        return dict(layers=tuple(layers[:1]), fit='covariance', prior=float(PRIOR))
     if images < MANY:
-        return dict(layers=early_half(layers), fit='full', rank=None, prior=float(PRIOR))
-    return dict(layers=tuple(layers), fit='full', rank=RANK, prior=0.0)
+        return dict(layers=early_half(layers), fit='full', prior=float(PRIOR))
+    return dict(layers=tuple(layers), fit='full', prior=0.0)
