@@ -96,7 +96,6 @@ def parse_args() -> argparse.Namespace:
         choices=['mean', 'diagonal', 'covariance', 'full'],
         help='moments to match (default: chosen for you)',
     )
-    domain.add_argument('--rank', type=int, help='rank of a full fit minus the identity; 0 for full (default: chosen)')
     domain.add_argument(
         '--memory',
         type=float,
@@ -106,15 +105,13 @@ def parse_args() -> argparse.Namespace:
         'it decides how many images are taken (default: %(default)g)',
     )
     args = parser.parse_args()
-    for name, least in dict(num_images=1, batch_size=1, stride=1, rank=0, prior=0, memory=0).items():
+    for name, least in dict(num_images=1, batch_size=1, stride=1, prior=0, memory=0).items():
         if getattr(args, name, None) is not None and getattr(args, name) < least:
             parser.error(f'--{name.replace("_", "-")} must be {least} or more')
     if not args.output.name:
         parser.error(f'{args.output} is no file name')
     if args.mode != 'moments' and args.plot and args.plot.resolve() == args.output.resolve():
         parser.error(f'{args.output} would be both the checkpoint and the plot; name another file for the plot')
-    if args.mode == 'domain' and args.rank and args.fit in ('mean', 'diagonal'):
-        parser.error(f'--fit {args.fit} has no rank')
     if args.mode == 'domain' and args.source.resolve() == args.output.resolve():
         parser.error(f'{args.output} is the source; name another file to write')
     return args
@@ -185,7 +182,7 @@ def domain(args: argparse.Namespace, subject) -> None:
     from mmdenoiserep.apis import calibration
 
     source = calibration.load_source(subject, args.source)
-    how = dict(representative=args.representative, part=args.layers, fit=args.fit, rank=args.rank, prior=args.prior)
+    how = dict(representative=args.representative, part=args.layers, fit=args.fit, prior=args.prior)
     options = calibration.choose_fit(subject, **how, memory=args.memory)
     before = deepcopy(subject.part) if args.verify else None
     keep = dict(spectra=bool(args.plot), maps=args.verify)

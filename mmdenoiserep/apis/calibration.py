@@ -32,7 +32,7 @@ from ..core import (
 )
 from ..core.calibration.collect import sum_processes
 from ..core.calibration.features import Features
-from ..core.calibration.match import FEW, FITS, MANY, RANKED, early_half
+from ..core.calibration.match import FEW, FITS, MANY, early_half
 from ..core.calibration.memory import paused_bytes
 from ..core.calibration.moments import gather_processes
 from ..core.calibration.solve import denoised_layers
@@ -258,7 +258,6 @@ def choose_fit(
     representative: bool = False,
     part: str | None = None,
     fit: str | None = None,
-    rank: int | None = None,
     prior: float | None = None,
     memory: float = 4.0,
 ) -> dict[str, Any]:
@@ -272,28 +271,21 @@ def choose_fit(
         representative: Whether the images show the classes about as often as the training images.
         part: Layers to fit: ``'first'``, ``'early'`` (half) or ``'all'``.
         fit: Moments to match, see :func:`mmdenoiserep.core.transport`.
-        rank: Rank of the maps minus the identity; 0 for full.
         prior: Weight of the training domain as a prior, as a number of images.
         memory: GiB in each process for the images and features of the forwards.
 
     Raises:
-        InputError: The part, the fit or the rank is unknown.
+        InputError: The part or the fit is unknown.
     """
     one_of((None, 'first', 'early', 'all'), part=part)
     one_of((None, *FITS), fit=fit)
-    at_least(0, optional=True, rank=rank)
     names = list(subject.layers)
 
     def choose() -> dict[str, Any]:
         options = safe_fit(names, subject.total, representative)
         if part:
             options['layers'] = tuple(dict(first=names[:1], early=early_half(names), all=names)[part])
-        options |= {key: value for key, value in dict(fit=fit, prior=prior).items() if value is not None}
-        if rank is not None:
-            options['rank'] = rank or None
-        if options['fit'] not in RANKED:
-            options['rank'] = None
-        return options
+        return options | {key: value for key, value in dict(fit=fit, prior=prior).items() if value is not None}
 
     limit_images(subject, choose()['layers'], memory)
     return choose()

@@ -1,7 +1,7 @@
 """Cost of a domain fit at real size: both passes against a plain forward of the same images, solving, peak memory.
 
-Models of mmpretrain and mmdet with random weights, all layers fitted at full rank; eval mode without gradients. One
-process gathers the moments of a model and another one fits it; both take turns with the plain forward.
+Models of mmpretrain and mmdet with random weights, all layers fitted; eval mode without gradients. One process
+gathers the moments of a model and another one fits it; both take turns with the plain forward.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Growth of the time of a domain fit with the number of images and of layers.
 
-Vision transformers of mmpretrain with random weights, patches of 16 pixels; all layers fitted at full rank.
+Vision transformers of mmpretrain with random weights, patches of 16 pixels; all layers fitted.
 """
 
 import argparse

@@ -57,7 +57,6 @@ def test_strides_follow_the_vectors_of_an_image():
             lambda subject: calibration.choose_fit(subject, part='foo'),
             'part must be one of None, first, early, all, got',
         ),
-        (lambda subject: calibration.choose_fit(subject, rank=-1), 'rank must be a whole number of 0 or more, got -1'),
     ],
 )
 def test_arguments_that_do_not_work(call, words):

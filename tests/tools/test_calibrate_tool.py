@@ -344,7 +344,6 @@ def test_files_that_do_not_belong_together(tmp_path):
         'schedule a.py b.pth c.pth --representative',
         'schedule a.py b.pth c.pth --memory 0',
         'schedule a.py b.pth c.pth --rank 0',
-        'domain a.py b.pth c.pth --source x --fit mean --rank 4',
         'schedule a.py b.pth c.pth --plot c.pth',
         'schedule a.py b.pth .',
         'a.py b.pth c.pth',

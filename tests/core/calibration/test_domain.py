@@ -160,7 +160,7 @@ def test_the_bias_of_a_linear_layer_takes_the_constant():
 
 
 @pytest.mark.parametrize(
-    'options', [dict(), dict(fit='covariance'), dict(fit='diagonal'), dict(fit='mean'), dict(rank=2), dict(prior=8.0)]
+    'options', [dict(), dict(fit='covariance'), dict(fit='diagonal'), dict(fit='mean'), dict(prior=8.0)]
 )
 def test_the_maps_are_in_the_weights(options):
     model, plain = built(), built()
@@ -476,8 +476,6 @@ def broken(key):
     [
         (dict(layers={}), ('no layer',)),
         (dict(prior=-1.0), ('prior', '-1')),
-        (dict(rank=0), ('rank', '0')),
-        (dict(rank=-3), ('rank', '-3')),
         (dict(fit='half'), ('half', 'diagonal')),
         (dict(source={}), ('conv1', 'source')),
         (dict(source=SOURCE | {'conv1': Moments(1, 3)}), ('conv1', '3', '8')),
