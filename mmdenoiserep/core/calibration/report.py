@@ -20,7 +20,7 @@ class CalibratedLayer:
         name: Name of the layer.
         moved: ``E|x' - x|^2 / E|x - mu|^2``: how far the features move, as a share of their variance.
         rank: Schedule mode: rank of the denoiser; None for full.
-        support: Domain mode: shares of the differences of covariance and mean that are corrected.
+        support: Domain mode: how much of the differences of covariance and mean is corrected, see :func:`find_support`.
         start: Schedule mode: the loss of the denoiser as it was, on the gathered features.
         loss: Schedule mode: the loss of the denoiser now.
         optimum: Schedule mode: the least loss that a denoiser of full rank can have on them.
@@ -68,21 +68,19 @@ class CalibrationReport:
 
     def __str__(self) -> str:
         header = ['layer', 'variance moved', '']
-        rows = [[row.name, f'{row.moved:.2e}', row.note] for row in self.layers]
+        rows = [[layer.name, f'{layer.moved:.2e}', layer.note] for layer in self.layers]
         if self.mode == 'schedule':
+            ranks = [*(str(layer.rank or '-') for layer in self.layers), '']
             losses = [(layer.start, layer.loss, layer.optimum) for layer in self.layers]
             rows.append(['mean', '', ''])
             losses.append(tuple(sum(column) / len(self.layers) for column in zip(*losses, strict=True)))
-            header[1:1] = ['rank']
-            header[3:3] = 'loss before', 'loss', 'optimum of full rank'
-            ranks = [str(layer.rank or '-') for layer in self.layers]
-            for row, rank, values in zip(rows, [*ranks, ''], losses, strict=True):
-                row[1:1] = [rank]
-                row[3:3] = [f'{value:.6f}' for value in values]
+            header[1:2] = 'rank', 'variance moved', 'loss before', 'loss', 'optimum of full rank'
+            for row, rank, values in zip(rows, ranks, losses, strict=True):
+                row[1:2] = [rank, row[1], *(f'{value:.6f}' for value in values)]
         else:
             header[1:1] = 'covariance corrected', 'mean corrected'
             for row, layer in zip(rows, self.layers, strict=True):
-                row[1:1] = [f'{share:.0%}' for share in layer.support or ()]
+                row[1:1] = [f'{share:.0%}' for share in layer.support] if layer.support else ['', '']
         rows += [[name, *'-' * (len(header) - 2), f'skipped: {why}'] for name, why in self.skipped.items()]
         return (
             f'{format_table(tuple(header), [tuple(row) for row in rows])}\n'
