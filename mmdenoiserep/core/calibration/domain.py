@@ -251,10 +251,18 @@ class DomainPass:
         source = source_of(self.source, name, seen.features)
         if reason := why_not(layer, source, 'the training images'):
             return reason
+        norm, note = self.takers.norms.get(name), ''
+        has_constant = layer.bias is not None or norm is not None
+        if not has_constant:
+            source = source.about_zero()
         root = root_of(source, solving_dtype(layer))
         halves = seen.halves(root)
+        check_finite(name, halves[0])
+        check_finite(name, halves[1])
+        if not has_constant:
+            halves = halves[0].about_zero(), halves[1].about_zero()
+            note = f'nothing takes a constant{self.takers.reasons.get(name, "")}: moments about zero are matched'
         target = halves[0].merged(halves[1])
-        check_finite(name, target)
         reasons = [
             self.takers.unfit.get(name, ''),
             why_not(layer, target, 'these images'),
@@ -267,12 +275,6 @@ class DomainPass:
             return reason
         support = find_support(source, halves, root)
         linear, constant = transport(source, target, support, solving_dtype(layer))
-        norm, note = self.takers.norms.get(name), ''
-        if layer.bias is None and norm is None:
-            note = 'no bias or norm takes the shift of the mean, so it is left out'
-            if name in self.takers.reasons:
-                note = f'no bias takes the shift of the mean, so it is left out ({self.takers.reasons[name]})'
-            constant = torch.zeros_like(constant)
         fold_map(layer, norm, linear, constant)
         if norm is not None and layer.bias is None and not fitted_on_output(layer):
             self.shift = before_map(linear, constant)[0]  # the present inputs were made before their LayerNorm changed
