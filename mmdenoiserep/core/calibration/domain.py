@@ -257,13 +257,13 @@ class DomainPass:
         source = self.solver.source_of(name, layer, target)
         if reason := self.solver.why_not(layer, source, target, stride_of(self.stride, name), self.images):
             return reason
-        linear, constant = self.solver.solve(layer, source, target, self.images)
         norm, note = self.takers.norms.get(name), ''
         if layer.bias is None and norm is None:
-            note = 'no bias or norm takes the shift of the mean, so it is left out'
+            note = 'nothing takes a constant, so moments about zero are matched'
             if name in self.takers.reasons:
-                note = f'no bias takes the shift of the mean, so it is left out ({self.takers.reasons[name]})'
-            constant = torch.zeros_like(constant)
+                note += f' ({self.takers.reasons[name]})'
+            source, target = source.about_zero(), target.about_zero()
+        linear, constant = self.solver.solve(layer, source, target, self.images)
         fold_map(layer, norm, linear, constant)
         if norm is not None and layer.bias is None and not fitted_on_output(layer):
             self.shift = before_map(linear, constant)[0]  # the present inputs were made before their LayerNorm changed

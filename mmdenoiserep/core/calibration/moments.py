@@ -95,6 +95,12 @@ class Moments:
         """E[x x^T], float64, (groups, size, size)."""
         return self.covariance + self.mean[:, :, None] * self.mean[:, None, :]
 
+    def about_zero(self) -> 'Moments':
+        """Returns moments about zero instead of the mean: a mean of 0 and a covariance of E[x x^T]."""
+        moments = Moments(*self.mean.shape, self.mean.device)
+        moments.count, moments.scatter = self.count, self.second_moment * self.count
+        return moments
+
     def to(self, device: torch.device | str) -> 'Moments':
         """Returns these moments on a device."""
         moments = Moments(0, 0, device)
