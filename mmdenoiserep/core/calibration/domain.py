@@ -252,28 +252,31 @@ class DomainPass:
         if reason := why_not(layer, source, 'the training images'):
             return reason
         norm, note = self.takers.norms.get(name), ''
-        has_constant = layer.bias is not None or norm is not None
-        if not has_constant:
+        if name in self.takers.unfit:
+            return self.takers.unfit[name]
+        takes_constant = layer.bias is not None or norm is not None
+        if not takes_constant:
             source = source.about_zero()
+            note = 'nothing takes a constant, so moments about zero are matched'
+            if name in self.takers.reasons:
+                note += f' ({self.takers.reasons[name]})'
         root = root_of(source, solving_dtype(layer))
-        halves = seen.halves(root)
-        check_finite(name, halves[0])
-        check_finite(name, halves[1])
-        if not has_constant:
-            halves = halves[0].about_zero(), halves[1].about_zero()
-            note = f'nothing takes a constant{self.takers.reasons.get(name, "")}: moments about zero are matched'
-        target = halves[0].merged(halves[1])
-        reasons = [
-            self.takers.unfit.get(name, ''),
-            why_not(layer, target, 'these images'),
-            '' if halves[0].count else 'a single image shows no difference between images',
-            too_few(target, stride_of(self.stride, name), self.images),
-            '' if source.count > (size := source.mean.shape[1]) or target.count <= size else
-            f'{source.count} vectors of the training images are too few for {size} channels',
-        ]
-        if reason := next(filter(None, reasons), ''):
+        first, second = seen.halves(root)
+        target = first.merged(second)
+        check_finite(name, target)
+        if reason := why_not(layer, target, 'these images'):
             return reason
-        support = find_support(source, halves, root)
+        if not first.count:
+            return 'a single image shows no difference between images'
+        if reason := too_few(target, stride_of(self.stride, name), self.images):
+            return reason
+        size = source.mean.shape[1]
+        if source.count <= size < target.count:
+            return f'{source.count} vectors of the training images are too few for {size} channels'
+        if not takes_constant:
+            first, second = first.about_zero(), second.about_zero()
+            target = first.merged(second)
+        support = find_support(source, (first, second), root)
         linear, constant = transport(source, target, support, solving_dtype(layer))
         fold_map(layer, norm, linear, constant)
         if norm is not None and layer.bias is None and not fitted_on_output(layer):

@@ -32,11 +32,11 @@ def fit_by_passes(model, layers, batches, source):
         target = collect_moments(model, {name: layer}, batches)[name]
         if name in takers.unfit or not target.count:
             continue
-        linear, constant = transport(source[name], target, dtype=solving_dtype(layer))
         norm = takers.norms.get(name)
+        moments = source[name], target
         if layer.bias is None and norm is None:
-            constant = torch.zeros_like(constant)
-        fold_map(layer, norm, linear, constant)
+            moments = source[name].about_zero(), target.about_zero()
+        fold_map(layer, norm, *transport(*moments, dtype=solving_dtype(layer)))
 
 
 class Detector(nn.Module):
