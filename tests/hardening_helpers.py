@@ -88,6 +88,7 @@ def commands(small, out, config=None, checkpoint=None):
     reid = [config or small / 'reid.py', checkpoint or small / 'reid.pth']
     name, log = out / 'out.pth', ['--work-dir', small.parent / 'log']
     figures = ['--out', out / 'figures', '--show', 1, '--num-images', 2]
+    source = ['--source', small / 'moments.pth']
     export = [both[0], checkpoint or small / 'fused.pth', out / 'out.onnx']
     return dict(
         print_targets=Command('print_targets', both[:1]),
@@ -95,7 +96,7 @@ def commands(small, out, config=None, checkpoint=None):
         verify=Command('fuse_checkpoint', [both[1], name, '--verify', both[0]], name, read_checkpoint),
         moments=Command('calibrate', ['moments', *both, name], name, load_moments),
         schedule=Command('calibrate', ['schedule', *both, name], name, read_checkpoint),
-        domain=Command('calibrate', ['domain', *both, name, '--source', small / 'moments.pth'], name, read_checkpoint),
+        domain=Command('calibrate', ['domain', *both, name, *source, '--accept', 'all'], name, read_checkpoint),
         extract=Command('extract_features', [*reid, small / 'images', out / 'out.npz'], out / 'out.npz', np.load),
         draw=Command('draw_matches', [both[0], small / 'matches.json', out / 'out.png'], out / 'out.png', read_image),
         test=Command('test', [*both, *log, '--out', out / 'out.pkl'], out / 'out.pkl', read_pickle),

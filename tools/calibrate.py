@@ -3,8 +3,9 @@
 schedule  sets the denoisers of a config with DenoiseRepBackbone to the exact optimum of their loss; OUT is a denoised
           checkpoint, for test.py and fuse_checkpoint.py.
 moments   gathers the moments of all layers in the training domain; OUT is a file for --source of domain.
-domain    fits the model to images of the deployment domain; OUT is a vanilla checkpoint, which loads into the config
-          without denoising.
+domain    fits the model to some images of the deployment domain, and checks on the others how much of the fit to keep;
+          OUT is a vanilla checkpoint, which loads into the config without denoising. If the check refuses the fit, the
+          exit code is 3, and nothing is written.
 """
 
 import argparse
@@ -87,10 +88,10 @@ def parse_args() -> argparse.Namespace:
         '--source', type=Path, metavar='FILE', required=True, help='output of calibrate.py moments for this checkpoint'
     )
     domain.add_argument(
-        '--layers',
-        choices=['first', 'early', 'all'],
-        default='all',
-        help='layers to fit: the first one, the first half, or all, with those of the neck (default: %(default)s)',
+        '--accept',
+        choices=['first', 'early', 'all', 'half-strength'],
+        help='what to write whatever the check says: the fit of the first layer, of the first half, of all layers, or '
+        'of all at half strength (default: what the check on held-out images chooses)',
     )
     domain.add_argument(
         '--memory',
@@ -174,18 +175,37 @@ def moments(args: argparse.Namespace, subject) -> None:
 
 
 def domain(args: argparse.Namespace, subject) -> None:
-    """Fits the model to the images and writes the vanilla checkpoint."""
-    from mmdenoiserep.apis import calibration
+    """Fits the model to the images, checks the fit on held-out images, and writes the vanilla checkpoint.
 
-    source = calibration.load_source(subject, args.source)
+    Raises:
+        SystemExit: With code 3 if no candidate is better than the untouched model.
+    """
+    from mmdenoiserep.apis import calibration, gate
+    from mmdenoiserep.apis.distances import Distances
+    from mmdenoiserep.core import CalibrationError
+
+    source, about = calibration.load_source(subject, args.source)
+    held = gate.hold_out(subject)
+    if (reason := gate.why_not_comparable(subject, held)) and not args.accept:
+        raise CalibrationError(f'{reason}, so the fit cannot be checked; choose what to write with --accept')
+    candidates = gate.Candidates(subject.part, subject.layers)
     before = deepcopy(subject.part) if args.verify else None
     how = dict(stride=args.stride, memory=args.memory, spectra=bool(args.plot), maps=args.verify)
-    report, strides = calibration.fit(subject, source, args.layers, **how)
+    report, strides = calibration.fit(subject, source, progress=candidates.note, **how)
     if before is not None:
         result = calibration.verify_fit(before, subject, report)
         print(f'one image and noise, maps as separate layers against maps folded into the weights:\n{result}')
         print('the weights fit the config without denoising exactly')
-    finish(args, subject, report, strides, source)
+    name = args.accept
+    if not reason:
+        evidence = gate.gather_evidence(subject, candidates, held, source, Distances.read(about))
+        print(evidence)
+        name = name or gate.decide(evidence.scores, evidence.distances)
+        if name == gate.NOTHING:
+            print(f'nothing was written: {gate.explain_nothing(evidence)}')
+            raise SystemExit(3)
+    print(f'chosen: {name}' + ' (--accept)' * bool(args.accept))
+    finish(args, subject, gate.keep(subject, candidates, name, report), strides, source)
 
 
 def finish(args: argparse.Namespace, subject, report, strides: str, source=None) -> None:

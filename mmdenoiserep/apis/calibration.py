@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ from ..core.method.probe import run_model
 from ..core.utils.intercept import intercepting
 from .arguments import at_least, one_of
 from .backbones import check_input, denoised_configs, predicting_backbone
+from .distances import DISTANCES, measure_distances
 from .errors import ConfigError, config_at_fault, config_name, config_path
 from .fusion import verify_weights
 from .images import SPLITS, Batches, describe_preprocessing, open_images, take_evenly
@@ -51,6 +53,10 @@ LARGE_SHIFT = 0.5
 On Fashion-MNIST the first layer moves by 0.02 to 0.3 for corruptions such as noise and blur, and by 0.7 to 8 for
 inverted images, pure noise and a contrast of 0.3.
 """
+
+
+FEW = 200
+"""Number of training images of which the distances are measured."""
 
 
 @dataclass
@@ -223,11 +229,15 @@ def gather_source(subject: Subject, stride: int | None = None) -> tuple[dict[str
     strides = stride or subject.choose_strides()
     with with_progress_bar(subject.images) as batches:
         moments = collect_moments(subject.part, subject.layers, batches, stride=strides)
-    return moments, dict(subject.about, images=subject.total, strides=describe_strides(strides))
+    about = dict(subject.about, images=subject.total, strides=describe_strides(strides))
+    few = copy(subject.images)
+    few.take(FEW)
+    distances = measure_distances(subject.part, subject.layers, few, moments)
+    return moments, about | {DISTANCES: distances._asdict()}
 
 
-def load_source(subject: Subject, path: str | Path) -> Mapping[str, Moments]:
-    """Reads the moments of a model in the training domain, by layer name.
+def load_source(subject: Subject, path: str | Path) -> tuple[Mapping[str, Moments], dict[str, Any]]:
+    """Reads the moments of a model in the training domain, by layer name, and their metadata.
 
     Args:
         subject: The model.
@@ -247,7 +257,7 @@ def load_source(subject: Subject, path: str | Path) -> Mapping[str, Moments]:
                 f'{path} was gathered with another {key} than the config has ({there[key]}, not {here[key]}); '
                 'gather it again with this config'
             )
-    return source
+    return source, about
 
 
 def fit(
@@ -259,11 +269,12 @@ def fit(
     memory: float = 4.0,
     spectra: bool = False,
     maps: bool = False,
+    progress: Callable[[str], Any] | None = None,
 ) -> tuple[CalibrationReport, str]:
     """Fits a model to its images, in place, and notes it in ``subject.meta``; see :func:`mmdenoiserep.fit_domain`.
 
-    A fit holds what the forwards of all images keep at one place of the model. If that is more than ``memory``, it takes
-    some of the images, and prints a sentence.
+    A fit holds what the forwards of all images keep at one place of the model. If that is more than ``memory``, it
+    takes some of the images, and prints a sentence.
 
     Args:
         subject: A model without denoisers, and images of the deployment domain.
@@ -273,6 +284,7 @@ def fit(
         memory: GiB in each process for the images and features of the forwards.
         spectra: Whether the report has the spectra of all layers.
         maps: Whether the report has the maps of all layers, which :func:`verify_fit` needs.
+        progress: Called with the name of each layer when it is done.
 
     Returns:
         The report; the strides, as a text.
@@ -294,7 +306,13 @@ def fit(
     chosen = layers_of(subject.layers, part)
     limit_images(subject, chosen, memory)
     strides = stride or subject.choose_strides()
-    with with_progress_bar(subject.images) as batches, layer_bar(len(chosen)) as done:
+    with with_progress_bar(subject.images) as batches, layer_bar(len(chosen)) as move:
+
+        def done(name: str) -> None:
+            move(name)
+            if progress:
+                progress(name)
+
         report = fit_domain(
             subject.part, chosen, batches, source, stride=strides, spectra=spectra, maps=maps, progress=done
         )

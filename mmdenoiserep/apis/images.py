@@ -411,6 +411,18 @@ class Batches:
         Raises:
             InputError: An image can't be read, or the config leaves out all images.
         """
+        for packed in self.packed():
+            images = self.preprocessor(packed)['inputs']
+            if not isinstance(images, Tensor):  # self-supervised models take a list as the views of one image
+                images = self.preprocessor(packed | dict(inputs=torch.stack(packed['inputs'])))['inputs']
+            yield images
+
+    def packed(self) -> Iterator[dict[str, Any]]:
+        """Yields batches before the data preprocessor: dicts with lists under ``inputs`` and ``data_samples``.
+
+        Raises:
+            InputError: An image can't be read, or the config leaves out all images.
+        """
         waiting: dict[tuple[int, ...], list[tuple[int, Any]]] = {}
         self.order = []
         number = -1
@@ -423,17 +435,28 @@ class Batches:
                 shape = tuple(item['inputs'].shape)
                 waiting.setdefault(shape, []).append((number, item))
                 if len(waiting[shape]) == self.batch_size:
-                    yield self._batch(waiting.pop(shape))
+                    yield self._collate(waiting.pop(shape))
                 elif sum(map(len, waiting.values())) > MAX_WAITING * self.batch_size:
-                    yield self._batch(waiting.pop(max(waiting, key=lambda shape: len(waiting[shape]))))
+                    yield self._collate(waiting.pop(max(waiting, key=lambda shape: len(waiting[shape]))))
         for same in waiting.values():
-            yield self._batch(same)
+            yield self._collate(same)
         if not self.order:
             raise InputError(f'no image is left: {next(iter(self.left_out), "there is none")}')
 
     def take(self, count: int) -> None:
         """Keeps ``count`` images at even distances, or all if there are no more."""
-        kept = take_evenly(self.dataset, count).indices
+        self._keep(take_evenly(self.dataset, count).indices)
+
+    def hold_out(self, count: int) -> 'Batches':
+        """Returns batches of ``count`` images at even distances, and drops these images here."""
+        held = copy.copy(self)
+        held.order, held.left_out = [], {}
+        chosen = take_evenly(self.dataset, count).indices
+        held._keep(chosen)
+        self._keep(sorted(set(range(len(self.dataset))).difference(chosen)))
+        return held
+
+    def _keep(self, kept: Sequence[int]) -> None:
         self.dataset = Subset(self.dataset.dataset, [self.dataset.indices[i] for i in kept])
         self.loader = DataLoader(self.dataset, self.batch_size, num_workers=self.loader.num_workers, collate_fn=list)
 
@@ -444,13 +467,10 @@ class Batches:
             self.left_out[image.sentence] = None
             print(printable(image.sentence), file=sys.stderr)
 
-    def _batch(self, same: list[tuple[int, Any]]) -> Tensor:
+    def _collate(self, same: list[tuple[int, Any]]) -> dict[str, Any]:
         self.order += [number for number, _ in same]
         packed: Any = pseudo_collate([item for _, item in same])
-        images = self.preprocessor(packed)['inputs']
-        if not isinstance(images, Tensor):  # self-supervised models take a list as the views of one image
-            images = self.preprocessor(packed | dict(inputs=torch.stack(packed['inputs'])))['inputs']
-        return images
+        return packed
 
 
 def take_evenly(dataset: Dataset, count: int, rank: int = 0, world: int = 1) -> Subset:

@@ -90,9 +90,9 @@ def source(name):
     return path
 
 
-def fit(name, output, *args):
+def fit(name, output, *args, accept='all'):
     files = DEMO / f'{name}.py', checkpoint(name), output
-    run_tool('calibrate', 'domain', *files, '--source', source(name), '--verify', *args)
+    run_tool('calibrate', 'domain', *files, '--source', source(name), '--accept', accept, '--verify', *args)
     return output
 
 
@@ -115,14 +115,16 @@ def test_a_model_whose_state_dict_leaves_weights_out_is_refused(tmp_path):
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_a_domain_fit_brings_the_first_features_home_in_the_unchanged_config(name, tmp_path, capsys):
-    plot, options = tmp_path / 'spectra.png', ['--layers', 'all', '--fit', 'full', '--stride', 1, '--prior', 0]
-    output = fit(name, tmp_path / 'fitted.pth', *options, '--plot', plot)
+    plot = tmp_path / 'spectra.png'
+    output = fit(name, tmp_path / 'fitted.pth', '--stride', 1, '--plot', plot)
     shown = capsys.readouterr().out
     assert (
         'the weights fit the config without denoising exactly' in shown
         and 'TOO LARGE' not in shown
         and '(--memory)' not in shown
     )
+    assert len(re.findall(r'^(nothing|first|early|all|half-strength) .*%', shown, re.MULTILINE)) == 5
+    assert 'on 12 images' in shown or 'on 2 images' in shown or 'on 1 images' in shown
     assert plot.stat().st_size > 10_000 and f'spectra: {plot}' in shown
     before, after = (torch.load(path, weights_only=path == output) for path in (checkpoint(name), output))
     assert after.keys() == {'meta', 'state_dict'} and after['meta']['note'] == 'kept'
@@ -155,10 +157,10 @@ def relative_distance(actual, expected):
 
 
 def test_small_batches_and_one_batch_come_to_the_same(tmp_path, capsys):
-    options = ['--layers', 'early', '--fit', 'full', '--stride', 1]
-    once = state_of(fit('resnet_fashion-mnist', tmp_path / 'once.pth', *options, '--batch-size', 60))
-    often = state_of(fit('resnet_fashion-mnist', tmp_path / 'often.pth', *options, '--batch-size', 7))
-    assert capsys.readouterr().out.count('8 layers calibrated (domain) on 60 images') == 2
+    options = dict(accept='early')
+    once = state_of(fit('resnet_fashion-mnist', tmp_path / 'once.pth', '--stride', 1, '--batch-size', 48, **options))
+    often = state_of(fit('resnet_fashion-mnist', tmp_path / 'often.pth', '--stride', 1, '--batch-size', 7, **options))
+    assert capsys.readouterr().out.count('8 layers calibrated (domain) on 48 images') == 2
     assert not list(tmp_path.glob('*.png')), 'no plot is asked for'
     for key, value in once.items():
         torch.testing.assert_close(often[key], value, rtol=1e-3, atol=1e-4)
@@ -166,14 +168,12 @@ def test_small_batches_and_one_batch_come_to_the_same(tmp_path, capsys):
 
 @pytest.mark.parametrize(('memory', 'few'), [(0.002, True), (4, False)])
 def test_memory_decides_how_many_images_are_taken(memory, few, tmp_path, capsys):
-    """And their number decides which layers are fitted; one image takes about 60 KiB."""
-    fit('resnet_fashion-mnist', tmp_path / 'few.pth', '--representative', '--memory', memory)
+    """One image takes about 60 KiB."""
+    fit('resnet_fashion-mnist', tmp_path / 'few.pth', '--memory', memory)
     shown = capsys.readouterr().out
     taken = int(re.search(r'\(domain\) on (\d+) images', shown)[1])
-    assert (
-        f'takes {taken} of 60 images, whose features fit into {memory:g} GiB (--memory); fewer than 512' in shown
-    ) == few
-    assert (1 < taken < 32 and '1 layers calibrated' in shown) if few else (taken == 60 and '8 layers' in shown)
+    assert (f'takes {taken} of 48 images, whose features fit into {memory:g} GiB (--memory)' in shown) == few
+    assert 1 < taken < 47 if few else taken == 48
 
 
 def test_a_folder_gives_what_the_data_set_gives(tmp_path):
@@ -190,7 +190,7 @@ def test_a_folder_gives_what_the_data_set_gives(tmp_path):
 def test_a_folder_of_grey_images_for_a_grey_model(tmp_path):
     images = tmp_path / 'images'
     images.mkdir()
-    for i in range(3):
+    for i in range(10):
         cv2.imwrite(str(images / f'{i}.png'), np.random.default_rng(i).integers(0, 255, (28, 28), np.uint8))
     out = fit('vit_fashion-mnist', tmp_path / 'grey.pth', '--images', images)
     assert not torch.equal(
@@ -201,11 +201,12 @@ def test_a_folder_of_grey_images_for_a_grey_model(tmp_path):
 def test_images_of_different_sizes_are_fitted_together(tmp_path, capsys):
     images = tmp_path / 'images'
     images.mkdir()
-    for i in range(4):
+    for i in range(13):
         image = np.random.default_rng(i).integers(0, 255, (64 + 32 * (i % 2), 96, 3), np.uint8)
         cv2.imwrite(str(images / f'{i}.png'), image)
-    fit('mask-rcnn_swin_scenes', tmp_path / 'out.pth', '--images', images, '--layers', 'early', '--fit', 'mean')
-    assert 'layers calibrated (domain) on 4 images' in capsys.readouterr().out
+    fit('mask-rcnn_swin_scenes', tmp_path / 'out.pth', '--images', images, accept='early')
+    shown = capsys.readouterr().out
+    assert 'layers calibrated (domain) on 11 images' in shown and 'on 2 images that were not fitted on' in shown
 
 
 @pytest.mark.parametrize(
@@ -256,41 +257,81 @@ def test_a_domain_fit_folds_denoisers_first(tmp_path):
     config = DEMO / f'{name}_denoiserep.py'
     run_tool('calibrate', 'schedule', config, checkpoint(name), denoised)
     run_tool('calibrate', 'moments', config, denoised, moments)
-    run_tool('calibrate', 'domain', config, denoised, tmp_path / 'out.pth', '--source', moments)
+    files = config, denoised, tmp_path / 'out.pth'
+    run_tool('calibrate', 'domain', *files, '--source', moments, '--accept', 'all')
     assert state_of(tmp_path / 'out.pth').keys() == state_of(checkpoint(name)).keys()
 
 
-def test_only_the_first_layer_changes_unless_the_images_are_representative(tmp_path, capsys):
+def test_what_is_accepted_changes(tmp_path):
     name = 'vit_fashion-mnist'
     before = state_of(checkpoint(name))
-
-    def changed(path):
-        return {key.rpartition('.')[0] for key, value in state_of(path).items() if not torch.equal(value, before[key])}
-
-    assert changed(fit(name, tmp_path / 'safe.pth')) == {'backbone.patch_embed.projection'}
-    early = changed(fit(name, tmp_path / 'early.pth', '--representative'))
+    files = [fit(name, tmp_path / f'{accept}.pth', accept=accept) for accept in ('first', 'early', 'all')]
+    files += [fit(name, tmp_path / 'half.pth', accept='half-strength')]
+    states = [state_of(path) for path in files]
+    first, early, everything, half = (
+        {key.rpartition('.')[0] for key, value in state.items() if not torch.equal(value, before[key])}
+        for state in states
+    )
+    assert first == {'backbone.patch_embed.projection'}
     assert len(early) == 9 and 'backbone.layers.3.ffn.layers.1' not in early
-    assert 'warning' not in capsys.readouterr().out
+    assert len(everything) == len(half) == 17 and first < early < everything
+    for key, value in states[3].items():
+        torch.testing.assert_close(value, (before[key] + states[2][key]) / 2)
+    stamps = [torch.load(path, weights_only=True)['meta'][STAMP] for path in files]
+    assert [(stamp['part'], stamp['layers']) for stamp in stamps] == [
+        *(('first', 1), ('early', 9), ('all', 17), ('half-strength', 17))
+    ]
+
+
+def chosen(name, output, *args):
+    """Runs a fit whose check decides, and returns the exit code."""
+    files = DEMO / f'{name}.py', checkpoint(name), output
+    with pytest.raises(SystemExit) as stopped:
+        run_tool('calibrate', 'domain', *files, '--source', source(name), *args)
+        raise SystemExit(0)
+    return stopped.value.code
+
+
+def test_nothing_is_written_where_no_candidate_is_better(tmp_path, capsys):
+    """The training images need no correction, so all candidates are the untouched model."""
+    output = tmp_path / 'no.pth'
+    assert chosen('vit_fashion-mnist', output, '--split', 'train', '--stride', 1) == 3
+    assert 'nothing was written: no candidate has a higher infomax' in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_written_where_images_are_damaged_in_places(tmp_path, capsys):
+    images = tmp_path / 'images'
+    images.mkdir()
+    for i, image in enumerate(open_images(Config.fromfile(DEMO / 'vit_fashion-mnist.py'), 'train')):
+        damaged = image['inputs'][0].numpy().copy()
+        damaged[:8, :8] = 255 * (np.indices((8, 8)).sum(0) % 2)
+        cv2.imwrite(str(images / f'{i}.png'), damaged)
+    assert chosen('vit_fashion-mnist', tmp_path / 'no.pth', '--images', images, '--dry-run') == 3
+    assert 'nothing was written: the images are damaged in places' in capsys.readouterr().out
+
+
+def test_the_best_candidate_is_written(tmp_path, capsys):
+    output = tmp_path / 'out.pth'
+    assert chosen('swin_fashion-mnist', output, '--verify') == 0
+    name = re.search(r'^chosen: (\S+)$', capsys.readouterr().out, re.MULTILINE)[1]
+    accepted = fit('swin_fashion-mnist', tmp_path / 'accepted.pth', accept=name)
+    assert all(torch.equal(value, state_of(accepted)[key]) for key, value in state_of(output).items())
 
 
 def test_warnings(tmp_path, capsys):
-    fit('vit_fashion-mnist', tmp_path / 'all.pth', '--layers', 'all', '--fit', 'full')
-    assert 'warning: 60 images are few for 17 layers (from 512 on)' in capsys.readouterr().out
     (tmp_path / 'other').mkdir()
     for i in range(20):
         image = np.full((28, 28), 250, np.uint8) - (np.indices((28, 28)).sum(0) == i)
         cv2.imwrite(str(tmp_path / f'other/{i}.png'), image)
-    other = ['--images', tmp_path / 'other', '--source', source('vit_fashion-mnist')]
-    args = ['domain', DEMO / 'vit_fashion-mnist.py', checkpoint('vit_fashion-mnist'), tmp_path / 'other.pth', *other]
-    assert 'which looks like another data set' in sentence('calibrate', *args)
-    assert not (tmp_path / 'other.pth').exists()
-    run_tool('calibrate', *args, '--layers', 'first')
+    fit('vit_fashion-mnist', tmp_path / 'other.pth', '--images', tmp_path / 'other', accept='first')
     assert 'look like another data set altogether' in capsys.readouterr().out
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
     files = DEMO / 'vit_fashion-mnist.py', checkpoint('vit_fashion-mnist'), tmp_path / 'no.pth'
-    run_tool('calibrate', 'domain', *files, '--source', source('vit_fashion-mnist'), '--dry-run')
+    options = ['--source', source('vit_fashion-mnist'), '--accept', 'first', '--dry-run']
+    run_tool('calibrate', 'domain', *files, *options)
     shown = capsys.readouterr().out
     assert 'patch_embed.projection' in shown and 'nothing was written' in shown
     assert not list(tmp_path.iterdir())
@@ -341,7 +382,8 @@ def test_files_that_do_not_belong_together(tmp_path):
         'moments a.py b.pth c.pth --source x',
         'moments a.py b.pth c.pth --verify',
         'moments a.py b.pth c.pth --num-images 0',
-        'schedule a.py b.pth c.pth --representative',
+        'schedule a.py b.pth c.pth --accept all',
+        'domain a.py b.pth c.pth --source x --accept nothing',
         'schedule a.py b.pth c.pth --memory 0',
         'schedule a.py b.pth c.pth --rank 0',
         'schedule a.py b.pth c.pth --plot c.pth',

@@ -456,7 +456,7 @@ def test_sources_of_a_domain_fit(work, small):
     source = work[0] / 'in.pth'
     command = without_picture(commands(small, work[0])['domain'])
     args = [source if arg == small / 'moments.pth' else arg for arg in command.args]
-    command = command._replace(args=[*args, '--layers', 'all'])
+    command = command._replace(args=args)
     fuzz_command(COUNTS['source'], command, source, torch.load(small / 'moments.pth'), work)
 
 

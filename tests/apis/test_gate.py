@@ -1,0 +1,265 @@
+"""The candidates of a fit, what speaks for them, and which one is kept."""
+
+from copy import deepcopy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData, PixelData
+from mmpretrain.structures import DataSample
+from mmseg.structures import SegDataSample
+from torch import nn
+from torch.utils.data import Subset
+
+from calibration_helpers import CLEAN, LAYERS, NOISY, Net, data, fit, gather
+from helpers import copied
+from mmdenoiserep.apis.distances import Distances, measure_distances
+from mmdenoiserep.apis.gate import (
+    CANDIDATES,
+    HALF_STRENGTH,
+    Candidates,
+    Evidence,
+    Score,
+    Tally,
+    decide,
+    explain_nothing,
+    hold_out,
+    is_local_damage,
+    tally,
+    why_not_comparable,
+)
+from mmdenoiserep.apis.images import Batches
+from mmdenoiserep.core import CalibrationError, Moments
+
+
+def fitted(names=LAYERS, images=NOISY):
+    """Returns a model in float64 before and after the fit of some layers, and the candidates."""
+    torch.manual_seed(0)
+    model = Net().double().eval()
+    source = gather(model, CLEAN)
+    before = deepcopy(model)
+    candidates = Candidates(model, {name: model.get_submodule(name) for name in names})
+    fit(model, images, source, names, progress=candidates.note)
+    return before, model, candidates
+
+
+def distance(state, other):
+    return max((value - other[key]).abs().max().item() for key, value in state.items() if value.is_floating_point())
+
+
+@pytest.mark.parametrize(('name', 'names'), [('first', LAYERS[:1]), ('early', LAYERS[:3]), ('all', LAYERS)])
+def test_a_candidate_is_the_fit_of_its_layers(name, names):
+    """With what norms take of layers without a bias: a BatchNorm's running mean, a LayerNorm's bias."""
+    before, model, candidates = fitted()
+    assert candidates.names(name) == names
+    candidates.apply('nothing')
+    assert distance(model.state_dict(), before.state_dict()) == 0
+    candidates.apply(name)
+    _, expected, _ = fitted(names)
+    assert distance(model.state_dict(), expected.state_dict()) < 1e-9
+    assert distance(model.state_dict(), before.state_dict()) > 1e-3
+    owners = {layer: {candidates.owned[number][0] for number in changed} for layer, changed in candidates.after.items()}
+    assert owners['conv1'] == {'conv1', 'bn1'} and owners['conv3'] == {'conv3', 'bn3'}
+    assert owners['fc1'] == {'fc1', 'norm'} and owners['conv2'] == {'conv2'}
+
+
+def test_half_strength_is_the_mean_of_the_weights():
+    before, model, candidates = fitted()
+    everything = copied(model.state_dict())
+    candidates.apply('first')
+    candidates.apply(HALF_STRENGTH)
+    start = before.state_dict()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, (start[key] + everything[key]) / 2)
+
+
+def test_another_pass_replaces_the_first_one():
+    before, model, candidates = fitted()
+    expected = copied(model.state_dict())
+    candidates.apply('nothing')
+    fit(model, [2 * image for image in NOISY], gather(before, CLEAN), progress=candidates.note)
+    candidates.apply('nothing')
+    fit(model, NOISY, gather(before, CLEAN), progress=candidates.note)
+    candidates.apply('nothing')
+    candidates.apply('all')
+    assert distance(model.state_dict(), expected) == 0
+
+
+def score(*pairs):
+    """Returns the score of pairs of predictions, for images and mirrored images."""
+    whole = Tally()
+    for pair in pairs:
+        whole.add(tally(*pair))
+    assert whole.images == len(pairs)
+    return whole.score()
+
+
+def labelled(*values):
+    return DataSample().set_pred_score(torch.tensor(values))
+
+
+def test_classes_agree_where_the_highest_scores_do():
+    sure, other, unsure = labelled(1.0, 0.0), labelled(0.0, 1.0), labelled(0.5, 0.5)
+    agreement, infomax = score((sure, sure), (other, other), (sure, other), (other, labelled(0.1, 0.9)))
+    assert agreement == 0.75 and infomax == pytest.approx(np.log(2))
+    assert score((sure, sure), (sure, sure)) == (1, 0), 'one class for all images says nothing'
+    assert score((unsure, unsure)).infomax == pytest.approx(0)
+    several = labelled(0.9, 0.8)
+    assert score((several, several)) == (1, None), 'the scores of several labels are no probabilities of classes'
+
+
+def segmented(classes, logits=True):
+    classes = torch.tensor(classes)
+    sample = SegDataSample(pred_sem_seg=PixelData(data=classes[None]))
+    if logits:
+        sample.seg_logits = PixelData(data=40.0 * torch.nn.functional.one_hot(classes, 2).permute(2, 0, 1))
+    return sample
+
+
+def test_pixels_agree_where_those_of_the_mirrored_image_do():
+    image, mirrored = segmented([[0, 1], [0, 1]]), segmented([[1, 0], [1, 1]])
+    assert score((image, mirrored)) == (0.75, pytest.approx(np.log(2)))
+    assert score((image, image)).agreement == 0
+    assert score((segmented([[0, 0]]), segmented([[0, 0]]))) == (1, pytest.approx(0))
+    assert score((segmented([[0, 0]], logits=False),) * 2) == (1, None)
+    binary = segmented([[0, 1]], logits=False)
+    binary.seg_logits = PixelData(data=torch.tensor([[[0.0, 1.0]]]))
+    assert score((binary, binary)) == (0, pytest.approx(np.log(2)))
+
+
+def detected(*rows, width=100):
+    boxes, labels, scores = (
+        torch.tensor([row[:4] for row in rows]).view(-1, 4),
+        [r[4] for r in rows],
+        [r[5] for r in rows],
+    )
+    sample = DetDataSample(metainfo=dict(ori_shape=(50, width)))
+    sample.pred_instances = InstanceData(bboxes=boxes, labels=torch.tensor(labels), scores=torch.tensor(scores))
+    return sample
+
+
+def test_boxes_agree_with_one_of_their_class_by_score():
+    left, right = (0.0, 0.0, 10.0, 10.0), (90.0, 0.0, 100.0, 10.0)
+    image = detected((*left, 0, 0.9), (*right, 1, 0.3))
+    assert score((image, detected((*right, 0, 0.5)))).agreement == pytest.approx((0.9 + 0.5) / (0.9 + 0.3 + 0.5))
+    assert score((image, detected((*right, 1, 0.5)))).agreement == 0, 'of another class'
+    assert score((image, detected((*left, 0, 0.5)))).agreement == 0, 'at another place'
+    assert score((image, detected((94.0, 0.0, 100.0, 10.0, 0, 0.9)))).agreement == pytest.approx(1.8 / 2.1)
+    assert score((image, detected((96.0, 0.0, 100.0, 10.0, 0, 0.9)))).agreement == 0, 'overlaps by 0.4'
+    twice = detected((*right, 0, 0.9), (*right, 0, 0.9))
+    assert score((image, twice)).agreement == pytest.approx(1.8 / 3.0), 'a box agrees once'
+    assert score((image, detected())).agreement == 0 and score((detected(), image)).agreement == 0
+    assert score((detected(), detected())) == (0, None), 'finding nothing is no agreement'
+
+
+def test_features_agree_where_the_mirrored_image_is_nearest():
+    def seen(*values):
+        sample = DataSample()
+        sample.set_field(torch.tensor(values), 'pred_feature', dtype=torch.Tensor)
+        return sample
+
+    pairs = (seen(1.0, 0.0), seen(9.0, 1.0)), (seen(0.0, 1.0), seen(0.1, 2.0)), (seen(1.0, 1.0), seen(0.0, 5.0))
+    assert score(*pairs) == (pytest.approx(2 / 3), None)
+
+
+def detection(*agreements):
+    return {name: Score(value) for name, value in zip(CANDIDATES, agreements, strict=False)}
+
+
+@pytest.mark.parametrize(
+    ('scores', 'chosen'),
+    [
+        (detection(0.767, 0.739, 0.661), 'nothing'),  # occlusion, measured
+        (detection(0.267, 0.406, 0.689), 'early'),  # noise
+        (detection(0.351, 0.431, 0.722), 'early'),  # shot noise
+        (detection(0.5, 0.5, 0.5, 0.5, 0.5), 'nothing'),
+        (detection(0.5, 0.6, 0.6, 0.6, 0.6), 'first'),
+        (detection(0.5, float('nan'), 0.4), 'nothing'),
+        ({'nothing': Score(0.8, 1.0), 'first': Score(0.9, 1.1), 'early': Score(0.8, 1.2)}, 'early'),
+        ({'nothing': Score(0.8, 1.0), 'first': Score(0.9, 1.1), 'early': Score(0.79, 1.2)}, 'first'),
+        ({'nothing': Score(0.8, 1.0), 'first': Score(1.0, 0.9), 'early': Score(1.0, 1.0)}, 'nothing'),
+        ({'nothing': Score(0.8, 1.0), 'first': Score(0.9, float('nan'))}, 'nothing'),
+    ],
+)
+def test_the_choice(scores, chosen):
+    assert decide(scores) == chosen
+    assert decide(scores, Distances(3.0, 4.0)) == chosen
+    assert decide(scores, Distances(float('nan'), float('nan'))) == chosen
+    assert decide(scores, Distances(1.07, 1.71)) == 'nothing'
+
+
+def test_a_refusal_says_why():
+    evidence = Evidence(4, detection(0.767, 0.739, 0.661), Distances(1.2, 1.3))
+    assert 'agreement' in explain_nothing(evidence) and 'infomax' not in explain_nothing(evidence)
+    assert '76.7%' in str(evidence) and 'mean 1.30' in str(evidence)
+    assert 'infomax' in explain_nothing(Evidence(4, {'nothing': Score(0.8, 1.0)}))
+    assert 'occlusion' in explain_nothing(Evidence(4, detection(0.2, 0.3), Distances(1.1, 9.0)))
+
+
+@pytest.mark.parametrize('kernel', [1, 3])
+def test_an_occlusion_is_seen_as_local_damage(kernel):
+    """A kernel of 1 has fewer inputs than outputs, and its moments follow from those of the input."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4 if kernel == 1 else 3, kernel, stride=kernel), nn.ReLU()).double()
+    clean = data(8, 3, 24, 24)
+    occluded, noisy = clean.clone(), clean + data(8, 3, 24, 24, seed=1)
+    occluded[:, :, :12, :12] = 4.0
+    source = gather(model, [clean])
+    layers = {'0': model[0]}
+    training = measure_distances(model, layers, [clean], source)
+    if kernel == 3:
+        assert training.mean == pytest.approx(3, rel=0.1), 'the number of channels'
+    ratios = [measure_distances(model, layers, [x], source).relative_to(training) for x in (clean, noisy, occluded)]
+    assert ratios[0] == (1, 1) and [is_local_damage(ratio) for ratio in ratios] == [False, False, True]
+    unseen = dict(source, **{'0': Moments(*source['0'].mean.shape)})
+    assert all(map(np.isnan, measure_distances(model, layers, [clean], unseen)))
+
+
+def test_distances_in_metadata():
+    assert Distances.read(dict(distances=dict(quartile=0.5, mean=1.5))) == (0.5, 1.5)
+    assert Distances.read({}) is None and Distances.read(dict(distances=dict(quartile=0.5))) is None
+    assert np.isnan(Distances(1.0, 1.0).relative_to(Distances(0.0, 1.0)).quartile)
+
+
+class Model(nn.Module):
+    """Has the smallest ``data_preprocessor``."""
+
+    def data_preprocessor(self, packed, training=False):
+        return dict(inputs=torch.stack(packed['inputs']))
+
+
+def subject(count, model=None):
+    images = [dict(inputs=torch.full((1, 2, 2), i)) for i in range(count)]
+    model = model or Model()
+    return SimpleNamespace(model=model, images=Batches(model, Subset(images, range(count)), 4))
+
+
+@pytest.mark.parametrize(('count', 'expected'), [(2, 1), (9, 1), (10, 2), (1000, 200), (2000, 200)])
+def test_a_fifth_of_the_images_is_held_out(count, expected):
+    some = subject(count)
+    held = hold_out(some)
+    numbers = [[int(image[0, 0, 0]) for batch in batches for image in batch] for batches in (held, some.images)]
+    assert len(numbers[0]) == expected and sorted([*numbers[0], *numbers[1]]) == list(range(count))
+    assert numbers[0] == [i * count // expected for i in range(expected)]
+
+
+def test_one_image_is_too_few():
+    with pytest.raises(CalibrationError, match='two images'):
+        hold_out(subject(1))
+
+
+def test_models_without_predictions_to_compare():
+    class Odd(Model):
+        def test_step(self, packed):
+            return [SimpleNamespace(pred_depth=1)]
+
+    class Failing(Model):
+        def test_step(self, packed):
+            raise NotImplementedError('no way')
+
+    failed = 'Failing predicts nothing from images alone (NotImplementedError: no way)'
+    for model, words in ((Model(), 'no test_step'), (Odd(), 'have none of pred_feature'), (Failing(), failed)):
+        some = subject(4, model)
+        assert words in why_not_comparable(some, some.images)
