@@ -54,8 +54,8 @@ def work(tmp_path_factory):
     write_articles(data / 'fashion-mnist', (articles * 0.8 + noise).clip(0, 255).astype(np.uint8)[100:], 't10k')
     run_tool('make_scenes', data / 'scenes', '--train', 24, '--val', 12)
     run_tool('make_reid', data / 'fashion-reid', '--ids', 6, '--test-ids', 4)
-    for folder in (data / 'scenes/images/validation', data / 'fashion-reid/query'):
-        for i, path in enumerate(sorted(folder.iterdir())):
+    for folder in ('scenes/images/validation', 'fashion-reid/query', 'fashion-reid/bounding_box_test'):
+        for i, path in enumerate(sorted((data / folder).iterdir())):
             image = cv2.imread(str(path))
             spoiled = image * 0.8 + np.random.default_rng(i).normal(0, 40, image.shape)
             cv2.imwrite(str(path), spoiled.clip(0, 255).astype(np.uint8))
@@ -124,7 +124,7 @@ def test_a_domain_fit_brings_the_first_features_home_in_the_unchanged_config(nam
         and '(--memory)' not in shown
     )
     assert len(re.findall(r'^(nothing|first|early|all|half-strength) .*%', shown, re.MULTILINE)) == 5
-    assert 'on 12 images' in shown or 'on 2 images' in shown or 'on 1 images' in shown
+    assert re.search(r'^on \d+ images that were not fitted on', shown, re.MULTILINE)
     assert plot.stat().st_size > 10_000 and f'spectra: {plot}' in shown
     before, after = (torch.load(path, weights_only=path == output) for path in (checkpoint(name), output))
     assert after.keys() == {'meta', 'state_dict'} and after['meta']['note'] == 'kept'
@@ -135,21 +135,23 @@ def test_a_domain_fit_brings_the_first_features_home_in_the_unchanged_config(nam
     heads = [key for key in after['state_dict'] if not key.startswith(('backbone.', 'neck.'))]
     assert heads and all(torch.equal(before['state_dict'][key], after['state_dict'][key]) for key in heads)
 
-    # The first layer, a convolution, must give the moments of the training domain on the images it was fitted to.
+    # The moments of the first layer, a convolution, come nearer to those of the training domain.
     model = build_model(load_config(DEMO / f'{name}.py'))
-    model.load_state_dict(after['state_dict'])
     first, stem = next((n, m) for n, m in model.backbone.named_modules() if isinstance(m, torch.nn.Conv2d))
-    seen, (training, _) = [], load_moments(source(name))
+    training, _ = load_moments(source(name))
+    home = training[first if first in training else f'backbone.{first}']  # with a neck, the names are those in both
+    seen = []
     stem.register_forward_hook(lambda layer, args, out: seen.append(out.detach().transpose(0, 1).flatten(1)[None]))
     cfg = Config.fromfile(DEMO / f'{name}.py')
-    for batch in Batches(model, open_images(cfg, 'test'), 32):
-        with torch.no_grad():
-            model.backbone(batch)
-    fitted = Moments.of(torch.cat(seen, -1))
-    first = first if first in training else f'backbone.{first}'  # with a neck, the names are those in both
-    if stem.bias is not None:  # otherwise the norm behind it holds the constant
-        assert relative_distance(fitted.mean, training[first].mean) < 1e-3
-    assert relative_distance(fitted.covariance, training[first].covariance) < 0.05  # the ridge is 1 % of it
+    distances = []
+    for state in (before['state_dict'], after['state_dict']):
+        model.load_state_dict(state)
+        seen.clear()
+        for batch in Batches(model, open_images(cfg, 'test'), 32):
+            with torch.no_grad():
+                model.backbone(batch)
+        distances.append(relative_distance(Moments.of(torch.cat(seen, -1)).covariance, home.covariance))
+    assert distances[1] < 0.7 * distances[0], distances
 
 
 def relative_distance(actual, expected):
@@ -272,9 +274,9 @@ def test_what_is_accepted_changes(tmp_path):
         {key.rpartition('.')[0] for key, value in state.items() if not torch.equal(value, before[key])}
         for state in states
     )
-    assert first == {'backbone.patch_embed.projection'}
-    assert len(early) == 9 and 'backbone.layers.3.ffn.layers.1' not in early
-    assert len(everything) == len(half) == 17 and first < early < everything
+    late = ('backbone.layers.2', 'backbone.layers.3')
+    assert first == {'backbone.patch_embed.projection'} and everything == half
+    assert first < early < everything and early == {layer for layer in everything if not layer.startswith(late)}
     for key, value in states[3].items():
         torch.testing.assert_close(value, (before[key] + states[2][key]) / 2)
     stamps = [torch.load(path, weights_only=True)['meta'][STAMP] for path in files]
@@ -313,17 +315,16 @@ def test_nothing_is_written_where_images_are_damaged_in_places(tmp_path, capsys)
 
 def test_the_best_candidate_is_written(tmp_path, capsys):
     output = tmp_path / 'out.pth'
-    assert chosen('swin_fashion-mnist', output, '--verify') == 0
+    assert chosen('segformer_mit_scenes', output, '--verify') == 0
     name = re.search(r'^chosen: (\S+)$', capsys.readouterr().out, re.MULTILINE)[1]
-    accepted = fit('swin_fashion-mnist', tmp_path / 'accepted.pth', accept=name)
+    accepted = fit('segformer_mit_scenes', tmp_path / 'accepted.pth', accept=name)
     assert all(torch.equal(value, state_of(accepted)[key]) for key, value in state_of(output).items())
 
 
 def test_warnings(tmp_path, capsys):
     (tmp_path / 'other').mkdir()
-    for i in range(20):
-        image = np.full((28, 28), 250, np.uint8) - (np.indices((28, 28)).sum(0) == i)
-        cv2.imwrite(str(tmp_path / f'other/{i}.png'), image)
+    for i, image in enumerate(open_images(Config.fromfile(DEMO / 'vit_fashion-mnist.py'), 'train')):
+        cv2.imwrite(str(tmp_path / f'other/{i}.png'), 255 - image['inputs'][0].numpy())
     fit('vit_fashion-mnist', tmp_path / 'other.pth', '--images', tmp_path / 'other', accept='first')
     assert 'look like another data set altogether' in capsys.readouterr().out
 
