@@ -33,7 +33,6 @@ from mmdenoiserep.apis.gate import (
 from mmdenoiserep.apis.images import Batches
 from mmdenoiserep.core import CalibrationError, Moments
 
-
 CLEAN = [data(100, 3, 6, 6, seed=seed) for seed in (20, 21)]
 BLURRED = [x + x.roll(1, 2) + x.roll(1, 3) + 0.5 for x in (data(100, 3, 6, 6, seed=seed) for seed in (22, 23))]
 
