@@ -37,7 +37,7 @@ LEAST_OVERLAP = 0.5
 NEAR, FAR = (0.8, 1.25), 1.5
 """Local damage: range of the lower quartile, and least mean, of the distances relative to those in training.
 
-Measured: occlusion 1.07 and 1.71 (detection), 1.13 and 6.8 (re-identification), and none of 19 other corruptions.
+Measured: occlusion 1.07 and 1.71 (detection), 1.13 and 6.8 (re-identification), and none of 19 other cases.
 """
 
 
@@ -46,7 +46,8 @@ class Candidates:
 
     The layers are fitted in the order of execution, and each tensor by one layer at most. So a fit of the early half is
     the tensors that the early layers changed in a fit of all layers, and the original ones otherwise. The map of a
-    layer enters its weight linearly, ``W A``, so the mean of both weights is the weight of the map ``(I + A) / 2``.
+    layer enters its weight linearly, ``W A``, so the mean of both weights is the weight of the map ``(I + A) / 2``. So
+    is the mean of both biases and running means; that of LayerNorm biases, ``A^-1 c``, is half a constant for A near I.
 
     Args:
         part: The model before the fit.

@@ -411,3 +411,14 @@ def test_two_processes_gather_what_one_does(tmp_path):
     for layer in one:
         assert two[layer].count == one[layer].count
         assert relative_distance(two[layer].covariance, one[layer].covariance) < 1e-5
+
+
+def test_two_processes_check_their_shares_of_the_held_out_images(tmp_path):
+    name = 'vit_fashion-mnist'
+    processes = ['-m', 'torch.distributed.run', '--nproc-per-node=2', '--master-port=29578', find_tool('calibrate')]
+    files = DEMO / f'{name}.py', checkpoint(name), tmp_path / 'two.pth'
+    options = ['--source', source(name), '--accept', 'early', '--launcher', 'pytorch', '--device', 'cpu']
+    printed = python(*processes, 'domain', *files, *options, cwd='.', env=dict(CUDA_VISIBLE_DEVICES=''))
+    assert printed.count('on 12 images that were not fitted on') == 1
+    assert printed.count('chosen: early (--accept)') == 1 and '9 layers calibrated (domain) on 48 images' in printed
+    assert state_of(tmp_path / 'two.pth').keys() == state_of(checkpoint(name)).keys()
