@@ -100,7 +100,7 @@ class Score(NamedTuple):
         agreement: Agreement of the predictions for images and for mirrored images, 0 to 1: share of images with the
             same class; share of pixels; share of boxes, weighted by score; share of images that are nearest to their
             mirrored image.
-        infomax: ``H(mean p) - mean H(p)`` of the probabilities of the classes, nats; None without probabilities.
+        infomax: ``H(mean p) - mean H(p)`` of a classifier's probabilities of the classes, nats; None for other tasks.
     """
 
     agreement: float
@@ -141,8 +141,8 @@ def decide(scores: Mapping[str, Score], distances: Distances | None = None) -> s
     """Returns the name of the candidate to keep.
 
     This is the candidate with the highest infomax of those whose agreement is not below that of the untouched model.
-    Without probabilities of classes, it is the candidate with the highest agreement. The untouched model wins ties, and
-    where the images are damaged in places.
+    Without infomax, it is the candidate with the highest agreement. The untouched model wins ties, and where the images
+    are damaged in places.
 
     Args:
         scores: Scores by candidate, with those of ``'nothing'``, the untouched model.
@@ -345,15 +345,13 @@ def tally_labels(sample: Any, mirrored: Any) -> Tally:
 
 
 def tally_pixels(sample: Any, mirrored: Any) -> Tally:
-    """Compares the classes of pixels, of ``pred_sem_seg``, (1, H, W); a share of them, and means over them."""
-    agreed = (sample.pred_sem_seg.data == mirrored.pred_sem_seg.data.flip(-1)).double().mean().item()
-    logits = getattr(sample, 'seg_logits', None)  # (C, H, W); of a single class, its probability
-    if logits is None:
-        return Tally(agreed=agreed, total=1)
-    values = logits.data.float()
-    probabilities = values.softmax(0) if len(values) > 1 else torch.cat([1 - values, values])
-    entropy = entropy_of(probabilities).mean().item()
-    return Tally(agreed=agreed, total=1, probabilities=probabilities.mean((1, 2)).double().cpu(), entropy=entropy)
+    """Compares the classes of pixels, of ``pred_sem_seg``, (1, H, W).
+
+    The infomax of pixels does not count: speckled predictions raise it.
+    """
+    return Tally(
+        agreed=(sample.pred_sem_seg.data == mirrored.pred_sem_seg.data.flip(-1)).double().mean().item(), total=1
+    )
 
 
 def tally_boxes(sample: Any, mirrored: Any) -> Tally:

@@ -114,23 +114,14 @@ def test_classes_agree_where_the_highest_scores_do():
     assert score((several, several)) == (1, None), 'the scores of several labels are no probabilities of classes'
 
 
-def segmented(classes, logits=True):
-    classes = torch.tensor(classes)
-    sample = SegDataSample(pred_sem_seg=PixelData(data=classes[None]))
-    if logits:
-        sample.seg_logits = PixelData(data=40.0 * torch.nn.functional.one_hot(classes, 2).permute(2, 0, 1))
-    return sample
+def segmented(*rows):
+    return SegDataSample(pred_sem_seg=PixelData(data=torch.tensor([rows])))
 
 
 def test_pixels_agree_where_those_of_the_mirrored_image_do():
-    image, mirrored = segmented([[0, 1], [0, 1]]), segmented([[1, 0], [1, 1]])
-    assert score((image, mirrored)) == (0.75, pytest.approx(np.log(2)))
-    assert score((image, image)).agreement == 0
-    assert score((segmented([[0, 0]]), segmented([[0, 0]]))) == (1, pytest.approx(0))
-    assert score((segmented([[0, 0]], logits=False),) * 2) == (1, None)
-    binary = segmented([[0, 1]], logits=False)
-    binary.seg_logits = PixelData(data=torch.tensor([[[0.0, 1.0]]]))
-    assert score((binary, binary)) == (0, pytest.approx(np.log(2)))
+    image = segmented([0, 1], [0, 1])
+    assert score((image, segmented([1, 0], [1, 1]))) == (0.75, None)
+    assert score((image, segmented([1, 0], [1, 0])), (image, image)) == (0.5, None)
 
 
 def detected(*rows, width=100):
