@@ -90,6 +90,10 @@ class Moments:
             return power(add_ridge(self.covariance, RIDGE * self.variance).to(dtype), 0.5)
         return self._root.to(dtype)
 
+    def factor(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Returns L, lower triangular, of ``S + r I = L L^T``, (groups, size, size), with the ridge of :meth:`root`."""
+        return torch.linalg.cholesky(add_ridge(self.covariance, RIDGE * self.variance).to(dtype))
+
     @property
     def second_moment(self) -> Tensor:
         """E[x x^T], float64, (groups, size, size)."""
