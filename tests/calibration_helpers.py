@@ -21,6 +21,16 @@ def vectors(groups=2, size=3, count=500, seed=0):
     return mixing @ x + 3 * mean
 
 
+def clusters(shares, images, seed, draw=0, size=8, count=6):
+    """Images of several classes, (images, count, size), in shares of all; another draw shows others of the same."""
+    classes = 1.5 * data(len(shares), 1, size, seed=seed)
+    mixing = data(size, size, seed=seed + 1) / size**0.5
+    numbers = (images * torch.tensor(shares)).round().long()
+    images = torch.repeat_interleave(classes, numbers, 0)
+    own = data(len(images), 1, size, seed=1000 * draw + seed + 2)
+    return images + 0.5 * own + data(len(images), count, size, seed=1000 * draw + seed + 3) @ mixing
+
+
 def gather(model, batches, example=None, **options):
     """Returns the moments of all layers of a plain model; the first batch, or an example, shows what runs."""
     layers = select_layers(model, example_input=batches[0] if example is None else example)
@@ -99,6 +109,7 @@ def gap(make, shape, dtype=torch.float64, batches=1, example=None):
     """
     model, fitted = built(make, dtype), built(make, dtype)
     clean, noisy, x = (data(16, *shape, seed=seed, noisy=seed > 1, dtype=dtype) for seed in (1, 2, 3))
+    noisy, x = (torch.linspace(0.3, 3, shape[-1], dtype=dtype) * images for images in (noisy, x))  # LayerNorms keep it
     source = gather(fitted, [clean], data(1, *(example or shape), dtype=dtype))
     report = fit(fitted, list(noisy.chunk(batches)), source)
     with torch.no_grad():

@@ -270,7 +270,8 @@ class DomainPass:
         if reason := why_not(layer, target, 'these images'):
             return reason
         if not first.count:
-            return 'a single image shows no difference between images'
+            single = 'a single image shows no difference between images'
+            return single if self.images == 1 else 'its vectors cannot be told apart by image'
         if reason := too_few(target, stride_of(self.stride, name), self.images):
             return reason
         size = source.mean.shape[1]

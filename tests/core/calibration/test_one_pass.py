@@ -13,10 +13,15 @@ from mmdenoiserep.apis.calibration import Extractor
 from mmdenoiserep.core import collect_moments, evaluating, fit_domain, select_layers, transport
 from mmdenoiserep.core.calibration import domain as domain_module
 from mmdenoiserep.core.calibration.domain import solving_dtype
+from mmdenoiserep.core.calibration.features import Features
+from mmdenoiserep.core.calibration.halves import ImageVectors
 from mmdenoiserep.core.calibration.maps import fold_map
+from mmdenoiserep.core.calibration.match import find_support
 from mmdenoiserep.core.calibration.norms import find_norms
 from mmdenoiserep.core.calibration.readers import Readers
 from mmdenoiserep.core.calibration.takers import Takers, find_obstacles, owned_tensors
+from mmdenoiserep.core.method.sample import Sample
+from mmdenoiserep.core.utils.intercept import intercepting
 from mmdenoiserep.core.utils.lockstep import Lockstep
 from mmdenoiserep.models.vmamba import VMamba
 
@@ -29,14 +34,38 @@ def fit_by_passes(model, layers, batches, source):
             readers.run(model, batch)
     takers = Takers.seen_by(readers, model, layers, find_obstacles(model))
     for name, layer in layers.items():
-        target = collect_moments(model, {name: layer}, batches)[name]
-        if name in takers.unfit or not target.count:
+        inputs = recorded(model, name, layer, batches)
+        if name in takers.unfit or not inputs:
             continue
         norm = takers.norms.get(name)
-        moments = source[name], target
-        if layer.bias is None and norm is None:
-            moments = source[name].about_zero(), target.about_zero()
-        fold_map(layer, norm, *transport(*moments, dtype=solving_dtype(layer)))
+        kept = layer.bias is not None or norm is not None
+        moments = source[name] if kept else source[name].about_zero()
+        seen, dtype = ImageVectors(Features(layer)), solving_dtype(layer)
+        for images, x in inputs:
+            sample = Sample(images=images)
+            vectors = seen.features.vectors(sample, x, 1)
+            seen.add(vectors, sample.parts(vectors.shape[2]))
+        halves = seen.halves(moments.factor(dtype))
+        first, second = halves if kept else (half.about_zero() for half in halves)
+        support = find_support(moments, (first, second), moments.factor(dtype))
+        fold_map(layer, norm, *transport(moments, first.merged(second), support, dtype))
+
+
+@torch.no_grad()
+def recorded(model, name, layer, batches):
+    """Returns the first input of a layer in each batch, with the number of images."""
+    inputs = []
+
+    def record(_, forward, x):
+        seen.append(x)
+        return forward(x)
+
+    with evaluating(model), intercepting({name: layer}, record):
+        for batch in batches:
+            seen = []
+            model(batch)
+            inputs += [(len(batch), x) for x in seen[:1]]
+    return inputs
 
 
 class Detector(nn.Module):
