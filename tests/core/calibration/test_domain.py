@@ -3,6 +3,7 @@
 import copy
 import itertools
 import re
+from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
@@ -29,6 +30,7 @@ from calibration_helpers import (
     gap,
     gather,
     notes,
+    supporting,
     with_maps,
 )
 from helpers import equal, relative, signature
@@ -43,7 +45,6 @@ from mmdenoiserep.core import (
     select_layers,
     transport,
 )
-from mmdenoiserep.core.calibration import domain as domain_module
 from mmdenoiserep.core.calibration.features import Features
 from mmdenoiserep.core.calibration.halves import ImageVectors
 from mmdenoiserep.core.calibration.match import find_support
@@ -102,18 +103,10 @@ def fit_by_definition(model, names, clean, noisy, support=None):
                 layer.bias += weight @ constant
 
 
-@pytest.fixture
-def supported(monkeypatch):
-    """Returns a function that says how much of any difference the images support."""
-    return lambda *support: monkeypatch.setattr(domain_module, 'find_support', lambda *_: Support(*support))
-
-
 @pytest.mark.parametrize(('batches', 'support'), [(1, None), (3, None), (3, (1, 1))])
 @pytest.mark.parametrize('kind', BACKBONES)
-def test_backbones_are_fitted_as_defined(kind, batches, support, supported):
+def test_backbones_are_fitted_as_defined(kind, batches, support):
     """The layers are those of a conversion, in its order; the weights are those of passes that are written out."""
-    if support:
-        supported(*support)
     make, size = BACKBONES[kind]
     model, plain = built(make), built(make)
     clean, noisy = data(12, 3, size, size), data(12, 3, size, size, seed=1, noisy=True)
@@ -121,7 +114,8 @@ def test_backbones_are_fitted_as_defined(kind, batches, support, supported):
     names = [row.name for row in report.layers]
     source = gather(model, [clean])
     assert list(source) == names and len(names) > 8
-    report = fit(model, noisy.chunk(batches), source)
+    with supporting(*support) if support else nullcontext():
+        report = fit(model, noisy.chunk(batches), source)
     assert [row.name for row in report.layers] == names and not notes(report)
     expected = copy.deepcopy(plain)
     fit_by_definition(expected, names, clean, noisy, support)
@@ -137,12 +131,12 @@ def small_ridge(monkeypatch):
         monkeypatch.setattr(import_module(f'mmdenoiserep.core.calibration.{name}'), 'RIDGE', 1e-9)
 
 
-def test_convolutions_return_the_source_moments(small_ridge, supported):
+def test_convolutions_return_the_source_moments(small_ridge):
     """Measured again on the noisy images, with all earlier layers corrected; two means are taken by a BatchNorm."""
-    supported(1, 1)
     model, plain = built(), built()
     source, before = gather(model, CLEAN), gather(model, NOISY)
-    report = fit(model, WHOLE, source)
+    with supporting():
+        report = fit(model, WHOLE, source)
     assert notes(report).keys() == {'fc3'}, 'nothing takes its constant'
     after = gather(model, NOISY)
     for name, norm in {'conv1': 'bn1', 'conv2': None, 'conv3': 'bn3'}.items():
@@ -155,12 +149,12 @@ def test_convolutions_return_the_source_moments(small_ridge, supported):
         assert relative(before[name].covariance, source[name].covariance) > 1e-3
 
 
-def test_linear_layers_see_the_source_moments(small_ridge, supported):
+def test_linear_layers_see_the_source_moments(small_ridge):
     """What the old weight multiplies is ``A x + c``, here with a LayerNorm that took a part of c: ``W' = W A``."""
-    supported(1, 1)
     model, plain = built(), built()
     source = gather(model, CLEAN)
-    fit(model, WHOLE, source)
+    with supporting():
+        fit(model, WHOLE, source)
     assert not torch.equal(model.norm.bias, plain.norm.bias)
     linear = torch.linalg.lstsq(plain.fc1.weight, model.fc1.weight).solution
     after = gather(model, NOISY)['fc1']
@@ -168,23 +162,22 @@ def test_linear_layers_see_the_source_moments(small_ridge, supported):
     assert relative(linear @ after.covariance[0] @ linear.mT, source['fc1'].covariance[0]) < 1e-6
 
 
-def test_the_bias_of_a_linear_layer_takes_the_constant(supported):
+def test_the_bias_of_a_linear_layer_takes_the_constant():
     """``W' x + b' = W (A x + c) + b``: with the mean alone, the bias moves by W times the shift of the mean."""
-    supported(0, 1)
     model, plain = built(), built()
     source, target = (gather(model, batches)['fc2'] for batches in (CLEAN, NOISY))
-    fit(model, WHOLE, dict(fc2=source))
+    with supporting(covariance=0):
+        fit(model, WHOLE, dict(fc2=source))
     assert changed(model, plain) == {'fc2.bias'}
     expected = plain.fc2.bias + plain.fc2.weight @ (source.mean - target.mean)[0]
     assert relative(model.fc2.bias.detach(), expected.detach()) < 1e-12
 
 
 @pytest.mark.parametrize('support', [None, (1, 1), (0, 1), (1, 0), (0.3, 0.6)])
-def test_the_maps_are_in_the_weights(support, supported):
-    if support:
-        supported(*support)
+def test_the_maps_are_in_the_weights(support):
     model, plain = built(), built()
-    report = fit(model, WHOLE, gather(model, CLEAN))
+    with supporting(*support) if support else nullcontext():
+        report = fit(model, WHOLE, gather(model, CLEAN))
     assert all(row.support == support or not support for row in report.layers)
     assert [type(part) for part in model.modules()] == [type(part) for part in plain.modules()]
     assert signature(model.state_dict()) == signature(plain.state_dict())
@@ -193,10 +186,10 @@ def test_the_maps_are_in_the_weights(support, supported):
     assert relative(model(x).detach(), plain(x).detach()) > 1e-3
 
 
-def test_only_the_named_layers_change(supported):
-    supported(1, 1)
+def test_only_the_named_layers_change():
     model, plain = built(), built()
-    fit(model, WHOLE, gather(model, CLEAN), ['conv1', 'fc2'])
+    with supporting():
+        fit(model, WHOLE, gather(model, CLEAN), ['conv1', 'fc2'])
     assert changed(model, plain) == {'conv1.weight', 'bn1.running_mean', 'fc2.weight', 'fc2.bias'}
 
 
@@ -382,15 +375,15 @@ def test_fitted_to_the_images_of_the_source_a_model_stays(make, images):
 
 
 @pytest.mark.parametrize(('chunks', 'later'), [(1, 1), (2, 2), (40, 0)])
-def test_a_layer_that_runs_again_is_fitted_to_its_first_call(chunks, later, supported):
+def test_a_layer_that_runs_again_is_fitted_to_its_first_call(chunks, later):
     """The second one, which a single image does not show, is noted."""
-    supported(1, 1)
     images = data(40, 8)
     source = gather(built(Second), [images])
     model, once, plain = built(Second), built(Second), built(Second)
-    report = fit(model, (images * 2 + 1).chunk(chunks), source)
+    with supporting():
+        report = fit(model, (images * 2 + 1).chunk(chunks), source)
+        fit(once, (images * 2 + 1).chunk(40), source)
     assert notes(report) == ({'a': f'{later} later calls in these batches were not looked at'} if later else {})
-    fit(once, (images * 2 + 1).chunk(40), source)
     assert changed(model, plain) == {f'{name}.{kind}' for name in 'abc' for kind in ('weight', 'bias')}
     for name in 'ab':
         assert relative(model.get_submodule(name).weight.detach(), once.get_submodule(name).weight.detach()) < 1e-9
