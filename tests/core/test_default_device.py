@@ -26,12 +26,12 @@ def test_the_default_device_of_the_program_plays_no_part(rank, tmp_path):
     def make():
         return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
 
-    model, vanilla, x = built(make), built(make), data(64, 8)
+    model, vanilla, x = built(make), built(make), data(16, 6, 8)
     noisy = [1.5 * x + 0.5]
     with torch.device('meta'):
-        save_moments(gather(model, [x]), tmp_path / 'moments.pth', {})
+        save_moments(gather(model, [x], stride=2), tmp_path / 'moments.pth', {})
         source, _ = load_moments(tmp_path / 'moments.pth')
-        assert len(fit(copy.deepcopy(model), noisy, source).layers) == 2
+        assert len(fit(copy.deepcopy(model), noisy, source, stride=2).layers) == 2
         apply_denoiserep(model, 'all', rank=rank, example_input=x[:1])
         with denoise_losses(model, tokens=5) as losses:
             model(x)
