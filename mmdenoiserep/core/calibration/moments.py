@@ -97,7 +97,7 @@ class Moments:
 
     def about_zero(self) -> 'Moments':
         """Returns moments about zero instead of the mean: a mean of 0 and a covariance of E[x x^T]."""
-        moments = Moments(*self.mean.shape, self.mean.device)
+        moments = Moments(self.mean.shape[0], self.mean.shape[1], self.mean.device)
         moments.count, moments.scatter = self.count, self.second_moment * self.count
         return moments
 
