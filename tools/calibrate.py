@@ -87,8 +87,8 @@ def parse_args() -> argparse.Namespace:
         'depending on the number of images (default: fit the covariance of the first layer, but not its mean). '
         'For small models: with 512 images it destroyed a DINOv2 ViT-S (accuracy in percent: clean 100 to 76, blur 90 '
         'to 48, noise 46 to 42; the default gave noise 65, shot 75 instead of 65, blur 93), and a fit to noise was '
-        'useless on clean images (3; MobileNetV2 0.0). One seed, measured once, no command repeats it yet; differences '
-        'below 6 points mean nothing; see docs/which-when.md',
+        'useless on clean images (3; MobileNetV2 0.0). One seed, at rank 64, measured once, no command repeats it yet; '
+        'differences below 6 points mean nothing; see docs/which-when.md',
     )
     domain.add_argument('--layers', choices=['first', 'early', 'all'], help='layers to fit (default: chosen for you)')
     domain.add_argument(
