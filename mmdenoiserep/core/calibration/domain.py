@@ -241,8 +241,10 @@ class DomainPass:
 
     def _fit(self, name: str) -> None:
         """Fits one layer in place, or notes why it is skipped."""
-        self.shift = None
-        if reason := self._correct(name, self.layers[name]):
+        self.shift, layer = None, self.layers[name]
+        with torch.autocast(layer.weight.device.type, enabled=False):
+            reason = self._correct(name, layer)
+        if reason:
             self.skipped[name] = reason
         self.done.add(name)
         if self.progress:

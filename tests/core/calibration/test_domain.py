@@ -257,6 +257,25 @@ def test_a_convolution_with_a_forward_hook(hook, bias, batches):
     assert notes(report).keys() == (set() if bias else {'conv'}), 'behind the hook, no norm can take the constant'
 
 
+class Exact(nn.Sequential):
+    """Turns autocast off in its forward."""
+
+    def forward(self, x):
+        with torch.autocast('cpu', enabled=False):
+            return super().forward(x)
+
+
+def test_autocast_around_a_fit_plays_no_part():
+    """The maps are found in the precision of the weights."""
+    clean, noisy = (data(40, 8, seed=seed, noisy=seed > 0, dtype=torch.float32) for seed in (0, 1))
+    inside, outside = (built(lambda: Exact(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)), torch.float32) for _ in 'ab')
+    source, before = gather(inside, [clean]), copy.deepcopy(inside)
+    fit(outside, [noisy], source)
+    with torch.autocast('cpu', torch.bfloat16):
+        fit(inside, [noisy], source)
+    assert equal(inside.state_dict(), outside.state_dict()) and changed(inside, before)
+
+
 def test_explicit_maps_leave_nothing_behind():
     model, fitted, x = (*(built(lambda: Hooked(gate)) for _ in range(2)), data(4, *PIXELS))
     report = fit(fitted, [data(16, *PIXELS, seed=2, noisy=True)], gather(fitted, [data(16, *PIXELS, seed=1)]))
