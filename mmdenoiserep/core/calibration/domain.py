@@ -238,8 +238,7 @@ class DomainPass:
 
     def _fit(self, name: str) -> None:
         """Fits one layer in place, or notes why it is skipped."""
-        self.shift = None
-        layer = self.layers[name]
+        self.shift, layer = None, self.layers[name]
         with torch.autocast(layer.weight.device.type, enabled=False):
             reason = self._correct(name, layer)
         if reason:
