@@ -2,8 +2,8 @@
 
 For each experiment of studies.study and each seed, the baseline (the two programs share their work dir) is fitted to
 unlabelled corrupted training images and evaluated on test images with other draws of the corruption. It is compared
-with the paper's schedule, re-estimated BatchNorm, entropy minimisation, and fine-tuning with labels and noise. Finished
-steps are not repeated.
+with the paper's schedule, re-estimated BatchNorm, entropy minimisation, the alignment of blocks at test time, image
+filters, and fine-tuning with labels. Finished steps are not repeated.
 """
 
 import argparse
