@@ -185,7 +185,7 @@ class RobustnessRun:
         self.evaluator = self.make_evaluator(cfg.test_evaluator, tested.metainfo)
         self.training_evaluator = self.training_evaluator_of(train, tested.metainfo)
         self.moments: dict[str, dict[str, Moments]] = {}
-        self.blocks = BlockAlignment.measure(self.model.backbone.eval(), self.batches(self.clean))
+        self.blocks = BlockAlignment.measure(self.model.backbone, self.batches(self.clean))
 
     @staticmethod
     def make_evaluator(config: dict, metainfo: dict) -> Evaluator:

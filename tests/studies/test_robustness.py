@@ -72,7 +72,8 @@ def test_filters_remove_noise_and_keep_the_brightness(name, channels):
 def test_blocks_are_aligned_as_far_as_they_are_from_the_source(model):
     init_default_scope('mmpretrain')
     cfg = Config.fromfile(ROOT / f'configs/demo/{model}_fashion-mnist.py')
-    backbone = MODELS.build(cfg.model.backbone).eval()
+    backbone = MODELS.build(cfg.model.backbone)
+    backbone.eval()
     images = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     dark = 0.3 * images - 0.5
     with torch.no_grad():
