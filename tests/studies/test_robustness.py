@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, init_default_scope
 from helpers import ROOT
 from mmdenoiserep.core import InputError
 from mmdenoiserep.core.calibration.moments import Moments
-from tools_helpers import run_process, run_tool
+from tools_helpers import run_tool
 
 os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'
 
@@ -226,8 +226,8 @@ def test_a_finished_measurement_is_not_made_again(tmp_path, monkeypatch):
     assert [name for name, *_ in trained[6:]] == ['baseline'], 'beside classification nothing is fine-tuned'
 
 
-def test_one_measurement(tmp_path):
-    for name in ('configs', 'tools', 'studies', 'demo'):
+def test_one_measurement(tmp_path, monkeypatch):
+    for name in ('configs', 'demo'):
         (tmp_path / name).symlink_to(ROOT / name)
     cfg = Config.fromfile(ROOT / 'configs/demo/resnet_fashion-mnist.py')
     init_default_scope('mmpretrain')
@@ -240,7 +240,11 @@ def test_one_measurement(tmp_path):
 
     run_tool('prepare_fashion_mnist', '--source', 'demo/fashion-mnist', cwd=tmp_path)
     small = ['train_dataloader.dataset.indices=80', 'test_dataloader.dataset.indices=25']
-    run_process('robustness', '--one', 'resnet', '1', '--cfg-options', *small, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(robustness, 'ROOT', tmp_path)
+    monkeypatch.setattr(robustness_run, 'ITERATIONS', 3)
+    monkeypatch.setattr(sys, 'argv', ['robustness.py', '--one', 'resnet', '1', '--cfg-options', *small])
+    robustness.main()
     result = json.loads((folder / robustness_run.RESULT).read_text())
     assert result['images'] == dict(source=40, target=40, test=25) and list(result['table']) == list(CORRUPTIONS)
     methods = {'as trained', 'schedule', 'fine-tuned', 'fine-tuned on noise', 'fine-tuned with labels', 'BatchNorm'}
