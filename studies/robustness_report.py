@@ -241,7 +241,7 @@ def shares(result: Result, corruption: str, method: str) -> str:
     clean, before = (statistics.mean(result.values('table', c, AS_TRAINED)) for c in ('clean', corruption))
     wholes = clean - before, result.gain(corruption, LABELLED).mean
     gain = result.gain(corruption, method).mean
-    return ' / '.join(f'{100 * gain / whole:.0f}' if whole >= 1 else '-' for whole in wholes)
+    return ' / '.join(str(round(100 * gain / whole)) if whole >= 1 else '-' for whole in wholes)
 
 
 def counts(result: Result) -> str:

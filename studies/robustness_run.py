@@ -53,7 +53,7 @@ CLASSIFICATION = 'fashion-mnist'
 REID = 'fashion-reid'
 SEVERITIES = {
     CLASSIFICATION: dict(
-        noise=0.2, blur=1.2, jpeg=5, contrast=0.3, occlusion=0.4, shot=0.2, haze=0.3, mixture=0.5, varying=0.4
+        noise=0.2, blur=1.2, jpeg=5, contrast=0.3, occlusion=0.4, shot=0.2, haze=0.1, mixture=0.5, varying=0.4
     ),
     'scenes': dict(
         noise=40 / 255,
@@ -62,7 +62,7 @@ SEVERITIES = {
         contrast=0.5,
         occlusion=0.4,
         shot=0.05,
-        colour=0.5,
+        colour=0.8,
         haze=0.3,
         mixture=0.7,
         varying=80 / 255,
@@ -74,7 +74,7 @@ SEVERITIES = {
         contrast=0.8,
         occlusion=0.4,
         shot=0.05,
-        colour=0.3,
+        colour=0.1,
         haze=0.1,
         mixture=0.7,
         varying=80 / 255,
