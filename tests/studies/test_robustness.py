@@ -178,7 +178,7 @@ def test_the_page_and_the_picture(results, tmp_path, monkeypatch):
     assert '| fine-tuned with labels | 50 / 100 |' in text and '| chosen | none | median 3 |' in text
     assert '| 32 | +2.0 ± 0.00 / +2.0 ± 0.00 |' in text and text.count('| 5, skewed | ') == 2
     assert '| 100 | +25.1 ± 0.10 / -0.1 ± 0.10 | +0.0 ± 0.00 / +0.0 ± 0.00 |' in text
-    assert '| scenes | 0.157 | 2 | 5 | 0.5 | 0.4 | 0.05 | 0.3 | 0.7 | 0.314 | 0.5 |' in text
+    assert '| scenes | 0.157 | 2 | 5 | 0.5 | 0.4 | 0.05 | 0.3 | 0.7 | 0.314 | 0.8 |' in text
     assert page.with_suffix('.png').read_bytes().startswith(b'\x89PNG')
 
 
