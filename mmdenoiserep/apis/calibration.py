@@ -29,7 +29,7 @@ from ..core import (
     select_layers,
     solve_denoisers,
 )
-from ..core.calibration.collect import sum_processes
+from ..core.calibration.collect import Stride, sum_processes
 from ..core.calibration.features import Features
 from ..core.calibration.memory import paused_bytes
 from ..core.calibration.moments import gather_processes
@@ -262,8 +262,8 @@ def fit(
 ) -> tuple[CalibrationReport, str]:
     """Fits a model to its images, in place, and notes it in ``subject.meta``; see :func:`mmdenoiserep.fit_domain`.
 
-    A fit holds what the forwards of all images keep at one place of the model. If that is more than ``memory``, it takes
-    some of the images, and prints a sentence.
+    A fit holds what the forwards of all images keep at one place of the model. If that is more than ``memory``, it
+    takes some of the images, and prints a sentence.
 
     Args:
         subject: A model without denoisers, and images of the deployment domain.
@@ -292,7 +292,7 @@ def fit(
     one_of(PARTS, part=part)
     at_least(1, optional=True, stride=stride)
     chosen = layers_of(subject.layers, part)
-    limit_images(subject, chosen, memory)
+    limit_images(subject, chosen, memory, stride or subject.choose_strides())
     strides = stride or subject.choose_strides()
     with with_progress_bar(subject.images) as batches, layer_bar(len(chosen)) as done:
         report = fit_domain(
@@ -452,15 +452,16 @@ def describe_strides(strides: int | Mapping[str, int]) -> str:
     return f'one in {least}' if least == most else f'one in {least} (late layers) to {most}'
 
 
-def limit_images(subject: Subject, layers: Iterable[str], gibibytes: float) -> None:
+def limit_images(subject: Subject, layers: Mapping[str, Any], gibibytes: float, stride: Stride) -> None:
     """Takes as many images, evenly from all, as a fit of some layers can hold in memory; prints how many if not all.
 
     Args:
         subject: The model and the images.
-        layers: Names of the layers to fit.
+        layers: The layers to fit, by name.
         gibibytes: Memory in each process, GiB.
+        stride: See :func:`mmdenoiserep.core.collect_moments`.
     """
-    one = paused_bytes(subject.part, {name: subject.layers[name] for name in layers}, subject.example)
+    one = paused_bytes(subject.part, layers, subject.example, stride)
     total = sum_processes(len(subject.images.dataset))
     subject.images.take(max(1, min(gather_processes(int(gibibytes * 2**30 / one)))))
     taken = sum_processes(len(subject.images.dataset))

@@ -117,7 +117,7 @@ def compare(
     layers = select_layers(plain, 'all', example_input=images[:1])
     denoised = {name: converted.get_submodule(name) for name in layers}
     if stride is None:
-        stride = choose_strides(measure_vectors(plain, layers, images[:1]), IMAGES)
+        stride = choose_strides(measure_vectors(plain, layers, images[:1], inputs=True), IMAGES)
     loader = [images] * batches
     runs: dict[str, Callable] = {PLAIN: partial(forward, plain, loader)}
     for which, part in ((SOME, stride), (ALL, 1)):

@@ -18,10 +18,10 @@ from ..utils.lockstep import Lockstep
 from .batches import count_images
 from .collect import Stride, check_finite, stride_of, sum_processes, too_few
 from .features import Features, fitted_on_output
+from .halves import ImageVectors
 from .maps import before_map, fold_map
-from .halves import ImageVectors, root_of
 from .match import find_support, transport
-from .moments import CalibrationError, Moments, gather_processes
+from .moments import RIDGE, CalibrationError, Moments, gather_processes
 from .norms import find_norms
 from .readers import Readers
 from .report import CalibratedLayer, CalibrationReport, make_report, make_row
@@ -46,9 +46,9 @@ def fit_domain(
 
     An affine map carries the moments of each layer's features towards those in the training domain, see
     :func:`transport`, as far as the images support it, see :func:`find_support`, and is folded into the weights, see
-    :func:`fold_map`. The layers follow each other in the order of execution, each
-    fitted on the stream that the earlier ones correct, in one pass: the forwards of all batches pause at each layer
-    until it is fitted. Meanwhile the features of all images at that place of the model are in memory.
+    :func:`fold_map`. The layers follow each other in the order of execution, each fitted on the stream that the earlier
+    ones correct, in one pass: the forwards of all batches pause at each layer until it is fitted. Meanwhile the
+    features of all images at that place of the model are in memory, and the sampled vectors of the layer.
 
     A layer that runs several times in a forward is fitted on its first call.
 
@@ -238,8 +238,10 @@ class DomainPass:
 
     def _fit(self, name: str) -> None:
         """Fits one layer in place, or notes why it is skipped."""
-        self.shift = None
-        if reason := self._correct(name, self.layers[name]):
+        self.shift, layer = None, self.layers[name]
+        with torch.autocast(layer.weight.device.type, enabled=False):
+            reason = self._correct(name, layer)
+        if reason:
             self.skipped[name] = reason
         self.done.add(name)
         if self.progress:
@@ -260,23 +262,23 @@ class DomainPass:
             note = 'nothing takes a constant, so moments about zero are matched'
             if name in self.takers.reasons:
                 note += f' ({self.takers.reasons[name]})'
-        root = root_of(source, solving_dtype(layer))
-        first, second = seen.halves(root)
+        factor = source.factor(solving_dtype(layer))
+        first, second = seen.halves(factor)
         target = first.merged(second)
         check_finite(name, target)
         if reason := why_not(layer, target, 'these images'):
             return reason
         if not first.count:
-            return 'a single image shows no difference between images'
+            single = 'a single image shows no difference between images'
+            return single if self.images == 1 else 'its vectors cannot be told apart by image'
         if reason := too_few(target, stride_of(self.stride, name), self.images):
             return reason
         size = source.mean.shape[1]
         if source.count <= size < target.count:
             return f'{source.count} vectors of the training images are too few for {size} channels'
         if not takes_constant:
-            first, second = first.about_zero(), second.about_zero()
-            target = first.merged(second)
-        support = find_support(source, (first, second), root)
+            first, second, target = first.about_zero(), second.about_zero(), target.about_zero()
+        support = find_support(source, (first, second), factor)
         linear, constant = transport(source, target, support, solving_dtype(layer))
         fold_map(layer, norm, linear, constant)
         if norm is not None and layer.bias is None and not fitted_on_output(layer):
@@ -310,12 +312,12 @@ def why_not(layer: Layer, seen: Moments, images: str) -> str:
         seen: Its moments.
         images: What images they are of, as words.
     """
-    accuracy = (4 * torch.finfo(solving_dtype(layer)).eps) ** 2
+    info = torch.finfo(solving_dtype(layer))
     if not seen.count:
         return f'none of {images} reaches it'
     if seen.count == 1:
         return f'a single vector of {images} reaches it, which has no variance'
-    if seen.covariance.diagonal(dim1=1, dim2=2).sum() <= accuracy * seen.mean.square().sum():
+    if seen.variance <= (4 * info.eps) ** 2 * seen.mean.square().mean() + info.tiny / RIDGE:
         return f'it has no variance on {images}'
     return ''
 

@@ -4,19 +4,19 @@ import torch
 from torch import Tensor
 
 from .features import Features
-from .moments import RIDGE, Moments, add_ridge, gather_processes
+from .moments import Moments, gather_processes
 
 ITERATIONS = 20
 """Steps of the power iteration that finds the main direction of the images."""
 
 
 class ImageVectors:
-    """Vectors of a layer, image by image.
+    """Vectors of a layer, image by image, as they flow: on the device and in the dtype of the forward.
 
     Two halves of the images show how far moments move with what the images show. Chance halves would differ by the
     error of sampling alone; these differ by content: with the mean vector ``m_i`` of image i, centred, and the training
-    domain's covariance ``S = L L^T``, the images are ordered by the main right-singular vector of ``[L^-1 m_i]``, and
-    cut in the middle.
+    domain's covariance ``S + r I = L L^T``, the images are ordered by the main right-singular vector of ``[L^-1 m_i]``,
+    and cut in the middle.
 
     Args:
         features: What is gathered of the layer.
@@ -31,25 +31,27 @@ class ImageVectors:
 
         Args:
             vectors: Those of the first image first, (groups, channels, n).
-            images: How many images they are of, equally many of each.
+            images: Number of images, equally many vectors of each.
         """
-        self.parts.append(vectors.unflatten(2, (images, -1)))  # (groups, channels, images, n / images)
+        if vectors.shape[2]:
+            self.parts.append(vectors.detach().unflatten(2, (images, -1)))  # (groups, channels, images, n / images)
 
-    def halves(self, root: Tensor) -> tuple[Moments, Moments]:
-        """Returns the moments of both halves, in all processes; the first one is empty if there is one image.
+    @torch.no_grad()
+    def halves(self, factor: Tensor) -> tuple[Moments, Moments]:
+        """Returns the moments of both halves, in all processes; of a single image, the first ones are empty.
 
         Args:
-            root: L of the covariance in the training domain, lower triangular, (groups, C, C), float32 or float64.
+            factor: L in the training domain, lower triangular, (groups, size, size), float32 or float64.
         """
         features = self.features
-        none = torch.empty(features.groups, features.channels, 0, dtype=root.dtype, device=root.device)
-        own = torch.cat([none, *(part.to(root.dtype).mean(3) for part in self.parts)], 2)  # (groups, channels, images)
+        none = torch.empty(features.groups, features.channels, 0, dtype=factor.dtype, device=factor.device)
+        own = torch.cat([none, *(part.mean(3, dtype=factor.dtype) for part in self.parts)], 2)
         processes = gather_processes(own.cpu())
-        means = torch.cat(processes, 2).to(root)
+        means = torch.cat(processes, 2).to(factor)  # (groups, channels, images)
         if features.follows:
-            means = features.layer.weight.flatten(1).to(root) @ means
+            means = features.layer.weight.flatten(1).to(factor) @ means  # (1, C_out, images)
         centred = means - means.mean(2, keepdim=True)
-        scores = main_direction(torch.linalg.solve_triangular(root, centred, upper=False).flatten(0, 1))
+        scores = main_direction(torch.linalg.solve_triangular(factor, centred, upper=False).flatten(0, 1))
         first = torch.zeros(len(scores), dtype=torch.bool, device='cpu')
         first[scores.cpu().argsort(stable=True)[: len(scores) // 2]] = True
         rank = torch.distributed.get_rank() if len(processes) > 1 else 0
@@ -65,11 +67,6 @@ class ImageVectors:
             start += part.shape[2]
         gathered.merge_processes()
         return self.features.moments(gathered)
-
-
-def root_of(source: Moments, dtype: torch.dtype) -> Tensor:
-    """Returns L, lower triangular, of ``S + r I = L L^T`` with the ridge r of a fit."""
-    return torch.linalg.cholesky(add_ridge(source.covariance, RIDGE * source.variance).to(dtype))
 
 
 def main_direction(columns: Tensor) -> Tensor:

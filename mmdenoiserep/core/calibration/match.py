@@ -20,8 +20,12 @@ class Support(NamedTuple):
     mean: float = 1.0
 
 
+FULL = Support()
+"""All of it."""
+
+
 def transport(
-    source: Moments, target: Moments, support: Support = Support(), dtype: torch.dtype = torch.float64
+    source: Moments, target: Moments, support: Support = FULL, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
     """Returns A and c of ``x' = A x + c``, which carries moments of the target to those of the source.
 
@@ -59,16 +63,16 @@ def transport(
     return linear, goal - (linear.double() @ target.mean[:, :, None])[..., 0]
 
 
-def find_support(source: Moments, halves: tuple[Moments, Moments], root: Tensor) -> Support:
+def find_support(source: Moments, halves: tuple[Moments, Moments], factor: Tensor) -> Support:
     """Returns how much of the difference of two domains the images support.
 
     The moments of two halves a and b of the target's images show the error of the target's moments: for independent
-    halves, ``E|S_t - E S_t|^2 = E|S_a - S_b|^2 / 4``. The weight of the source that then minimises the expected error
-    of ``(1 - rho) S_t + rho S_s`` is (Ledoit and Wolf 2004)
+    halves, ``E|S_t - E S_t|^2 = w E|S_a - S_b|^2`` with ``w = n_a n_b / n_t^2``, 1/4 for halves of one size. The weight
+    of the source that then minimises the expected error of ``(1 - rho) S_t + rho S_s`` is (Ledoit and Wolf 2004)
 
-        ``rho = min(1, (1 + n_t / n_s) |S_a - S_b|^2 / (4 |S_t - S_s|^2))``,   ``|D|^2 = tr(P D P D)``
+        ``rho = min(1, (1 + n_t / n_s) w |S_a - S_b|^2 / |S_t - S_s|^2)``,   ``|D| = |L^-1 D L^-T|_F``
 
-    and the same of the means with ``|d|^2 = d^T P d``. ``P = (S_s + r I)^-1`` makes directions of little variance count
+    and the same of the means with ``|d| = |L^-1 d|``. ``S_s + r I = L L^T`` makes directions of little variance count
     as much as the others; the first factor adds the error of the source, seen on n_s vectors instead of n_t. Halves
     that differ by content, as :class:`ImageVectors` makes them, count differences of content as error too: a difference
     of domains that another choice of images could explain is left alone.
@@ -76,24 +80,25 @@ def find_support(source: Moments, halves: tuple[Moments, Moments], root: Tensor)
     Args:
         source: Moments in the training domain.
         halves: Moments of both halves in the deployment domain.
-        root: L of ``S_s + r I = L L^T``, (groups, size, size).
+        factor: L, lower triangular, (groups, size, size).
 
     Returns:
         ``1 - rho`` of the covariance and of the mean.
     """
     first, second = halves
     target = first.merged(second)
-    precision = torch.cholesky_inverse(root)
-    error = (1 + target.count / source.count) / 4
+    error = (1 + target.count / source.count) * first.count * second.count / target.count**2
 
-    def share(squares: list[float]) -> float:
-        """Returns 1 - rho from the squared differences of the halves and of the domains."""
-        return max(0.0, 1 - error * squares[0] / squares[1]) if squares[1] else 0.0
+    def whiten(columns: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(factor, columns, upper=False)
+
+    def share(halves: Tensor, domains: Tensor) -> float:
+        """Returns 1 - rho from the whitened differences of the halves and of the domains."""
+        ours, theirs = (torch.linalg.vector_norm(x, dtype=torch.float64).item() for x in (halves, domains))
+        return max(0.0, 1 - error * (ours / theirs) ** 2) if theirs else 0.0
 
     pairs = (first, second), (target, source)
-    covariances = [precision @ (a.covariance - b.covariance).to(precision) for a, b in pairs]  # P D
-    means = [(a.mean - b.mean)[..., None].to(precision) for a, b in pairs]  # (groups, size, 1)
     return Support(
-        covariance=share([(product * product.mT).sum().item() for product in covariances]),
-        mean=share([(mean * (precision @ mean)).sum().item() for mean in means]),
+        covariance=share(*(whiten(whiten((a.covariance - b.covariance).to(factor)).mT) for a, b in pairs)),
+        mean=share(*(whiten((a.mean - b.mean)[..., None].to(factor)) for a, b in pairs)),
     )

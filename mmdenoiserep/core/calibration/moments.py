@@ -90,6 +90,10 @@ class Moments:
             return power(add_ridge(self.covariance, RIDGE * self.variance).to(dtype), 0.5)
         return self._root.to(dtype)
 
+    def factor(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Returns L, lower triangular, of ``S + r I = L L^T``, (groups, size, size), with the ridge of :meth:`root`."""
+        return torch.linalg.cholesky(add_ridge(self.covariance, RIDGE * self.variance).to(dtype))
+
     @property
     def second_moment(self) -> Tensor:
         """E[x x^T], float64, (groups, size, size)."""
@@ -97,7 +101,7 @@ class Moments:
 
     def about_zero(self) -> 'Moments':
         """Returns moments about zero instead of the mean: a mean of 0 and a covariance of E[x x^T]."""
-        moments = Moments(*self.mean.shape, self.mean.device)
+        moments = self._empty()
         moments.count, moments.scatter = self.count, self.second_moment * self.count
         return moments
 
@@ -142,7 +146,7 @@ class Moments:
 
     def merged(self, other: 'Moments') -> 'Moments':
         """Returns the moments of all vectors of both."""
-        moments = Moments(*self.mean.shape, self.mean.device)
+        moments = self._empty()
         moments.merge(self)
         moments.merge(other)
         return moments
@@ -150,6 +154,11 @@ class Moments:
     def merge(self, other: 'Moments') -> None:
         """Adds all vectors that other moments have seen."""
         self._add(other.count, other.mean.to(self.mean), other.scatter.to(self.scatter))
+
+    def _empty(self) -> 'Moments':
+        """Returns moments of no vectors, of this shape, on this device."""
+        groups, size = self.mean.shape
+        return Moments(groups, size, self.mean.device)
 
     def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         if not count:

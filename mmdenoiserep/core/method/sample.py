@@ -13,7 +13,8 @@ class Sample:
         most: Largest size of a sample; a convolution samples equally many vectors of each image, which may round the
             size up. None sets no limit.
         seed: Seed of the sampler's own generator.
-        images: Images in the batch, of each of which a Linear layer samples equally many vectors too.
+        images: Images in the batch. A Linear layer samples equally many vectors of each, where their number divides
+            that of the vectors.
     """
 
     def __init__(self, most: int | None = None, seed: int = 0, images: int = 1) -> None:
@@ -39,13 +40,13 @@ class Sample:
         images = self.parts(len(x))
         places = self.draw(images, len(x) // images, stride)
         if places is not None:
-            places = places + torch.arange(0, len(x), len(x) // images)[:, None]
+            places += torch.arange(0, len(x), len(x) // images, device='cpu')[:, None]
             x = x.index_select(0, places.flatten().to(x.device))  # (n, C)
         return x.mT[None]  # (1, C, n)
 
     def parts(self, number: int) -> int:
-        """Returns the number of images that a number of vectors comes from; 1 if it is not the same of each image."""
-        return 1 if number % self.images else self.images
+        """Returns the number of images that some vectors come from; 1 if it does not divide their number."""
+        return self.images if self.images and number % self.images == 0 else 1
 
     def draw(self, rows: int, length: int, stride: int) -> Tensor | None:
         """Returns random indices below ``length``, with replacement, (rows, number); None stands for all."""
