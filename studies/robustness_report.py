@@ -9,7 +9,7 @@ from typing import Any
 from studies.study_report import Paired, spread, table
 
 AS_TRAINED, ALL_LAYERS, EARLY_HALF, FIRST_LAYER = 'as trained', 'all layers', 'early half', 'first layer'
-BATCH_NORM, LABELLED = 'BatchNorm', 'fine-tuned with labels'
+BATCH_NORM, FILTER, LABELLED = 'BatchNorm', 'filter, chosen', 'fine-tuned with labels'
 COLOURED = (
     ALL_LAYERS,
     EARLY_HALF,
@@ -19,8 +19,8 @@ COLOURED = (
     'entropy',
     'block alignment',
     'filter, blind',
-    'filter, chosen',
-    'filter, chosen + all layers',
+    FILTER,
+    f'{FILTER} + all layers',
     LABELLED,
     'fine-tuned',
     'fine-tuned on noise',

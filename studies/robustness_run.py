@@ -45,6 +45,7 @@ from studies.robustness_report import (
     AS_TRAINED,
     BATCH_NORM,
     EARLY_HALF,
+    FILTER,
     FIRST_LAYER,
     LABELLED,
 )
@@ -105,7 +106,8 @@ ITERATIONS = 150
 """Length of the fine-tuning with labels."""
 BATCH = 100
 """Number of images in a batch, but for training."""
-RESULT = 'robustness.json'
+PARTS = 'rivals', 'fits'
+"""The parts of a measurement, each a process and a file ``robustness-<part>.json``: the fits need the rivals' filters."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,7 @@ class RobustnessRun:
         fit_domain(part, chosen, self.batches(inputs), source)
         return model
 
-    def fits(self, inputs: Tensor) -> dict[str, nn.Module]:
+    def fitted_parts(self, inputs: Tensor) -> dict[str, nn.Module]:
         """Returns the models that each fit gives for unlabelled images, by method."""
         return {name: self.fitted(inputs, layers) for name, layers in FITS.items()}
 
@@ -346,17 +348,21 @@ class RobustnessRun:
         """Evaluates several models, see :meth:`score`."""
         return {name: self.score(model, images) for name, model in models.items()}
 
-    def measure(self) -> dict[str, Any]:
-        """Runs all measurements, and returns an entry of ``runs`` of :class:`robustness_report.Result`."""
+    def rivals(self) -> dict[str, Any]:
+        """Measures everything but the domain fit."""
         tests = {name: self.corrupted(self.test, name) for name in ('clean', *self.severities)}
         filters = {name: self.choose_filter(name) for name in tests}
-        result = dict(
-            images=dict(source=len(self.clean), target=len(self.target), test=len(self.test)),
-            filters=filters,
-            table=self.table(tests, filters),
-            latency=self.latency(),
-            counts=self.counts(tests),
-        )
+        images = dict(source=len(self.clean), target=len(self.target), test=len(self.test))
+        return dict(images=images, filters=filters, table=self.rivals_table(tests, filters))
+
+    def fits(self, filters: dict[str, str]) -> dict[str, Any]:
+        """Measures the domain fit.
+
+        Args:
+            filters: The chosen filter by corruption.
+        """
+        tests = {name: self.corrupted(self.test, name) for name in ('clean', *self.severities)}
+        result = dict(table=self.fits_table(tests, filters), latency=self.latency(), counts=self.counts(tests))
         if self.classifies:
             result |= dict(skewed=self.skewed(tests), elsewhere=self.elsewhere(tests))
         return result
@@ -370,15 +376,14 @@ class RobustnessRun:
             scores[name] = next(iter(self.score(self.model, smoothed, self.training_evaluator).values()))
         return max(scores, key=lambda name: scores[name])
 
-    def table(self, tests: dict[str, Images], filters: dict[str, str]) -> dict[str, dict]:
+    def rivals_table(self, tests: dict[str, Images], filters: dict[str, str]) -> dict[str, dict]:
         """Returns scores by corruption, method and metric; each method gets the corruption of the test images."""
         fixed = {AS_TRAINED: self.model, 'schedule': self.schedule()}
         if self.classifies:
             fixed |= {'fine-tuned': self.trained('control'), 'fine-tuned on noise': self.trained('noise-augmented')}
         table = {}
         for corruption, test in tests.items():
-            target = self.corrupted(self.target, corruption)
-            models = {**fixed, **self.fits(target.inputs)}
+            target, models = self.corrupted(self.target, corruption), dict(fixed)
             if self.classifies:
                 if model := self.normalised(target.inputs):
                     models[BATCH_NORM] = model
@@ -386,14 +391,21 @@ class RobustnessRun:
             models['block alignment'] = copy.deepcopy(self.model)
             models['block alignment'].backbone = BlockAlignment(self.model.backbone, self.blocks)
             scores = self.scores(models, test)
-            chosen = filters[corruption]
-            smoothed = Images(smooth(test.inputs, chosen), test.samples)
-            model = self.fitted(smooth(target.inputs, chosen), 'all', chosen)
-            scores['filter, blind'] = self.score(self.model, Images(smooth(test.inputs, BLIND), test.samples))
-            scores['filter, chosen'] = self.score(self.model, smoothed)
-            scores['filter, chosen + all layers'] = self.score(model, smoothed)
+            for name, smoothing in {'filter, blind': BLIND, FILTER: filters[corruption]}.items():
+                scores[name] = self.score(self.model, Images(smooth(test.inputs, smoothing), test.samples))
             scores[LABELLED] = self.score(self.fine_tuned(target), test)
             table[corruption] = scores
+        return table
+
+    def fits_table(self, tests: dict[str, Images], filters: dict[str, str]) -> dict[str, dict]:
+        """Returns scores by corruption, method and metric; each fit gets the corruption of the test images."""
+        table = {}
+        for corruption, test in tests.items():
+            inputs, chosen = self.corrupted(self.target, corruption).inputs, filters[corruption]
+            scores = self.scores(self.fitted_parts(inputs), test)
+            model = self.fitted(smooth(inputs, chosen), 'all', chosen)
+            smoothed = Images(smooth(test.inputs, chosen), test.samples)
+            table[corruption] = {**scores, f'{FILTER} + all layers': self.score(model, smoothed)}
         return table
 
     def counts(self, tests: dict[str, Images]) -> dict[str, dict]:
@@ -402,7 +414,7 @@ class RobustnessRun:
         for corruption in ('noise', 'clean'):
             inputs = self.corrupted(self.target, corruption).inputs
             for count in (count for count in COUNTS if count < len(inputs)):
-                scores = self.scores(self.fits(inputs[:count]), tests[corruption])
+                scores = self.scores(self.fitted_parts(inputs[:count]), tests[corruption])
                 result.setdefault(str(count), {})[corruption] = scores
         return result
 
@@ -413,7 +425,7 @@ class RobustnessRun:
         chosen = torch.isin(labels, self.order(int(labels.max()) + 1)[:classes]).nonzero()[:count, 0]
         images = Images(self.pool.inputs[chosen], [self.pool.samples[i] for i in chosen.tolist()])
         scores = {
-            corruption: self.scores(self.fits(self.corrupted(images, corruption).inputs), tests[corruption])
+            corruption: self.scores(self.fitted_parts(self.corrupted(images, corruption).inputs), tests[corruption])
             for corruption in ('noise', 'clean')
         }
         return dict(images=len(images), scores=scores)
@@ -425,7 +437,7 @@ class RobustnessRun:
         domains = {'noise': noisy, 'half noise, half clean': torch.cat([noisy[:half], self.target.inputs[half:]])}
         result = {}
         for name, inputs in domains.items():
-            models = self.fits(inputs)
+            models = self.fitted_parts(inputs)
             result[name] = {
                 corruption: self.scores(models, tests[corruption]) for corruption in ('noise', 'blur', 'clean')
             }
@@ -450,8 +462,8 @@ def write_noise_config(experiment: study.Experiment, folder: Path) -> str:
 
 
 def measure_one(args: argparse.Namespace) -> None:
-    """Measures the trained models of one experiment with one seed, and writes the result."""
-    name, seed = args.one[0], int(args.one[1])
+    """Measures one part for the trained models of one experiment with one seed, and writes the result."""
+    name, seed, part = args.one[0], int(args.one[1]), args.one[2]
     folder = study.seed_folder(args.work_dir, name, seed)
     if not (folder / 'baseline.json').exists():
         raise InputError(f'{folder} has no trained baseline; start this program without --one')
@@ -462,7 +474,26 @@ def measure_one(args: argparse.Namespace) -> None:
     experiment = study.EXPERIMENTS[name]
     cfg = load_config(experiment.config(), args.cfg_options)
     with torch.no_grad():
-        result = RobustnessRun(experiment, folder, seed, cfg).measure()
+        run = RobustnessRun(experiment, folder, seed, cfg)
+        result = run.rivals() if part == 'rivals' else run.fits(read_part(folder, 'rivals')['filters'])
     result['cpu_seconds'] = time.process_time() - started
-    with write_file(folder / RESULT) as file:
+    with write_file(path_of(folder, part)) as file:
         file.write(json.dumps(result, indent=1).encode())
+
+
+def path_of(folder: Path, part: str) -> Path:
+    """Returns the file of a part of a measurement."""
+    return folder / f'robustness-{part}.json'
+
+
+def read_part(folder: Path, part: str) -> dict[str, Any]:
+    """Reads a finished part of a measurement."""
+    return json.loads(path_of(folder, part).read_text())
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Returns an entry of ``runs`` of :class:`robustness_report.Result` from all parts of a measurement."""
+    rivals, fits = (read_part(folder, part) for part in PARTS)
+    table = {corruption: scores | fits['table'][corruption] for corruption, scores in rivals['table'].items()}
+    seconds = rivals['cpu_seconds'] + fits['cpu_seconds']
+    return rivals | fits | dict(table=table, cpu_seconds=seconds)
