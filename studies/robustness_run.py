@@ -107,7 +107,7 @@ ITERATIONS = 150
 BATCH = 100
 """Number of images in a batch, but for training."""
 PARTS = 'rivals', 'fits'
-"""The parts of a measurement, each a process and a file ``robustness-<part>.json``: the fits need the rivals' filters."""
+"""The parts of a measurement, in their order: the fits need the filters that the rivals choose."""
 
 
 @dataclass(frozen=True)
