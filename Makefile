@@ -6,7 +6,7 @@ PYTHON_VENV = .venv/bin/python
 help:
 	@echo 'make demo     train, evaluate, fuse and compare a small Mask R-CNN with DenoiseRep (under 15 minutes on 2 cores)'
 	@echo 'make study    train seven small models with three seeds and write docs/study.md (hours on 2 cores)'
-	@echo 'make robustness   fit them to corrupted images by several methods and write docs/domain.md (over an hour)'
+	@echo 'make robustness   fit them to corrupted images by several methods and write docs/domain.md (two hours)'
 	@echo 'make docs     run the notebook and build the pages of docs into site/'
 	@echo 'make test     run the tests, with some of the configs at full size'
 	@echo 'make test-all run the tests with every backbone, and every config at full size'

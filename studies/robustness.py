@@ -2,8 +2,8 @@
 
 For each experiment of studies.study and each seed, the baseline (the two programs share their work dir) is fitted to
 unlabelled corrupted training images and evaluated on test images with other draws of the corruption. It is compared
-with the paper's schedule, re-estimated BatchNorm, entropy minimisation, and fine-tuning with labels and noise. Finished
-steps are not repeated.
+with the paper's schedule, re-estimated BatchNorm, entropy minimisation, the alignment of blocks at test time, image
+filters, and fine-tuning with labels. Finished steps are not repeated.
 """
 
 import argparse
@@ -32,28 +32,30 @@ NOTE = 'robustness_note.json'
 
 def run_seed(experiment: study.Experiment, seed: int, folder: Path, overrides: list[str]) -> None:
     """Trains the missing models of one experiment with one seed, and measures in a separate process."""
-    from studies.robustness_run import CLASSIFICATION, RESULT, write_noise_config
+    from studies.robustness_run import CLASSIFICATION, PARTS, path_of, write_noise_config
 
     study.train(folder, 'baseline', experiment.config(), seed, overrides)
     if experiment.data == CLASSIFICATION:
         more = [*overrides, f'load_from={last_checkpoint(folder / "baseline")}']
         study.train(folder, 'control', experiment.config('_baseline-ft'), seed, more)
         study.train(folder, 'noise-augmented', write_noise_config(experiment, folder), seed, more)
-    if not (folder / RESULT).exists():
-        place = ['--work-dir', str(folder.parents[1]), *(['--cfg-options', *overrides] if overrides else [])]
-        command = ['-m', 'studies.robustness', '--one', folder.parent.name, str(seed), *place]
-        run(f'{folder}: robustness', *command, log=folder / 'robustness.log')
+    place = ['--work-dir', str(folder.parents[1]), *(['--cfg-options', *overrides] if overrides else [])]
+    for part in PARTS:
+        if not path_of(folder, part).exists():
+            command = ['-m', 'studies.robustness', '--one', folder.parent.name, str(seed), part, *place]
+            run(f'{folder}: {part}', *command, log=folder / f'robustness-{part}.log')
 
 
 def read_results(work_dir: Path) -> list[Result]:
     """Reads every finished measurement below a work dir."""
-    from studies.robustness_run import RESULT
+    from studies.robustness_run import PARTS, path_of, read_run
 
     results = []
     for name, experiment in study.EXPERIMENTS.items():
-        paths = {int(path.parent.name.split('_')[1]): path for path in work_dir.glob(f'{name}/seed_*/{RESULT}')}
+        folders = {int(folder.name.split('_')[1]): folder for folder in work_dir.glob(f'{name}/seed_*')}
+        paths = {seed: path for seed, path in folders.items() if all(path_of(path, part).exists() for part in PARTS)}
         if paths:
-            runs = [json.loads(paths[seed].read_text()) for seed in sorted(paths)]
+            runs = [read_run(paths[seed]) for seed in sorted(paths)]
             metrics = {metric: study.METRICS[key][1] for metric, key in experiment.metrics.items()}
             results.append(Result(name, experiment.title, experiment.data, sorted(paths), metrics, runs))
     return results
@@ -62,7 +64,7 @@ def read_results(work_dir: Path) -> list[Result]:
 def main() -> None:
     """Runs the missing measurements, and writes the page and the picture."""
     parser = study.make_parser(__doc__, Path('docs/domain.md'))
-    parser.add_argument('--one', nargs=2, help=argparse.SUPPRESS)  # NAME SEED: one measurement in this process
+    parser.add_argument('--one', nargs=3, help=argparse.SUPPRESS)  # NAME SEED PART: one measurement in this process
     args = study.parse_args(parser)
     os.chdir(ROOT)
     os.environ |= ENVIRONMENT

@@ -9,15 +9,19 @@ from typing import Any
 from studies.study_report import Paired, spread, table
 
 AS_TRAINED, ALL_LAYERS, EARLY_HALF, FIRST_LAYER = 'as trained', 'all layers', 'early half', 'first layer'
-BATCH_NORM = 'BatchNorm'
+BATCH_NORM, FILTER, LABELLED = 'BatchNorm', 'filter, chosen', 'fine-tuned with labels'
 COLOURED = (
     ALL_LAYERS,
     EARLY_HALF,
     FIRST_LAYER,
     'schedule',
     BATCH_NORM,
-    'entropy, 0.001',
-    'entropy, 0.0001',
+    'entropy',
+    'block alignment',
+    'filter, blind',
+    FILTER,
+    f'{FILTER} + all layers',
+    LABELLED,
     'fine-tuned',
     'fine-tuned on noise',
 )
@@ -50,6 +54,12 @@ class Result:
     def metric(self) -> str:
         """The first metric."""
         return next(iter(self.steps))
+
+    @property
+    def counts(self) -> dict[int, tuple[str, ...]]:
+        """The keys of the scores by number of images to fit on."""
+        run = self.runs[0]
+        return {int(count): ('counts', count) for count in run['counts']} | {run['images']['target']: ('table',)}
 
     def values(self, *keys: str, metric: str | None = None) -> list[float]:
         """Returns one number for each seed, by the keys of nested dicts and a metric (the first one by default)."""
@@ -91,7 +101,6 @@ def report(results: list[Result], note: dict, severities: dict[str, dict[str, fl
         note: Content of the file of :func:`studies.study.write_note`.
         severities: Severities by data set and corruption.
     """
-    corruptions = list(next(iter(severities.values())))
     parts = [
         '### Goals',
         'Set before anything was measured.',
@@ -101,9 +110,9 @@ def report(results: list[Result], note: dict, severities: dict[str, dict[str, fl
     ]
     parts += ['### Corruptions', severity_table(results, severities)]
     for result in results:
-        parts += [f'### {result.title}', *scores(result, corruptions)]
-        if 'counts' in result.runs[0]:
-            parts += [counts(result), elsewhere(result)]
+        parts += [f'### {result.title}', *scores(result), counts(result)]
+        if 'elsewhere' in result.runs[0]:
+            parts.append(elsewhere(result))
     versions = ', '.join(f'{name} {number}' for name, number in note['versions'].items())
     parts.append(
         f'{note["cores"]} CPU cores, {note["jobs"]} processes at a time, one thread each: '
@@ -151,7 +160,7 @@ def goals(results: list[Result]) -> list[Goal]:
 
 
 def recovered(result: Result, corruption: str) -> list[float]:
-    """Returns the share of the loss by a corruption that a fit of all layers recovers, in percent, for each seed."""
+    """Returns the percentage of a corruption's loss that the fit of all layers recovers, one for each seed."""
     clean, before, after = (
         result.values('table', *keys)
         for keys in (('clean', AS_TRAINED), (corruption, AS_TRAINED), (corruption, ALL_LAYERS))
@@ -164,7 +173,8 @@ def goals_table(results: list[Result]) -> str:
     judged = goals(results)
     rows = [[goal.text, goal.measured, 'met' if goal.met else '**missed**'] for goal in judged]
     met = sum(goal.met for goal in judged)
-    return f'{table(["goal", "measured", ""], rows)}\n\n{met} of {len(judged)} goals are met. The fit is of all layers.'
+    text = 'The fit is the one of all layers.'
+    return f'{table(["goal", "measured", ""], rows)}\n\n{met} of {len(judged)} goals are met. {text}'
 
 
 def tally(results: list[Result]) -> str:
@@ -196,14 +206,17 @@ def tally(results: list[Result]) -> str:
 def severity_table(results: list[Result], severities: dict[str, dict[str, float]]) -> str:
     """Returns the table of severities by data set and corruption."""
     data = [name for name in severities if any(result.data == name for result in results)]
-    header = ['data', *next(iter(severities.values()))]
-    rows = [[name, *(f'{severity:.3g}' for severity in severities[name].values())] for name in data]
-    return table(header, rows)
+    corruptions = list(dict.fromkeys(corruption for name in data for corruption in severities[name]))
+    rows = [
+        [name, *(f'{severities[name][c]:.3g}' if c in severities[name] else '-' for c in corruptions)] for name in data
+    ]
+    return table(['data', *corruptions], rows)
 
 
-def scores(result: Result, corruptions: list[str]) -> list[str]:
-    """Returns a table for each metric: the score of the model as trained, and the gain of each method."""
-    columns = ['clean', *corruptions]
+def scores(result: Result) -> list[str]:
+    """Returns a table of the gains for each metric, and one of what every method recovers."""
+    columns = list(result.runs[0]['table'])
+    methods = [method for method in result.runs[0]['table']['clean'] if method != AS_TRAINED]
     images = result.runs[0]['images']
     tables = [
         f'{images["source"]:,} clean training images for the source, {images["target"]:,} others to fit on, '
@@ -212,35 +225,40 @@ def scores(result: Result, corruptions: list[str]) -> list[str]:
     ]
     for metric in result.steps:
         rows = [[AS_TRAINED, *(spread(result.values('table', c, AS_TRAINED, metric=metric), '.1f') for c in columns)]]
-        for method in result.runs[0]['table']['clean']:
-            if method != AS_TRAINED:
-                gains = [result.gain(column, method, metric=metric).differences for column in columns]
-                rows.append([method, *(spread(gain, '+.2f') for gain in gains)])
-        if BATCH_NORM not in result.runs[0]['table']['clean'] and 'counts' in result.runs[0]:
-            rows.append([BATCH_NORM, *(['not applicable'] * len(columns))])
+        for method in methods:
+            gains = [result.gain(column, method, metric=metric).differences for column in columns]
+            rows.append([method, *(spread(gain, '+.2f') for gain in gains)])
         tables.append(table([f'{metric}, %', *columns], rows))
+    chosen = [', '.join(dict.fromkeys(run['filters'][column] for run in result.runs)) for column in columns]
+    tables.append(table(['filter', *columns], [['chosen', *chosen]]))
+    rows = [[method, *(shares(result, column, method) for column in columns[1:])] for method in methods]
+    tables.append(table([f'{result.metric} recovered, % of loss / of labels', *columns[1:]], rows))
     return tables
+
+
+def shares(result: Result, corruption: str, method: str) -> str:
+    """Returns a mean gain in percent of the mean loss by a corruption, and of the gain with labels; - below a point."""
+    clean, before = (statistics.mean(result.values('table', c, AS_TRAINED)) for c in ('clean', corruption))
+    wholes = clean - before, result.gain(corruption, LABELLED).mean
+    gain = result.gain(corruption, method).mean
+    return ' / '.join(str(round(100 * gain / whole)) if whole >= 1 else '-' for whole in wholes)
 
 
 def counts(result: Result) -> str:
     """Returns the gain on noise and the change on clean images by number of images, and for a skewed target."""
-    methods = list(next(iter(result.runs[0]['counts'].values()))['noise'])
-
-    def row(label: str, *keys: str, names: list[str]) -> list[str]:
-        cells = [
-            ' / '.join(
-                spread(result.gain(corruption, *keys, corruption, name).differences, '+.1f')
-                for corruption in ('noise', 'clean')
-            )
-            for name in names
+    methods = ALL_LAYERS, EARLY_HALF, FIRST_LAYER
+    places: dict[Any, tuple[str, ...]] = dict(result.counts)
+    if skewed := result.runs[0].get('skewed'):
+        places[f'{skewed["images"]}, skewed'] = ('skewed', 'scores')
+    rows = [
+        [label]
+        + [
+            ' / '.join(spread(result.gain(c, *keys, c, method).differences, '+.1f') for c in ('noise', 'clean'))
+            for method in methods
         ]
-        return [label, *cells, *(['-'] * (len(methods) - len(names)))]
-
-    rows = [row(count, 'counts', count, names=methods) for count in result.runs[0]['counts']]
-    skewed = result.runs[0]['skewed']
-    rows.append(row(f'{skewed["images"]}, skewed', 'skewed', 'scores', names=methods))
-    title = 'images to fit on (gain on noise / change on clean)'
-    return table([title, *methods], rows)
+        for label, keys in places.items()
+    ]
+    return table(['images to fit on (gain on noise / change on clean)', *methods], rows)
 
 
 def elsewhere(result: Result) -> str:
@@ -263,9 +281,9 @@ def draw(results: list[Result], path: Path) -> None:
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
-    counted = [result for result in results if 'counts' in result.runs[0]]
-    panels: list[tuple[Callable, Result]] = [(draw_bars, result) for result in results]
-    panels += [(draw_curves, result) for result in counted]
+    panels: list[tuple[Callable, Result]] = [
+        (panel, result) for panel in (draw_bars, draw_curves) for result in results
+    ]
     columns = min(len(panels), 4)
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 3.6 * lines), layout='constrained', squeeze=False)
@@ -281,7 +299,7 @@ def colour(method: str) -> tuple:
     """Returns the colour of a method."""
     import matplotlib
 
-    return matplotlib.colormaps['Paired'](COLOURED.index(method))
+    return matplotlib.colormaps['tab20'](COLOURED.index(method))
 
 
 def draw_bars(axes: Any, result: Result) -> None:
@@ -303,12 +321,12 @@ def draw_bars(axes: Any, result: Result) -> None:
 
 def draw_curves(axes: Any, result: Result) -> None:
     """Draws gain on noise (solid) and change on clean (dashed) over the number of images to fit on."""
-    found = result.runs[0]['counts']
-    for method in next(iter(found.values()))['noise']:
+    found = result.counts
+    for method in (ALL_LAYERS, EARLY_HALF, FIRST_LAYER):
         for corruption, style in {'noise': '-', 'clean': '--'}.items():
-            gains = [result.gain(corruption, 'counts', count, corruption, method).mean for count in found]
+            gains = [result.gain(corruption, *keys, corruption, method).mean for keys in found.values()]
             label = method if corruption == 'noise' else None
-            axes.plot([int(count) for count in found], gains, style, color=colour(method), marker='.', label=label)
+            axes.plot(list(found), gains, style, color=colour(method), marker='.', label=label)
     axes.axhline(0, color='black', lw=0.6)
     axes.set_xscale('log')
     axes.set(title=f'{result.title}: noise (solid), clean (dashed)', xlabel='images to fit on', ylabel=result.metric)

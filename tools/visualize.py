@@ -18,7 +18,7 @@ from pathlib import Path
 
 from denoiserep_commands import launch
 
-CORRUPTIONS = ('noise', 'blur', 'jpeg', 'contrast', 'occlusion', 'shot')
+CORRUPTIONS = ('noise', 'blur', 'jpeg', 'contrast', 'occlusion', 'shot', 'colour', 'haze', 'mixture', 'varying')
 FIGURE = re.compile(r'(signal_to_noise|spectra|embedding|attention|predictions|features_\d+)\.png')
 """Names of the figures, which ``--overwrite`` may replace."""
 

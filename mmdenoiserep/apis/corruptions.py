@@ -1,6 +1,7 @@
 """Corrupts images with noise, blur, JPEG artefacts and more, by albumentations."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,33 @@ from .arguments import at_least, one_of
 from .folders import check_outside, find_images
 from .pixels import read_stored
 
-COLOURS = (1, 3)
-"""Numbers of channels that JPEG supports."""
-SEVERITIES = dict(noise=40 / 255, blur=2.0, jpeg=10, contrast=0.5, occlusion=0.4, shot=0.05)
+COLOURS = dict(jpeg=(1, 3), colour=(3,))
+"""Numbers of channels that a corruption supports; the others support all."""
+SEVERITIES = dict(
+    noise=40 / 255,
+    blur=2.0,
+    jpeg=10,
+    contrast=0.5,
+    occlusion=0.4,
+    shot=0.05,
+    colour=0.5,
+    haze=0.3,
+    mixture=1.0,
+    varying=80 / 255,
+)
 """Default severity of each corruption."""
-RANGES = dict(noise=(0, 1), blur=(1e-3, 1e3), jpeg=(1, 100), contrast=(0, 1e6), occlusion=(0, 1), shot=(1e-6, 1))
+RANGES = dict(
+    noise=(0, 1),
+    blur=(1e-3, 1e3),
+    jpeg=(1, 100),
+    contrast=(0, 1e6),
+    occlusion=(0, 1),
+    shot=(1e-6, 1),
+    colour=(0, 1),
+    haze=(0, 1),
+    mixture=(1e-3, 6),
+    varying=(0, 1),
+)
 """Smallest and largest severity of each corruption. A blur of 0 gives black, one above 1000 takes forever."""
 
 
@@ -30,9 +53,12 @@ def corrupt(image: NDArray[Any], corruption: str, severity: float, seed: int, nu
             numbers from 0 to 255, as after ``to_float32``. Three channels are BGR. The last of two or four channels is
             alpha, which is not changed.
         corruption: ``'clean'``, ``'noise'`` (Gaussian), ``'blur'`` (Gaussian), ``'jpeg'``, ``'contrast'``,
-            ``'occlusion'`` (one black rectangle) or ``'shot'`` (Poisson noise).
+            ``'occlusion'`` (one black rectangle), ``'shot'`` (Poisson noise), ``'colour'`` (warm cast),
+            ``'haze'`` (white), ``'mixture'`` (blur, then noise) or ``'varying'`` (noise that differs by image).
         severity: Noise: standard deviation, for values from 0 to 1. Blur: standard deviation in pixels. JPEG: quality.
-            Contrast: factor. Occlusion: side of the rectangle as a share of the image's. Shot: scale.
+            Contrast: factor. Occlusion: side of the rectangle as a share of the image's. Shot: scale. Colour: c,
+            for gains of 1 + c of red and 1 - c of blue. Haze: share of white. Mixture: factor of the default severities
+            of blur and noise. Varying: largest standard deviation; each image draws one from 0 on.
         seed: Seed of all images, 0 or more.
         number: Number of this image, 0 or more.
 
@@ -48,8 +74,11 @@ def corrupt(image: NDArray[Any], corruption: str, severity: float, seed: int, nu
     at_least(0, seed=seed, number=number)
     channels = image.shape[2] if image.ndim == 3 else 1
     colours = channels - 1 if channels in (2, 4) else channels
-    if corruption == 'jpeg' and (image.dtype == np.uint16 or colours not in COLOURS):
-        raise InputError(f'jpeg takes 8-bit images of 1 or 3 channels, not {channels} of {image.dtype}')
+    if colours not in COLOURS.get(corruption, (colours,)):
+        numbers = ' or '.join(map(str, COLOURS[corruption]))
+        raise InputError(f'{corruption} takes images of {numbers} channels, not {channels}')
+    if corruption == 'jpeg' and image.dtype == np.uint16:
+        raise InputError('jpeg takes 8-bit images, not uint16')
     if image.dtype == np.uint16:
         most = np.float32(65535)
     elif image.dtype == np.uint8 or holds_bytes(image):
@@ -96,19 +125,31 @@ def make_transform(corruption: str, severity: float, seed: int) -> Any:
         whole = 'a whole number from ' if corruption == 'jpeg' else ''
         raise InputError(f'severity {severity:g} does not work for {corruption}: take {whole}{least:g} to {most:g}')
     both = (severity, severity)
-    transforms: dict[str, tuple[Any, dict[str, Any]]] = {
-        'noise': (A.GaussNoise, dict(std_range=both)),
-        'blur': (A.GaussianBlur, dict(sigma_limit=both, blur_limit=0)),
-        'jpeg': (A.ImageCompression, dict(quality_range=both)),
-        'contrast': (A.RandomBrightnessContrast, dict(brightness_limit=(0, 0), contrast_limit=(severity - 1,) * 2)),
-        'occlusion': (
-            A.CoarseDropout,
-            dict(num_holes_range=(1, 1), hole_height_range=both, hole_width_range=both, fill=0),
-        ),
-        'shot': (A.ShotNoise, dict(scale_range=both)),
+    light = A.RandomBrightnessContrast
+    transforms: dict[str, list[tuple[Any, dict[str, Any]]]] = {
+        'noise': [(A.GaussNoise, dict(std_range=both))],
+        'blur': [(A.GaussianBlur, dict(sigma_limit=both, blur_limit=0))],
+        'jpeg': [(A.ImageCompression, dict(quality_range=both))],
+        'contrast': [(light, dict(brightness_limit=(0, 0), contrast_limit=(severity - 1,) * 2))],
+        'occlusion': [
+            (A.CoarseDropout, dict(num_holes_range=(1, 1), hole_height_range=both, hole_width_range=both, fill=0))
+        ],
+        'shot': [(A.ShotNoise, dict(scale_range=both))],
+        'colour': [(A.Lambda, dict(image=partial(_cast, severity)))],
+        'haze': [(light, dict(brightness_limit=both, contrast_limit=(-severity, -severity)))],
+        'mixture': [
+            (A.GaussianBlur, dict(sigma_limit=(severity * SEVERITIES['blur'],) * 2, blur_limit=0)),
+            (A.GaussNoise, dict(std_range=(severity * SEVERITIES['noise'],) * 2)),
+        ],
+        'varying': [(A.GaussNoise, dict(std_range=(0, severity)))],
     }
-    kind, options = transforms[corruption]
-    return A.Compose([kind(**options, p=1.0)], seed=seed)
+    return A.Compose([kind(**options, p=1.0) for kind, options in transforms[corruption]], seed=seed)
+
+
+def _cast(severity: float, image: NDArray[Any], **_: Any) -> NDArray[Any]:
+    """Returns an RGB image, (H, W, 3), with a warm cast."""
+    cast = image * np.float32([1 + severity, 1, 1 - severity])
+    return cast.round().clip(0, 255).astype(np.uint8) if image.dtype == np.uint8 else cast.clip(0, 1)
 
 
 def corrupt_folder(

@@ -8,6 +8,8 @@ from mmdenoiserep.apis.corruptions import RANGES, corrupt, corrupt_folder, make_
 from mmdenoiserep.core import InputError
 
 SEVERITIES = dict(noise=0.1, blur=2.0, jpeg=10, contrast=0.5, occlusion=0.4, shot=0.05)
+SEVERITIES |= dict(colour=0.5, haze=0.4, mixture=0.5, varying=0.3)
+DRAWN = 'noise', 'shot', 'occlusion', 'mixture', 'varying'
 CHANNELS = [(), (1,), (3,), (4,), (6,)]
 
 
@@ -25,7 +27,7 @@ def test_every_image_has_draws_of_its_own(corruption):
     assert np.array_equal(seen[2, 1], again) and np.array_equal(image, before)
     assert all(x.shape == image.shape and x.dtype == image.dtype and (x != image).any() for x in seen.values())
     different = len({x.tobytes() for x in seen.values()})
-    assert different == (9 if corruption in ('noise', 'shot', 'occlusion') else 1)
+    assert different == (9 if corruption in DRAWN else 1)
 
 
 @pytest.mark.parametrize('channels', CHANNELS)
@@ -35,9 +37,13 @@ def test_sixteen_bits_are_corrupted_as_eight_bits_are(corruption, channels):
     image = picture(channels)
     deep = image.astype(np.uint16) * 257
     if corruption == 'jpeg':
-        for refused, word in ((deep, '8-bit'), (picture((6,)), '6')):
+        for refused, word in ((deep, '8-bit|channels'), (picture((6,)), '6')):
             with pytest.raises(InputError, match=word):
                 corrupt(refused, corruption, 10, 0, 0)
+        return
+    if corruption == 'colour' and channels not in ((3,), (4,)):
+        with pytest.raises(InputError, match='colour takes images of 3 channels'):
+            corrupt(image, corruption, 0.5, 0, 0)
         return
     shallow, deep = (corrupt(x, corruption, SEVERITIES[corruption], 5, 7) for x in (image, deep))
     assert deep.dtype == np.uint16 and deep.shape == shallow.shape
@@ -75,6 +81,14 @@ def test_colours_are_blue_first():
     corrupted = corrupt(blue, 'jpeg', 30, 0, 0).astype(float).mean((0, 1))
     assert corrupted[0] > 150 and corrupted[1:].max() < 60
     assert corrupt(blue, 'contrast', 0.5, 0, 0)[0, 0].tolist() == [100, 0, 0]
+    assert corrupt(blue + 20, 'colour', 0.5, 0, 0)[0, 0].tolist() == [110, 20, 30]
+
+
+def test_haze_adds_white_and_varying_noise_differs_by_image():
+    grey = np.full((100, 100, 3), 100, np.uint8)
+    assert abs(corrupt(grey, 'haze', 0.4, 0, 0).astype(int) - (0.6 * 100 + 0.4 * 255)).max() <= 1
+    spreads = [corrupt(grey, 'varying', 0.2, 0, i).std() for i in range(20)]
+    assert 0 < min(spreads) < 15 and 35 < max(spreads) < 0.2 * 255 * 1.05
 
 
 @pytest.mark.parametrize('dtype', [np.float32, np.float64, np.int64])

@@ -1,4 +1,4 @@
-"""Tests of studies/robustness.py: its corruptions, its page on made-up results, and one small robustness_run."""
+"""Tests of studies/robustness.py: its corruptions, its rivals, its page on made-up results, and one small run."""
 
 import json
 import os
@@ -12,20 +12,22 @@ from mmengine.registry import MODELS, init_default_scope
 
 from helpers import ROOT
 from mmdenoiserep.core import InputError
-from tools_helpers import run_process, run_tool
+from mmdenoiserep.core.calibration.moments import Moments
+from tools_helpers import run_tool
 
 os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'
 
-from studies import robustness, robustness_report, robustness_run, study
+from studies import rivals, robustness, robustness_report, robustness_run, study
 
-CORRUPTIONS = ('clean', 'noise', 'blur', 'jpeg', 'contrast', 'occlusion', 'shot')
+CORRUPTIONS = ('clean', *robustness_run.SEVERITIES['fashion-mnist'])
 NOTE = dict(
     command='python -m studies.robustness', cores=6, jobs=3, seconds=120.0, cpu_seconds=300.0, versions={'torch': '9.9'}
 )
 
 
-@pytest.mark.parametrize('data', robustness_run.SEVERITIES)
-@pytest.mark.parametrize('corruption', CORRUPTIONS[1:])
+@pytest.mark.parametrize(
+    ('data', 'corruption'), [(d, c) for d, found in robustness_run.SEVERITIES.items() for c in found]
+)
 def test_corruptions_are_drawn_by_seed_and_number(data, corruption):
     shape = (1, 28, 28) if data == 'fashion-mnist' else (3, 64, 48)
     images = torch.randint(40, 216, (6, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -35,7 +37,7 @@ def test_corruptions_are_drawn_by_seed_and_number(data, corruption):
     assert corrupted.shape == images.shape and corrupted.dtype == torch.uint8 and torch.equal(images, before)
     assert (corrupted != images).flatten(1).any(1).all()
     assert torch.equal(robustness_run.corrupt(images[:4], corruption, severity, seed=3), corrupted[:4])
-    if corruption in ('noise', 'occlusion', 'shot'):
+    if corruption in ('noise', 'occlusion', 'shot', 'mixture', 'varying'):
         assert not torch.equal(robustness_run.corrupt(images, corruption, severity, seed=4), corrupted)
 
 
@@ -52,18 +54,69 @@ def test_corruptions_do_what_their_severity_says():
     assert corrupted[0] > 140 and corrupted[1:].max() < 60
 
 
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('name', rivals.FILTERS)
+def test_filters_remove_noise_and_keep_the_brightness(name, channels):
+    grey = torch.full((3, channels, 32, 24), 120, dtype=torch.uint8)
+    noisy = robustness_run.corrupt(grey, 'noise', 0.05, 0)
+    smoothed = rivals.smooth(noisy, name)
+    assert smoothed.shape == noisy.shape and smoothed.dtype == torch.uint8
+    assert (smoothed.float().mean((0, 2, 3)) - 120).abs().max() < 1.5
+    if name == rivals.NO_FILTER:
+        assert torch.equal(smoothed, noisy)
+    else:
+        assert smoothed.float().std() < 0.9 * noisy.float().std()
+
+
+@pytest.mark.parametrize('model', ['vit', 'swin', 'resnet', 'vmamba'])
+def test_blocks_are_aligned_as_far_as_they_are_from_the_source(model):
+    init_default_scope('mmpretrain')
+    cfg = Config.fromfile(ROOT / f'configs/demo/{model}_fashion-mnist.py')
+    backbone = MODELS.build(cfg.model.backbone)
+    backbone.eval()
+    images = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    dark = 0.3 * images - 0.5
+    with torch.no_grad():
+        source = rivals.BlockAlignment.measure(backbone, [images])
+        before = {
+            name: rivals.distance(m, source[name])
+            for name, m in rivals.BlockAlignment.measure(backbone, [dark]).items()
+        }
+        aligned = rivals.BlockAlignment(backbone, source)
+        aligned(dark)
+        worst = max(before, key=before.get)
+        seen, forward = {}, aligned._align
+
+        def align(strengths, name, *args):
+            output = forward(strengths, name, *args)
+            channels = rivals.BLOCKS[type(aligned.blocks[name]).__name__]
+            seen[name] = rivals.distance(Moments.of(rivals.vectors(output, channels)), source[name]), strengths[name]
+            return output
+
+        aligned._align = align
+        aligned(dark)
+        assert torch.equal(aligned.backbone(images)[0], backbone(images)[0]), 'the backbone itself stays'
+    assert seen[worst][1] == 1.0 and min(strength for _, strength in seen.values()) == 0.0
+    assert seen[worst][0] < 0.2 * before[worst]
+
+
 def made_up(gains, *, metric='top-1', latency=1.0, more=True):
-    """Returns one run: the model as trained has 80 on clean images and 40 on the others."""
+    """Returns one run: the model as trained has 80 on clean images and 40 on the others, 60 with labels."""
     base = {corruption: 80.0 if corruption == 'clean' else 40.0 for corruption in CORRUPTIONS}
-    methods = {'as trained': {}, 'schedule': {}, **gains}
+    labels = dict.fromkeys(CORRUPTIONS[1:], 20.0)
+    fits = {'early half': {}, 'first layer': {}}
+    methods = {'as trained': {}, 'schedule': {}, **fits, **gains, 'fine-tuned with labels': labels}
     table = {
         corruption: {name: {metric: value + gain.get(corruption, 0.0)} for name, gain in methods.items()}
         for corruption, value in base.items()
     }
-    pair = {c: {n: {metric: base[c] + 2.0} for n in ('all layers', 'BatchNorm')} for c in ('noise', 'clean')}
-    run = dict(images=dict(source=9, target=8, test=7), table=table, latency=latency)
+    names = ('all layers', 'early half', 'first layer')
+    pair = {c: {n: {metric: base[c] + 2.0} for n in names} for c in ('noise', 'clean')}
+    filters = {corruption: 'none' if corruption == 'clean' else 'median 3' for corruption in CORRUPTIONS}
+    run = dict(images=dict(source=9, target=100, test=7), filters=filters, table=table, latency=latency)
+    run |= dict(counts={'8': pair, '32': pair})
     if more:
-        run |= dict(counts={'8': pair, '32': pair}, skewed=dict(images=5, scores=pair), elsewhere={'noise': pair})
+        run |= dict(skewed=dict(images=5, scores=pair), elsewhere={'noise': pair})
     return run
 
 
@@ -72,7 +125,7 @@ def results(tmp_path):
     """Work dir of made-up measurements: a ViT and a ResNet with three seeds, SegFormer with two."""
     good = {'noise': 25.0, 'blur': 9.0, 'clean': -0.2}
     for seed in (2, 0, 1):
-        harm = {'entropy, 0.001': {'noise': -9.0 - seed}}
+        harm = {'entropy': {'noise': -9.0 - seed}}
         shift = {key: value + 0.1 * seed for key, value in good.items()}
         write(tmp_path, 'vit', seed, made_up({'all layers': shift, **harm}))
         norm = {'BatchNorm': {**good, 'blur': 10.0}}
@@ -117,12 +170,15 @@ def test_the_page_and_the_picture(results, tmp_path, monkeypatch):
     text = page.read_text()
     assert text.startswith('before\n') and text.endswith('after\n') and 'old' not in text
     assert '5 of 9 goals are met' in text and text.count('**missed**') == 4
-    assert '| entropy, 0.001 | 7 | 0 | 6 | 1 | +0.00 (ViT, clean) | -10.00 (ViT, noise) |' in text
-    assert '**entropy, 0.001** helps nowhere by more than the noise of the seeds.' in text
+    assert '| entropy | 10 | 0 | 9 | 1 | +0.00 (ViT, clean) | -10.00 (ViT, noise) |' in text
+    assert '**entropy** helps nowhere by more than the noise of the seeds.' in text
     assert '**all layers** ' not in text
     assert '| all layers | -0.10 ± 0.10 | +25.10 ± 0.10 |' in text
-    assert '| BatchNorm | not applicable |' in text, 'on the ViT'
-    assert '| 32 | +2.0 ± 0.00 / +2.0 ± 0.00 |' in text and '| 5, skewed | ' in text
+    assert '| all layers | 63 / 126 | 23 / 46 | 0 / 0 |' in text, 'of the loss of 40, and of the 20 that labels give'
+    assert '| fine-tuned with labels | 50 / 100 |' in text and '| chosen | none | median 3 |' in text
+    assert '| 32 | +2.0 ± 0.00 / +2.0 ± 0.00 |' in text and text.count('| 5, skewed | ') == 2
+    assert '| 100 | +25.1 ± 0.10 / -0.1 ± 0.10 | +0.0 ± 0.00 / +0.0 ± 0.00 |' in text
+    assert '| scenes | 0.157 | 2 | 5 | 0.5 | 0.4 | 0.05 | 0.3 | 0.7 | 0.314 | 0.8 |' in text
     assert page.with_suffix('.png').read_bytes().startswith(b'\x89PNG')
 
 
@@ -170,8 +226,8 @@ def test_a_finished_measurement_is_not_made_again(tmp_path, monkeypatch):
     assert [name for name, *_ in trained[6:]] == ['baseline'], 'beside classification nothing is fine-tuned'
 
 
-def test_one_measurement(tmp_path):
-    for name in ('configs', 'tools', 'studies', 'demo'):
+def test_one_measurement(tmp_path, monkeypatch):
+    for name in ('configs', 'demo'):
         (tmp_path / name).symlink_to(ROOT / name)
     cfg = Config.fromfile(ROOT / 'configs/demo/resnet_fashion-mnist.py')
     init_default_scope('mmpretrain')
@@ -184,13 +240,18 @@ def test_one_measurement(tmp_path):
 
     run_tool('prepare_fashion_mnist', '--source', 'demo/fashion-mnist', cwd=tmp_path)
     small = ['train_dataloader.dataset.indices=80', 'test_dataloader.dataset.indices=25']
-    run_process('robustness', '--one', 'resnet', '1', '--cfg-options', *small, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(robustness, 'ROOT', tmp_path)
+    monkeypatch.setattr(robustness_run, 'ITERATIONS', 3)
+    monkeypatch.setattr(sys, 'argv', ['robustness.py', '--one', 'resnet', '1', '--cfg-options', *small])
+    robustness.main()
     result = json.loads((folder / robustness_run.RESULT).read_text())
     assert result['images'] == dict(source=40, target=40, test=25) and list(result['table']) == list(CORRUPTIONS)
-    methods = {'as trained', 'schedule', 'fine-tuned', 'fine-tuned on noise', 'BatchNorm'}
-    methods |= {'all layers', 'early half', 'first layer', 'entropy, 0.001', 'entropy, 0.0001'}
+    methods = {'as trained', 'schedule', 'fine-tuned', 'fine-tuned on noise', 'fine-tuned with labels', 'BatchNorm'}
+    methods |= {'all layers', 'early half', 'first layer', 'entropy', 'block alignment'}
+    methods |= {'filter, blind', 'filter, chosen', 'filter, chosen + all layers'}
     values = [value for scores in result['table'].values() for value in scores.values()]
     assert set(result['table']['blur']) == methods and all(0 <= value['top-1'] <= 100 for value in values)
-    assert list(result['counts']) == ['8', '32']
+    assert list(result['counts']) == ['32'] and set(result['filters']) == set(CORRUPTIONS)
     assert set(result['elsewhere']) == {'noise', 'half noise, half clean'}
     assert 0.5 < result['latency'] < 2 and 0 < result['skewed']['images'] < 40

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from denoiserep_commands import launch
 
-CORRUPTIONS = ('noise', 'blur', 'jpeg', 'contrast', 'occlusion', 'shot')
+CORRUPTIONS = ('noise', 'blur', 'jpeg', 'contrast', 'occlusion', 'shot', 'colour', 'haze', 'mixture', 'varying')
 
 
 def parse_args() -> argparse.Namespace:
@@ -23,8 +23,10 @@ def parse_args() -> argparse.Namespace:
         '--severity',
         type=float,
         help='noise: standard deviation, for values from 0 to 1; blur: standard deviation in pixels; jpeg: quality, '
-        '1 to 100; contrast: factor; occlusion: side of a black rectangle over that of the image; shot: scale, 0 to 1 '
-        '(default: noise 0.16, blur 2, jpeg 10, contrast 0.5, occlusion 0.4, shot 0.05)',
+        '1 to 100; contrast: factor; occlusion: side of a black rectangle over that of the image; shot: scale, 0 to 1; '
+        'colour: gain of red, less 1, 0 to 1; haze: share of white, 0 to 1; mixture: factor of the '
+        'default blur and noise; varying: largest standard deviation of a noise that differs by image (default: noise '
+        '0.16, blur 2, jpeg 10, contrast 0.5, occlusion 0.4, shot 0.05, colour 0.5, haze 0.3, mixture 1, varying 0.31)',
     )
     parser.add_argument('--seed', type=int, default=0, help='seed of the corruption (default: %(default)s)')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT if it exists')
