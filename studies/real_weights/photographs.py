@@ -135,9 +135,7 @@ def find_webp(data: bytes) -> Iterator[bytes]:
         size = 8 + int.from_bytes(data[start + 4 : start + 8], 'little')
         if data[start + 8 : start + 12] == b'WEBP' and size >= LEAST_BYTES:
             yield data[start : start + size]
-            start += size
-        else:
-            start += 4
+        start += 4
 
 
 def split(photographs: Sequence[Path]) -> dict[str, list[Path]]:
