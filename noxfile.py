@@ -14,7 +14,7 @@ nox.options.error_on_missing_interpreters = False  # a Python that is not here i
 nox.options.reuse_existing_virtualenvs = True
 
 CORE = Path('tests', 'core')
-CALIBRATION = ('closed_form', 'collect', 'features', 'match', 'memory', 'moments', 'solve')
+CALIBRATION = ('closed_form', 'collect', 'calibration_features', 'match', 'memory', 'moments', 'solve')
 TORCH_ALONE = [
     CORE / 'utils' / 'test_lockstep.py',
     CORE / 'test_alone.py',

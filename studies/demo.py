@@ -54,8 +54,8 @@ def main() -> None:
     corrupt = ['tools/analysis_tools/corrupt_images.py', 'work_dirs/scenes/images', str(NOISY), 'noise']
     do('Add noise to all scenes', *corrupt)
     do('Gather moments of the clean training scenes', 'tools/calibrate.py', 'moments', *baseline, source)
-    images = ['--images', str(NOISY / 'training'), '--num-images', '300', '--representative', '--verify']
-    fit = ['tools/calibrate.py', 'domain', *baseline, str(FITTED), '--source', source, *images]
+    images = ['--images', str(NOISY / 'training'), '--num-images', '300']
+    fit = ['tools/calibrate.py', 'domain', *baseline, str(FITTED), '--source', source, *images, '--verify']
     do('Fit the baseline to noisy training scenes, without labels', *fit)
     noisy = ['--cfg-options', f'test_dataloader.dataset.data_prefix.img=../demo/{NOISY.name}/validation/']
     do('Evaluate the baseline on noisy scenes', 'tools/test.py', *baseline, '--work-dir', str(WORK / 'noise'), *noisy)

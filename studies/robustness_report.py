@@ -14,9 +14,6 @@ COLOURED = (
     ALL_LAYERS,
     EARLY_HALF,
     FIRST_LAYER,
-    'safe_fit',
-    'mean',
-    'diagonal',
     'schedule',
     BATCH_NORM,
     'entropy, 0.001',
@@ -53,11 +50,6 @@ class Result:
     def metric(self) -> str:
         """The first metric."""
         return next(iter(self.steps))
-
-    @property
-    def picked(self) -> str:
-        """The fit that safe_fit picks for the images of the table, if they are representative."""
-        return self.runs[0]['picked']
 
     def values(self, *keys: str, metric: str | None = None) -> list[float]:
         """Returns one number for each seed, by the keys of nested dicts and a metric (the first one by default)."""
@@ -128,7 +120,7 @@ def goals(results: list[Result]) -> list[Goal]:
     for corruption, least in {'noise': {'vit': 20, 'resnet': 30}, 'blur': {'vit': 8, 'resnet': 8}}.items():
         for name, points in least.items():
             if result := by_name.get(name):
-                gain = result.gain(corruption, result.picked)
+                gain = result.gain(corruption, ALL_LAYERS)
                 text = f'{corruption}, {result.title}: at least +{points} {result.metric}'
                 found.append(Goal(text, spread(gain.differences, '+.2f'), gain.mean >= points))
     for name in ('mask-rcnn', 'segformer', 'reid'):
@@ -137,7 +129,7 @@ def goals(results: list[Result]) -> list[Goal]:
                 shares = recovered(result, corruption)
                 text = f'{corruption}, {result.title}: at least 60 % of the lost {result.metric} recovered'
                 found.append(Goal(text, f'{spread(shares, ".0f")} %', statistics.mean(shares) >= 60))
-    costs = {result.title: result.gain('clean', result.picked).mean for result in results}
+    costs = {result.title: result.gain('clean', ALL_LAYERS).mean for result in results}
     worst = min(costs, key=lambda title: costs[title])
     text = 'fitted to clean images: every model within 0.5 on them'
     found.append(Goal(text, f'{costs[worst]:+.2f} at worst ({worst})', costs[worst] >= -0.5))
@@ -148,7 +140,7 @@ def goals(results: list[Result]) -> list[Goal]:
     if result := by_name.get('resnet'):
         leads = {
             corruption: Paired(
-                result.values('table', corruption, result.picked), result.values('table', corruption, BATCH_NORM)
+                result.values('table', corruption, ALL_LAYERS), result.values('table', corruption, BATCH_NORM)
             ).mean
             for corruption in result.runs[0]['table']
         }
@@ -159,10 +151,10 @@ def goals(results: list[Result]) -> list[Goal]:
 
 
 def recovered(result: Result, corruption: str) -> list[float]:
-    """Returns the share of the loss by a corruption that the picked fit recovers, in percent, one for each seed."""
+    """Returns the share of the loss by a corruption that a fit of all layers recovers, in percent, for each seed."""
     clean, before, after = (
         result.values('table', *keys)
-        for keys in (('clean', AS_TRAINED), (corruption, AS_TRAINED), (corruption, result.picked))
+        for keys in (('clean', AS_TRAINED), (corruption, AS_TRAINED), (corruption, ALL_LAYERS))
     )
     return [100 * (a - b) / (c - b) if c != b else 0.0 for a, b, c in zip(after, before, clean, strict=True)]
 
@@ -172,9 +164,7 @@ def goals_table(results: list[Result]) -> str:
     judged = goals(results)
     rows = [[goal.text, goal.measured, 'met' if goal.met else '**missed**'] for goal in judged]
     met = sum(goal.met for goal in judged)
-    text = 'The fit is the one that `safe_fit` picks for the target images, taken as representative'
-    picks = '; '.join(f'{result.title}: {result.picked}' for result in results)
-    return f'{table(["goal", "measured", ""], rows)}\n\n{met} of {len(judged)} goals are met. {text} ({picks}).'
+    return f'{table(["goal", "measured", ""], rows)}\n\n{met} of {len(judged)} goals are met. The fit is of all layers.'
 
 
 def tally(results: list[Result]) -> str:
@@ -248,7 +238,7 @@ def counts(result: Result) -> str:
 
     rows = [row(count, 'counts', count, names=methods) for count in result.runs[0]['counts']]
     skewed = result.runs[0]['skewed']
-    rows.append(row(f'{skewed["images"]}, skewed', 'skewed', 'scores', names=[m for m in methods if m != 'safe_fit']))
+    rows.append(row(f'{skewed["images"]}, skewed', 'skewed', 'scores', names=methods))
     title = 'images to fit on (gain on noise / change on clean)'
     return table([title, *methods], rows)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
+from mmdenoiserep.apis.calibration import layers_of
 from mmdenoiserep.apis.config import load_config
 from mmdenoiserep.apis.corruptions import make_transform
 from mmdenoiserep.apis.model import open_model
@@ -28,11 +29,9 @@ from mmdenoiserep.core import (
     collect_moments,
     fit_domain,
     fuse_model,
-    safe_fit,
     select_layers,
     solve_denoisers,
 )
-from mmdenoiserep.core.calibration.match import FEW, MANY
 from mmdenoiserep.core.files.atomic import write_file
 from studies import study
 from studies.benchmarks.measure import alternate, cost_ratio
@@ -144,12 +143,8 @@ class RobustnessRun:
         ]
         layers = select_layers(self.model.backbone, 'all', example_input=self.clean[0][:2])
         self.moments = collect_moments(self.model.backbone, layers, self.clean)
-        self.layers = list(layers)
-        self.fits = {
-            ALL_LAYERS: safe_fit(self.layers, MANY, representative=True),
-            EARLY_HALF: safe_fit(self.layers, FEW, representative=True),
-            FIRST_LAYER: safe_fit(self.layers, MANY),
-        }
+        parts = {ALL_LAYERS: 'all', EARLY_HALF: 'early', FIRST_LAYER: 'first'}
+        self.fits = {name: list(layers_of(layers, part)) for name, part in parts.items()}
 
     def order(self, count: int) -> Tensor:
         """Returns a permutation of the numbers below ``count``, drawn from this seed."""
@@ -194,11 +189,11 @@ class RobustnessRun:
         model.backbone = fuse_model(model.backbone)
         return model
 
-    def fitted(self, inputs: Tensor, layers: Sequence[str] | None = None, **options: Any) -> nn.Module:
-        """Returns the model with the given layers, or all, fitted to images in one batch; see :func:`fit_domain`."""
+    def fitted(self, inputs: Tensor, layers: Sequence[str]) -> nn.Module:
+        """Returns the model with the given layers fitted to images in one batch; see :func:`fit_domain`."""
         model = copy.deepcopy(self.model)
-        chosen = {name: model.backbone.get_submodule(name) for name in layers or self.layers}
-        fit_domain(model.backbone, chosen, [self.batch(inputs)], self.moments, **options)
+        chosen = {name: model.backbone.get_submodule(name) for name in layers}
+        fit_domain(model.backbone, chosen, [self.batch(inputs)], self.moments)
         return model
 
     def normalised(self, inputs: Tensor) -> nn.Module | None:
@@ -233,7 +228,7 @@ class RobustnessRun:
 
     def adapted(self, inputs: Tensor) -> dict[str, nn.Module]:
         """Returns the models that each fit, and re-estimated BatchNorm, give for unlabelled images, by method."""
-        models = {name: self.fitted(inputs, **options) for name, options in self.fits.items()}
+        models = {name: self.fitted(inputs, layers) for name, layers in self.fits.items()}
         if self.classifies and (model := self.normalised(inputs)):
             models[BATCH_NORM] = model
         return models
@@ -247,18 +242,12 @@ class RobustnessRun:
         tests = {name: self.corrupted(self.test, name) for name in ('clean', *self.severities)}
         result = dict(
             images=dict(source=sum(map(len, self.clean)), target=len(self.target), test=len(self.test)),
-            picked=self.picked(len(self.target)),
             table=self.table(tests),
             latency=self.latency(),
         )
         if self.classifies:
             result |= dict(counts=self.counts(tests), skewed=self.skewed(tests), elsewhere=self.elsewhere(tests))
         return result
-
-    def picked(self, count: int) -> str:
-        """Returns the name of the fit that safe_fit picks for ``count`` representative images."""
-        options = safe_fit(self.layers, count, representative=True)
-        return next(name for name, fit in self.fits.items() if fit == options)
 
     def table(self, tests: dict[str, Images]) -> dict[str, dict]:
         """Returns scores by corruption, method and metric; each fit uses the corruption of the test images."""
@@ -268,9 +257,8 @@ class RobustnessRun:
         table = {}
         for corruption, test in tests.items():
             inputs = self.corrupted(self.target, corruption).inputs
-            models = {**fixed, **self.adapted(inputs), 'mean': self.fitted(inputs, fit='mean')}
+            models = {**fixed, **self.adapted(inputs)}
             if self.classifies:
-                models['diagonal'] = self.fitted(inputs, fit='diagonal')
                 more = self.corrupted(self.pool.first(MINIMISED), corruption).inputs
                 models |= {f'entropy, {rate:g}': self.minimise_entropy(more, rate) for rate in RATES}
             table[corruption] = self.scores(models, test)
@@ -283,7 +271,6 @@ class RobustnessRun:
             inputs = self.corrupted(self.pool.first(max(COUNTS)), corruption).inputs
             for count in (count for count in COUNTS if count <= len(inputs)):
                 scores = self.scores(self.adapted(inputs[:count]), tests[corruption])
-                scores['safe_fit'] = scores[self.picked(count)]
                 result.setdefault(str(count), {})[corruption] = scores
         return result
 
@@ -315,7 +302,7 @@ class RobustnessRun:
     def latency(self) -> float:
         """Returns the latency of the fitted backbone over the baseline's: the median ratio of alternating pairs."""
         image = self.batch(self.test.inputs[:1])
-        models = dict(baseline=self.model, fused=self.fitted(self.target.inputs, **self.fits[FIRST_LAYER]))
+        models = dict(baseline=self.model, fused=self.fitted(self.target.inputs, self.fits[FIRST_LAYER]))
         seconds = alternate({n: lambda m=m: m.backbone(image) for n, m in models.items()}, warm_up=10, repeats=100)
         return cost_ratio(seconds['fused'], seconds['baseline']).median
 

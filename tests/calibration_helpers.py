@@ -1,10 +1,14 @@
 """Models and features that the tests of the calibration share."""
 
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import torch
 from torch import nn
 
 from helpers import randomise, relative
-from mmdenoiserep.core import collect_moments, explicit_maps, fit_domain, select_layers
+from mmdenoiserep.core import Support, collect_moments, explicit_maps, fit_domain, select_layers
+from mmdenoiserep.core.calibration import domain
 
 TOKENS, PIXELS = (5, 8), (8, 6, 6)
 
@@ -21,6 +25,16 @@ def vectors(groups=2, size=3, count=500, seed=0):
     return mixing @ x + 3 * mean
 
 
+def clusters(shares, images, seed, draw=0, size=8, count=6):
+    """Images of several classes, (images, count, size), in shares of all; another draw shows others of the same."""
+    classes = 1.5 * data(len(shares), 1, size, seed=seed)
+    mixing = data(size, size, seed=seed + 1) / size**0.5
+    numbers = (images * torch.tensor(shares)).round().long()
+    images = torch.repeat_interleave(classes, numbers, 0)
+    own = data(len(images), 1, size, seed=1000 * draw + seed + 2)
+    return images + 0.5 * own + data(len(images), count, size, seed=1000 * draw + seed + 3) @ mixing
+
+
 def gather(model, batches, example=None, **options):
     """Returns the moments of all layers of a plain model; the first batch, or an example, shows what runs."""
     layers = select_layers(model, example_input=batches[0] if example is None else example)
@@ -31,6 +45,13 @@ def fit(model, batches, source, names=None, **options):
     """Fits layers of a plain model, by default those that the source has moments of; returns the report with maps."""
     layers = {name: model.get_submodule(name) for name in (source if names is None else names)}
     return fit_domain(model, layers, batches, source, **{'maps': True, **options})
+
+
+@contextmanager
+def supporting(covariance=1.0, mean=1.0):
+    """Fits as if the images supported this share of any difference, for tests of where a map goes."""
+    with patch.object(domain, 'find_support', lambda *_: Support(covariance, mean)):
+        yield
 
 
 def with_maps(model, report, *inputs):
@@ -92,7 +113,7 @@ def built(make=Net, dtype=torch.float64):
 
 
 def gap(make, shape, dtype=torch.float64, batches=1, example=None):
-    """Fits a model and compares it with the maps as steps of their own; the fit has to do something.
+    """Fits a model to the whole difference and compares it with the maps as steps of their own.
 
     Returns:
         The relative difference, and the report.
@@ -100,7 +121,8 @@ def gap(make, shape, dtype=torch.float64, batches=1, example=None):
     model, fitted = built(make, dtype), built(make, dtype)
     clean, noisy, x = (data(16, *shape, seed=seed, noisy=seed > 1, dtype=dtype) for seed in (1, 2, 3))
     source = gather(fitted, [clean], data(1, *(example or shape), dtype=dtype))
-    report = fit(fitted, list(noisy.chunk(batches)), source)
+    with supporting():
+        report = fit(fitted, list(noisy.chunk(batches)), source)
     with torch.no_grad():
         before, expected, actual = map(output_of, (model(x), with_maps(model, report, x), fitted(x)))
     assert relative(before, expected) > 1e-2

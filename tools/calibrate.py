@@ -56,9 +56,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser, split: str) -> None:
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
 
 
-def add_output_arguments(parser: argparse.ArgumentParser, prior: str) -> None:
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the commands that write a checkpoint and a picture."""
-    parser.add_argument('--prior', type=float, metavar='N', help=f'weight of the prior in images; the prior is {prior}')
     parser.add_argument(
         '--verify', action='store_true', help='check that folding is exact; write nothing if the outputs differ'
     )
@@ -75,28 +74,24 @@ def parse_args() -> argparse.Namespace:
     domain = commands.add_parser('domain', description='Fits the model to images of the deployment domain.')
     for name, command in dict(schedule=schedule, moments=moments, domain=domain).items():
         add_shared_arguments(command, SPLITS[name])
-    add_output_arguments(schedule, 'equal variances in unrelated channels')
-    add_output_arguments(domain, 'the training domain')
+    add_output_arguments(schedule)
+    add_output_arguments(domain)
+    schedule.add_argument(
+        '--prior',
+        type=float,
+        default=0.0,
+        metavar='N',
+        help='images that a prior of equal variances in unrelated channels is worth (default: %(default)g)',
+    )
     domain.add_argument(
         '--source', type=Path, metavar='FILE', required=True, help='output of calibrate.py moments for this checkpoint'
     )
     domain.add_argument(
-        '--representative',
-        action='store_true',
-        help='the images show the classes about as often as the training images, so more layers can be fitted, '
-        'depending on the number of images (default: fit the covariance of the first layer, but not its mean). '
-        'For small models: with 512 images it destroyed a DINOv2 ViT-S (accuracy in percent: clean 100 to 76, blur 90 '
-        'to 48, noise 46 to 42; the default gave noise 65, shot 75 instead of 65, blur 93), and a fit to noise was '
-        'useless on clean images (3; MobileNetV2 0.0). One seed, measured once, no command repeats it yet; differences '
-        'below 6 points mean nothing; see docs/which-when.md',
+        '--layers',
+        choices=['first', 'early', 'all'],
+        default='all',
+        help='layers to fit: the first one, the first half, or all, with those of the neck (default: %(default)s)',
     )
-    domain.add_argument('--layers', choices=['first', 'early', 'all'], help='layers to fit (default: chosen for you)')
-    domain.add_argument(
-        '--fit',
-        choices=['mean', 'diagonal', 'covariance', 'full'],
-        help='moments to match (default: chosen for you)',
-    )
-    domain.add_argument('--rank', type=int, help='rank of a full fit minus the identity; 0 for full (default: chosen)')
     domain.add_argument(
         '--memory',
         type=float,
@@ -106,15 +101,13 @@ def parse_args() -> argparse.Namespace:
         'it decides how many images are taken (default: %(default)g)',
     )
     args = parser.parse_args()
-    for name, least in dict(num_images=1, batch_size=1, stride=1, rank=0, prior=0, memory=0).items():
+    for name, least in dict(num_images=1, batch_size=1, stride=1, prior=0, memory=0).items():
         if getattr(args, name, None) is not None and getattr(args, name) < least:
             parser.error(f'--{name.replace("_", "-")} must be {least} or more')
     if not args.output.name:
         parser.error(f'{args.output} is no file name')
     if args.mode != 'moments' and args.plot and args.plot.resolve() == args.output.resolve():
         parser.error(f'{args.output} would be both the checkpoint and the plot; name another file for the plot')
-    if args.mode == 'domain' and args.rank and args.fit in ('mean', 'diagonal'):
-        parser.error(f'--fit {args.fit} has no rank')
     if args.mode == 'domain' and args.source.resolve() == args.output.resolve():
         parser.error(f'{args.output} is the source; name another file to write')
     return args
@@ -158,7 +151,7 @@ def schedule(args: argparse.Namespace, subject) -> None:
     """Solves the denoisers and writes the denoised checkpoint."""
     from mmdenoiserep.apis import calibration
 
-    report, strides = calibration.solve(subject, args.prior or 0.0, args.stride, spectra=bool(args.plot))
+    report, strides = calibration.solve(subject, args.prior, args.stride, spectra=bool(args.plot))
     if args.verify:
         for name, result in calibration.verify_schedule(subject).items():
             print(f'{name} on two random images, unfused against fused:\n{result}')
@@ -185,13 +178,9 @@ def domain(args: argparse.Namespace, subject) -> None:
     from mmdenoiserep.apis import calibration
 
     source = calibration.load_source(subject, args.source)
-    how = dict(representative=args.representative, part=args.layers, fit=args.fit, rank=args.rank, prior=args.prior)
-    options = calibration.choose_fit(subject, **how, memory=args.memory)
     before = deepcopy(subject.part) if args.verify else None
-    keep = dict(spectra=bool(args.plot), maps=args.verify)
-    report, strides = calibration.fit(subject, source, options, args.stride, **keep)
-    if not (args.representative or args.layers or args.fit):
-        calibration.check_moved(report)
+    how = dict(stride=args.stride, memory=args.memory, spectra=bool(args.plot), maps=args.verify)
+    report, strides = calibration.fit(subject, source, args.layers, **how)
     if before is not None:
         result = calibration.verify_fit(before, subject, report)
         print(f'one image and noise, maps as separate layers against maps folded into the weights:\n{result}')

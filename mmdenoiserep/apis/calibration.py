@@ -26,13 +26,11 @@ from ..core import (
     fit_domain,
     fuse_state_dict,
     load_moments,
-    safe_fit,
     select_layers,
     solve_denoisers,
 )
-from ..core.calibration.collect import sum_processes
+from ..core.calibration.collect import Stride, sum_processes
 from ..core.calibration.features import Features
-from ..core.calibration.match import FEW, FITS, MANY, RANKED, early_half
 from ..core.calibration.memory import paused_bytes
 from ..core.calibration.moments import gather_processes
 from ..core.calibration.solve import denoised_layers
@@ -148,9 +146,9 @@ def open_subject(
             '(LoRA?), so their calibration would be lost; merge the adapters into the weights first'
         )
     part = model.get_submodule(name) if denoised else Extractor.of(model, name)
-    about = dict(weights=fingerprint(part.state_dict()), preprocessing=describe_preprocessing(cfg, model))
     to_device(model, device)
     with config_at_fault(config_path(cfg)):
+        about = dict(weights=fingerprint(part.state_dict()), preprocessing=describe_preprocessing(cfg, model))
         images = _open_batches(cfg, model, folder, split, num_images, batch_size)
         example = next(iter(images))[:1]
         check_input(model, name, example)
@@ -252,68 +250,27 @@ def load_source(subject: Subject, path: str | Path) -> Mapping[str, Moments]:
     return source
 
 
-def choose_fit(
-    subject: Subject,
-    *,
-    representative: bool = False,
-    part: str | None = None,
-    fit: str | None = None,
-    rank: int | None = None,
-    prior: float | None = None,
-    memory: float = 4.0,
-) -> dict[str, Any]:
-    """Returns the options of :func:`fit`: those of :func:`mmdenoiserep.core.safe_fit`, unless given.
-
-    A fit holds what the forwards of all images keep at one place of the model. If that is more than ``memory``, some of
-    the images are taken, and the options are those for their number; a sentence is printed then.
-
-    Args:
-        subject: The model and the images.
-        representative: Whether the images show the classes about as often as the training images.
-        part: Layers to fit: ``'first'``, ``'early'`` (half) or ``'all'``.
-        fit: Moments to match, see :func:`mmdenoiserep.core.transport`.
-        rank: Rank of the maps minus the identity; 0 for full.
-        prior: Weight of the training domain as a prior, as a number of images.
-        memory: GiB in each process for the images and features of the forwards.
-
-    Raises:
-        InputError: The part, the fit or the rank is unknown.
-    """
-    one_of((None, 'first', 'early', 'all'), part=part)
-    one_of((None, *FITS), fit=fit)
-    at_least(0, optional=True, rank=rank)
-    names = list(subject.layers)
-
-    def choose() -> dict[str, Any]:
-        options = safe_fit(names, subject.total, representative)
-        if part:
-            options['layers'] = tuple(dict(first=names[:1], early=early_half(names), all=names)[part])
-        options |= {key: value for key, value in dict(fit=fit, prior=prior).items() if value is not None}
-        if rank is not None:
-            options['rank'] = rank or None
-        if options['fit'] not in RANKED:
-            options['rank'] = None
-        return options
-
-    limit_images(subject, choose()['layers'], memory)
-    return choose()
-
-
 def fit(
     subject: Subject,
     source: Mapping[str, Moments],
-    options: Mapping[str, Any],
+    part: str = 'all',
+    *,
     stride: int | None = None,
+    memory: float = 4.0,
     spectra: bool = False,
     maps: bool = False,
 ) -> tuple[CalibrationReport, str]:
     """Fits a model to its images, in place, and notes it in ``subject.meta``; see :func:`mmdenoiserep.fit_domain`.
 
+    A fit holds what the forwards of all images keep at one place of the model. If that is more than ``memory``, it
+    takes some of the images, and prints a sentence.
+
     Args:
         subject: A model without denoisers, and images of the deployment domain.
         source: Moments in the training domain, from :func:`gather_source` or :func:`load_source`.
-        options: Options from :func:`choose_fit`.
+        part: Layers to fit: ``'first'``, ``'early'`` (half) or ``'all'``.
         stride: Takes one in so many tokens or pixels of all layers; None chooses for each layer.
+        memory: GiB in each process for the images and features of the forwards.
         spectra: Whether the report has the spectra of all layers.
         maps: Whether the report has the maps of all layers, which :func:`verify_fit` needs.
 
@@ -322,29 +279,44 @@ def fit(
 
     Raises:
         CalibrationError: The images, the features or the source can't be used.
+        InputError: The part is unknown.
 
     Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> source, _ = gather_source(open_subject(cfg, 'vit.pth', split='train', device='cpu'))
         >>> subject = open_subject(cfg, 'vit.pth', split='test', device='cpu')
-        >>> report, strides = fit(subject, source, choose_fit(subject))
+        >>> report, strides = fit(subject, source)
         >>> torch.save(dict(meta=subject.meta, state_dict=subject.model.state_dict()), 'fitted.pth')
     """
+    one_of(PARTS, part=part)
     at_least(1, optional=True, stride=stride)
-    if not options.get('layers') or not subject.layers.keys() >= set(options['layers']):
-        raise InputError('the options of a fit need names of layers of the model under layers; choose_fit returns some')
-    chosen = {name: subject.layers[name] for name in options['layers']}
+    chosen = layers_of(subject.layers, part)
+    limit_images(subject, chosen, memory, stride or subject.choose_strides())
     strides = stride or subject.choose_strides()
-    how = {key: value for key, value in options.items() if key != 'layers'}
     with with_progress_bar(subject.images) as batches, layer_bar(len(chosen)) as done:
         report = fit_domain(
-            subject.part, chosen, batches, source, stride=strides, spectra=spectra, maps=maps, progress=done, **how
+            subject.part, chosen, batches, source, stride=strides, spectra=spectra, maps=maps, progress=done
         )
-    subject.meta[STAMP] = dict(fused=True, layers=len(report.layers), mode='domain', images=report.images, **how)
+    subject.meta[STAMP] = dict(fused=True, layers=len(report.layers), mode='domain', images=report.images, part=part)
     if 'cfg' not in subject.meta:  # for the libraries' inferencers
         subject.meta['cfg'] = vanilla_text(subject.cfg.pretty_text)
     return report, describe_strides(strides)
+
+
+PARTS = ('first', 'early', 'all')
+"""Layers to fit: the first one, the first half, or all."""
+
+
+def layers_of(layers: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Returns the layers of one of :data:`PARTS`, with the middle one of an odd number.
+
+    Args:
+        layers: All layers by name, first executed first.
+        part: The part.
+    """
+    count = dict(first=1, early=(len(layers) + 1) // 2, all=len(layers))[part]
+    return dict(list(layers.items())[:count])
 
 
 def verify_schedule(subject: Subject) -> dict[str, Verification]:
@@ -384,42 +356,19 @@ def warnings_of(report: CalibrationReport, layers: Sequence[str]) -> list[str]:
     """
     if report.mode != 'domain':
         return []
-    sentences = []
-    count = len(report.layers)
-    least = MANY if count > len(early_half(layers)) else FEW
-    if count > 1 and report.images < least:
-        sentences.append(
-            f'{report.images} images are few for {count} layers (from {least} on); take more, or leave the choice '
-            'of the layers to this tool'
-        )
     first, large = report.layers[0], [layer for layer in report.layers if layer.moved > LARGE_SHIFT]
     if first.moved > LARGE_SHIFT and first.name == layers[0]:
-        sentences.append(
+        return [
             f'{first.name} moves by {first.moved:.2f} times its variance: the images look like another data set '
             'altogether, or like very different light; look at them before you deploy this'
-        )
-    elif large:
+        ]
+    if large:
         worst = max(large, key=lambda layer: layer.moved)
-        sentences.append(
-            f'{len(large)} of {count} layers move by more than {LARGE_SHIFT} times their variance (most: {worst.name}, '
-            f'{worst.moved:.2f}); evaluate on a few labelled images before you deploy this'
-        )
-    return sentences
-
-
-def check_moved(report: CalibrationReport) -> None:
-    """Refuses a fit by default options whose first layer moves far.
-
-    Raises:
-        CheckpointError: The first layer moves by more than :data:`LARGE_SHIFT`: the images look like another data set.
-    """
-    first = report.layers[0]
-    if first.moved > LARGE_SHIFT:
-        raise CheckpointError(
-            f'{first.name} would move by {first.moved:.2f} times its variance, which looks like another data set '
-            'or very different light; look at the images, and if they are right, choose the fit with --representative, '
-            'or with --layers and --fit'
-        )
+        return [
+            f'{len(large)} of {len(report.layers)} layers move by more than {LARGE_SHIFT} times their variance (most: '
+            f'{worst.name}, {worst.moved:.2f}); evaluate on a few labelled images before you deploy this'
+        ]
+    return []
 
 
 class Extractor(nn.Module):
@@ -503,21 +452,21 @@ def describe_strides(strides: int | Mapping[str, int]) -> str:
     return f'one in {least}' if least == most else f'one in {least} (late layers) to {most}'
 
 
-def limit_images(subject: Subject, layers: Iterable[str], gibibytes: float) -> None:
+def limit_images(subject: Subject, layers: Mapping[str, Any], gibibytes: float, stride: Stride) -> None:
     """Takes as many images, evenly from all, as a fit of some layers can hold in memory; prints how many if not all.
 
     Args:
         subject: The model and the images.
-        layers: Names of the layers to fit.
+        layers: The layers to fit, by name.
         gibibytes: Memory in each process, GiB.
+        stride: See :func:`mmdenoiserep.core.collect_moments`.
     """
-    one = paused_bytes(subject.part, {name: subject.layers[name] for name in layers}, subject.example)
+    one = paused_bytes(subject.part, layers, subject.example, stride)
     total = sum_processes(len(subject.images.dataset))
     subject.images.take(max(1, min(gather_processes(int(gibibytes * 2**30 / one)))))
     taken = sum_processes(len(subject.images.dataset))
     if taken < total:
-        few = f'; fewer than {MANY} are few for all layers' if taken < MANY else ''
-        print(f'takes {taken} of {total} images, whose features fit into {gibibytes:g} GiB (--memory){few}')
+        print(f'takes {taken} of {total} images, whose features fit into {gibibytes:g} GiB (--memory)')
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from .calibration.closed_form import closed_form
 from .calibration.collect import collect_moments
 from .calibration.domain import fit_domain
 from .calibration.maps import explicit_maps
-from .calibration.match import safe_fit, transport
+from .calibration.match import Support, transport
 from .calibration.moments import CalibrationError, Moments
 from .calibration.report import CalibratedLayer, CalibrationReport
 from .calibration.solve import solve_denoisers
@@ -41,6 +41,7 @@ __all__ = [
     'Moments',
     'NoiseSchedule',
     'ReverseStep',
+    'Support',
     'Verification',
     'apply_denoiserep',
     'closed_form',
@@ -57,7 +58,6 @@ __all__ = [
     'fuse_state_dict',
     'load_moments',
     'read_checkpoint',
-    'safe_fit',
     'save_moments',
     'select_layers',
     'solve_denoisers',

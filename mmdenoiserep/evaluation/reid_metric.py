@@ -29,8 +29,13 @@ class ReIDMetric(BaseMetric):
     ``img_path``, ``pid``, ``camid`` and ``is_query``.
 
     ``trials`` selects the protocol of VehicleID (Liu et al., CVPR 2016): in each trial one random image of every
-    identity is the gallery and all other images are queries; the metrics are averaged over the trials. ``camid`` and
-    ``is_query`` are ignored. The gallery depends on seed, trial and ``sample_idx`` alone.
+    identity is the gallery and all other images are queries; the metrics are averaged over the trials. ``is_query`` is
+    ignored, and so is ``camid``, except by ``centre_cameras``. The gallery depends on seed, trial and ``sample_idx``
+    alone.
+
+    ``centre_cameras`` subtracts the mean feature of each camera before the normalisation, see :func:`centre_by_camera`.
+    It uses the statistics of the test set, so its results do not compare with published ones; the metrics have the
+    prefix ``reid_centred``, and the log names the cameras.
 
     Args:
         topk: Ranks k of the CMC; the metrics are named ``rank<k>``.
@@ -42,8 +47,9 @@ class ReIDMetric(BaseMetric):
             ``matches`` lists the nearest gallery images, ``{sample_idx, img_path, pid, camid, distance, correct}``,
             with the squared Euclidean distance. With ``trials``, the file has the first trial.
         num_matches: Number of gallery images for each query in ``matches_file``.
+        centre_cameras: Whether to subtract the mean feature of each camera.
         collect_device: Device to gather the results of several processes on, ``'cpu'`` or ``'gpu'``.
-        prefix: Prefix of the names of the metrics; ``'reid'`` by default.
+        prefix: Prefix of the names of the metrics; ``'reid'`` by default, ``'reid_centred'`` with ``centre_cameras``.
 
     Raises:
         InputError: ``topk``, ``trials`` or ``num_matches`` is not positive, or the file is not named ``.json``.
@@ -59,6 +65,7 @@ class ReIDMetric(BaseMetric):
         seed: int = 0,
         matches_file: str | None = None,
         num_matches: int = 10,
+        centre_cameras: bool = False,
         collect_device: str = 'cpu',
         prefix: str | None = None,
     ) -> None:
@@ -67,13 +74,14 @@ class ReIDMetric(BaseMetric):
                 raise InputError(f'{name} of ReIDMetric must be 1 or more, got {value}')
         if matches_file is not None and not matches_file.endswith('.json'):
             raise InputError(f'matches_file of ReIDMetric must end with .json, got {matches_file}')
-        super().__init__(collect_device=collect_device, prefix=prefix)
+        super().__init__(collect_device=collect_device, prefix=prefix or ('reid_centred' if centre_cameras else None))
         self.topk = tuple(topk)
         self.normalize = normalize
         self.trials = trials
         self.seed = seed
         self.matches_file = matches_file
         self.num_matches = num_matches
+        self.centre_cameras = centre_cameras
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
         """Stores the features of a batch on the CPU.
@@ -117,19 +125,22 @@ class ReIDMetric(BaseMetric):
             results: Results of :meth:`process`, from all processes.
 
         Raises:
-            InputError: There is no query, no gallery, or no query with a match.
+            InputError: There is no query, no gallery, or no query with a match, or ``centre_cameras`` finds fewer than
+                two cameras.
         """
         images = sorted(results, key=lambda image: image['sample_idx'])
         if not images:
             raise InputError('ReIDMetric got no images: check the test data set')
         features = torch.from_numpy(np.stack([image['feature'] for image in images]))
+        camids = torch.tensor([image['camid'] for image in images])
+        if self.centre_cameras:
+            features = centre_by_camera(features, camids)
         if self.normalize:
             features = F.normalize(features)
         pids = torch.tensor([image['pid'] for image in images])
         splits: Iterable[Tensor]
         if self.trials is None:
             splits = [torch.tensor([image['is_query'] for image in images])]
-            camids = torch.tensor([image['camid'] for image in images])
         else:
             splits = (draw_queries(pids, self.seed, trial) for trial in range(self.trials))
             camids = torch.arange(len(images))  # a camera for each image, so none is removed from the gallery
@@ -171,6 +182,46 @@ class ReIDMetric(BaseMetric):
                 else 'one test data set has to bring both, or set trials=10 to draw the gallery, as for VehicleID'
             )
             raise InputError(f'ReIDMetric got {queries} queries and {gallery} gallery images: {hint}')
+
+
+def centre_by_camera(features: Tensor, camids: Tensor) -> Tensor:
+    """Subtracts the mean feature of its camera from each feature, and logs the number of images of the cameras.
+
+    With the images ``S_c`` of camera c, queries and gallery together,
+
+        ``f_i' = f_i - 1 / |S_c| sum_{j in S_c} f_j``,   where c is the camera of image i
+
+    This is the feature normalisation of Song et al., Exploring the Camera Bias of Person Re-identification (ICLR 2025,
+    arXiv 2502.10195), without its division by the standard deviation. Camera-based batch normalisation (Zhuang et al.,
+    ECCV 2020, arXiv 2001.08680) does it in every BatchNorm layer, in training too. The mean needs no identities.
+
+    Args:
+        features: Features before the L2 normalisation, (N, C), float32 or float64.
+        camids: Cameras, (N,), integers.
+
+    Returns:
+        The centred features, (N, C), in the dtype of ``features``. The mean is taken in float64.
+
+    Raises:
+        InputError: All images have the same camera.
+    """
+    cameras, counts = camids.unique(return_counts=True)
+    if len(cameras) < 2:
+        raise InputError(
+            f'centre_cameras of ReIDMetric needs camera ids, but all {len(camids):,} images have camid {camids[0]}: '
+            'leave it off for data without cameras'
+        )
+    print_log(
+        f'ReIDMetric: centre_cameras is on, {len(cameras)} cameras of {counts.min():,} to {counts.max():,} images; '
+        'results are not comparable to results without it',
+        logger='current',
+    )
+    centred = torch.empty_like(features)
+    for camera in cameras:
+        chosen = camids == camera
+        own = features[chosen]
+        centred[chosen] = own - own.mean(0, dtype=torch.float64).to(own.dtype)
+    return centred
 
 
 def draw_queries(pids: Tensor, seed: int, trial: int) -> Tensor:

@@ -97,7 +97,7 @@ class BNNeckReIDHead(ClsHead):
         predictions = []
         for sample, feature in zip(samples, features, strict=True):
             sample = DataSample() if sample is None else sample
-            sample.set_field(feature, 'pred_feature', dtype=Tensor)
+            sample.set_field(feature.clone(), 'pred_feature', dtype=Tensor)  # a view would keep all tokens in memory
             predictions.append(sample)
         return predictions
 

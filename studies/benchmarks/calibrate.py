@@ -1,4 +1,4 @@
-"""Time of the passes of a calibration against a plain forward, time of solving, and peak memory.
+"""Time of solving denoisers: the pass against a plain forward, the solution, and peak memory.
 
 ViT-S/16 and ResNet-50 of mmpretrain with random weights and a denoiser on every layer; eval mode without gradients.
 """
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             pair = row['seconds'][name], row['seconds'][PLAIN]
             ratio = cost_ratio(*pair)
             seconds = ' | '.join(f'{median(values):.2f}' for values in pair)
-            verdict = '' if name.endswith(ALL) else f'{"met" if ratio.median <= GOAL else "missed"} (at most {GOAL})'
+            verdict = '' if name == ALL else f'{"met" if ratio.median <= GOAL else "missed"} (at most {GOAL})'
             what = name.replace(SOME, f'{row["strides"]} of the vectors')
             lines.append(f'| {row["model"]} | {what} | {seconds} | {ratio} | {verdict} |')
     for title, key, form in (
@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     )
     if args.memory:
         note += (
-            ' Memory: peak growth of a process without the libraries, the model, the images and the moments of the '
-            'source, for a calibration on one batch.'
+            ' Memory: peak growth of a process without the libraries, the model and the images, for a calibration '
+            'on one batch.'
         )
     return '\n'.join([*lines, '', note]), dict(rows=rows)
 
@@ -101,8 +101,8 @@ def compare(
         memory: Whether to measure the memory.
 
     Returns:
-        ``model``, ``strides``, ``seconds`` of all runs by pass, ``solving`` in seconds by mode and rank, and
-        ``peak_mib`` by mode and rank, empty without ``memory``.
+        ``model``, ``strides``, ``seconds`` of all runs by pass, ``solving`` in seconds by rank, and ``peak_mib`` by
+        rank, empty without ``memory``.
     """
     from mmdenoiserep.apis.calibration import choose_strides, describe_strides, measure_vectors
     from mmdenoiserep.core import apply_denoiserep, collect_moments, select_layers
@@ -117,28 +117,23 @@ def compare(
     layers = select_layers(plain, 'all', example_input=images[:1])
     denoised = {name: converted.get_submodule(name) for name in layers}
     if stride is None:
-        stride = choose_strides(measure_vectors(plain, layers, images[:1]), IMAGES)
+        stride = choose_strides(measure_vectors(plain, layers, images[:1], inputs=True), IMAGES)
     loader = [images] * batches
     runs: dict[str, Callable] = {PLAIN: partial(forward, plain, loader)}
-    for mode, part in (('schedule', stride), ('domain', stride), ('schedule', 1)):
-        subject = (converted, denoised) if mode == 'schedule' else (plain, layers)
-        runs[f'{mode}, {SOME if part == stride else ALL}'] = partial(
-            collect_moments, *subject, loader, inputs=mode == 'schedule', stride=part
-        )
+    for which, part in ((SOME, stride), (ALL, 1)):
+        runs[which] = partial(collect_moments, converted, denoised, loader, inputs=True, stride=part)
     seconds = alternate(runs, 1, repeats)
     inputs = collect_moments(converted, denoised, [images], inputs=True, stride=stride)
-    source = collect_moments(plain, layers, [images], stride=stride)
     peaks: dict[str, tuple] = {}
     if memory:
         peaks[PLAIN] = forward, plain, [images]
         for rank, model in ((None, converted), (RANK, low_rank)):
-            peaks[f'schedule, {_rank(rank)}'] = fit, model, images, None, None, stride
-            peaks[f'domain, {_rank(rank)}'] = fit, plain, images, source, rank, stride
+            peaks[_rank(rank)] = solve, model, images, stride
     return dict(
         model=name,
         strides=describe_strides(stride),
         seconds=seconds,
-        solving=time_solving(converted, inputs, source),
+        solving=time_solving(converted, inputs),
         peak_mib={key: peak_memory(*call) for key, call in peaks.items()},
     )
 
@@ -167,54 +162,38 @@ def forward(model: 'nn.Module', batches: 'Sequence[Tensor]') -> None:
             model(batch)
 
 
-def fit(
-    model: 'nn.Module',
-    images: 'Tensor',
-    source: 'dict[str, Moments] | None',
-    rank: int | None,
-    stride: 'int | Mapping[str, int]',
-) -> None:
-    """Solves the denoisers of a model on one batch; with the moments of a source, fits its layers to the batch."""
-    from mmdenoiserep.core import fit_domain, select_layers, solve_denoisers
+def solve(model: 'nn.Module', images: 'Tensor', stride: 'int | Mapping[str, int]') -> None:
+    """Solves the denoisers of a model on one batch."""
+    from mmdenoiserep.core import solve_denoisers
 
-    if source is None:
-        solve_denoisers(model, [images], stride=stride)
-    else:
-        layers = select_layers(model, 'all', example_input=images[:1])
-        fit_domain(model, layers, [images], source, rank=rank, stride=stride)
+    solve_denoisers(model, [images], stride=stride)
 
 
-def time_solving(model: 'nn.Module', inputs: 'dict[str, Moments]', outputs: 'dict[str, Moments]') -> dict[str, float]:
-    """Returns the seconds to solve all layers by mode and rank, from one layer of each width.
+def time_solving(model: 'nn.Module', inputs: 'dict[str, Moments]') -> dict[str, float]:
+    """Returns the seconds to solve all layers by rank, from one layer of each width.
 
     Args:
         model: A model with denoisers.
-        inputs: Moments of the layers' inputs, for schedule mode.
-        outputs: Moments of the layers' outputs, for domain mode.
+        inputs: Moments of the layers' inputs.
     """
-    from mmdenoiserep.core import closed_form, transport
+    from mmdenoiserep.core import closed_form
     from studies.benchmarks.measure import alternate
 
-    layers = dict(model.named_modules())
+    layers: dict[str, Any] = dict(model.named_modules())
+    widths: dict[tuple[int, ...], list[str]] = {}
+    for name, seen in inputs.items():
+        widths.setdefault(tuple(seen.mean.shape), []).append(name)
 
-    def solve_schedule(name: str, rank: int | None) -> None:
+    def solve_layer(name: str, rank: int | None) -> None:
         seen, layer = inputs[name], layers[name]
         closed_form(seen.mean, seen.second_moment, layer.reverse_step, rank, layer.denoiser.bias is not None)
 
-    def solve_domain(name: str, rank: int | None) -> None:
-        transport(outputs[name], outputs[name], rank=rank)
+    def seconds(name: str, rank: int | None) -> float:
+        return alternate({name: partial(solve_layer, name, rank)}, 0, 1)[name][0]
 
-    seconds = {}
-    for mode, moments, solve in (('schedule', inputs, solve_schedule), ('domain', outputs, solve_domain)):
-        widths: dict[tuple[int, ...], list[str]] = {}
-        for name, seen in moments.items():
-            widths.setdefault(tuple(seen.mean.shape), []).append(name)
-        for rank in (None, RANK):
-            seconds[f'{mode}, {_rank(rank)}'] = sum(
-                len(names) * alternate({'solve': partial(solve, names[0], rank)}, 0, 1)['solve'][0]
-                for names in widths.values()
-            )
-    return seconds
+    return {
+        _rank(rank): sum(len(names) * seconds(names[0], rank) for names in widths.values()) for rank in (None, RANK)
+    }
 
 
 def _rank(rank: int | None) -> str:

@@ -41,25 +41,19 @@ def test_strides_follow_the_vectors_of_an_image():
             'stride must be a whole number of 1 or more, got 0',
         ),
         (
-            lambda subject: calibration.fit(subject, {}, {}, stride=-1),
+            lambda subject: calibration.fit(subject, {}, stride=-1),
             'stride must be a whole number of 1 or more, got -1',
         ),
-        (
-            lambda subject: calibration.fit(subject, {}, dict(fit='full')),
-            'need names of layers of the model under layers',
-        ),
-        (lambda subject: calibration.fit(subject, {}, dict(layers=['b'])), 'need names of layers of the model'),
-        (
-            lambda subject: calibration.choose_fit(subject, fit='foo'),
-            'fit must be one of None, full, covariance, .* got',
-        ),
-        (
-            lambda subject: calibration.choose_fit(subject, part='foo'),
-            'part must be one of None, first, early, all, got',
-        ),
-        (lambda subject: calibration.choose_fit(subject, rank=-1), 'rank must be a whole number of 0 or more, got -1'),
+        (lambda subject: calibration.fit(subject, {}, 'half'), 'part must be one of first, early, all, got'),
     ],
 )
 def test_arguments_that_do_not_work(call, words):
     with pytest.raises(InputError, match=words):
         call(SimpleNamespace(layers=dict(a=torch.nn.Linear(3, 2))))
+
+
+def test_parts_of_the_layers():
+    """Half of an odd number has the middle one."""
+    layers = dict.fromkeys('abcde')
+    parts = [''.join(calibration.layers_of(layers, part)) for part in calibration.PARTS]
+    assert parts == ['a', 'abc', 'abcde'] and list(calibration.layers_of(dict(a=1, b=2), 'early')) == ['a']

@@ -694,9 +694,9 @@ def test_alternating_sizes_make_full_batches(tmp_path, capsys):
     assert sorted(batches.order) == list(range(11)) and batches.order[:4] == [0, 2, 4, 6]
     for number, image in zip(batches.order, (image for batch in found for image in batch), strict=True):
         assert np.array_equal(image.permute(1, 2, 0).numpy(), picture(number, (16 + 8 * (number % 2), 16, 3)))
-    with with_progress_bar(batches, 2) as bar:
+    with with_progress_bar(batches) as bar:
         assert len(list(bar)) == len(list(bar)) == 4
-        assert bar.bar.n == bar.bar.total == 22
+        assert bar.bar.n == bar.bar.total == 11
 
 
 def test_images_of_many_sizes_do_not_pile_up(tmp_path, monkeypatch):

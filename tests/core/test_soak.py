@@ -36,7 +36,7 @@ def growth():
             before = resident()
         layers = select_layers(model, example_input=images[:1])
         if cycle % 2:
-            fit_domain(model, layers, [images], source, prior=1.0)
+            fit_domain(model, layers, [1.5 * images], source)
         else:
             source = collect_moments(model, layers, [images])
         apply_denoiserep(model, 'all', example_input=images[:1])

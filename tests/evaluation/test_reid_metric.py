@@ -22,7 +22,7 @@ from mmpretrain.structures import DataSample
 from engine_helpers import message
 from mmdenoiserep.core import InputError
 from mmdenoiserep.evaluation import reid_ranking as ranking
-from mmdenoiserep.evaluation.reid_metric import KEYS, ReIDMetric, draw_queries
+from mmdenoiserep.evaluation.reid_metric import KEYS, ReIDMetric, centre_by_camera, draw_queries
 from mmdenoiserep.evaluation.reid_ranking import rank_matches
 
 GALLERY = [(0.0, 1, 0), (1.0, 2, 1), (3.0, 1, 1), (6.0, 1, 1)]  # a to d: feature, pid, camid
@@ -179,8 +179,8 @@ def arguments(samples, normalize=True):
     return [value[side] for value in values for side in (is_query, ~is_query)]
 
 
-def percent(figures):
-    return {f'reid/{name}': pytest.approx(100 * value, abs=1e-9) for name, value in figures.items()}
+def percent(figures, prefix='reid'):
+    return {f'{prefix}/{name}': pytest.approx(100 * value, abs=1e-9) for name, value in figures.items()}
 
 
 def labelled(index, x, pid, camid, is_query):
@@ -204,6 +204,96 @@ def test_features_are_normalised_unless_told_not_to(normalize):
     assert expected != rank_matches(*arguments(samples, not normalize)).metrics()
 
 
+def camera_samples(seed=3):
+    """Data samples of three cameras with unequal numbers of images, in float64; each camera shifts its features."""
+    samples = make_samples(seed, dtype=torch.float64)
+    for i, sample in enumerate(samples):
+        sample.set_field(camid := (0, 5, 0, 9, 0, 5, 0)[i % 7], 'camid', field_type='metainfo')
+        sample.pred_feature += torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64) * camid
+    return samples
+
+
+def centred_by_loop(samples, counted=lambda sample: True):
+    """The features less the mean of the counted images of their camera, (N, C), float64, one image after the other."""
+    features = [sample.pred_feature.numpy().astype(np.float64) for sample in samples]
+    rows = []
+    for sample, feature in zip(samples, features, strict=True):
+        own = [f for f, s in zip(features, samples, strict=True) if s.camid == sample.camid and counted(s)]
+        rows.append(feature - sum(own) / len(own))
+    return np.array(rows)
+
+
+def figures_by_loop(samples, features):
+    """mAP, rank-1 and mINP of float64 features, (N, C), by the loops of :func:`reference`."""
+    arrays = features, np.array([s.pid for s in samples]), np.array([s.camid for s in samples])
+    is_query = np.array([sample.is_query for sample in samples])
+    rows = reference(*(array[side] for array in arrays for side in (is_query, ~is_query))).values()
+    precision, first, inverse, _ = (np.array(column, dtype=object) for column in zip(*rows, strict=True))
+    return dict(mAP=precision.mean(), rank1=(first == 1).mean(), mINP=inverse.mean())
+
+
+@pytest.mark.parametrize('normalize', [True, False])
+def test_features_are_centred_by_camera_and_then_normalised(normalize):
+    """Against loops in NumPy; the other orders and the mean of the gallery alone give other figures."""
+    samples = camera_samples()
+
+    def unit(rows):
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True) if normalize else rows
+
+    plain = np.stack([sample.pred_feature.numpy() for sample in samples])
+    expected = figures_by_loop(samples, unit(centred_by_loop(samples)))
+    result = evaluate(samples, centre_cameras=True, normalize=normalize, topk=(1,))
+    assert result == percent(expected, 'reid_centred')
+    others = [unit(plain), unit(centred_by_loop(samples, lambda s: not s.is_query))]
+    if normalize:
+        units = [
+            DataSample(metainfo=s.metainfo, pred_feature=torch.from_numpy(row))
+            for s, row in zip(samples, unit(plain), strict=True)
+        ]
+        others += [centred_by_loop(units), unit(centred_by_loop(units))]
+    assert all(figures_by_loop(samples, other) != pytest.approx(expected, abs=1e-9) for other in others)
+
+
+@pytest.mark.parametrize(('dtype', 'error'), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_the_mean_of_each_camera(dtype, error):
+    samples = camera_samples()
+    features, camids = torch.stack([s.pred_feature for s in samples]), torch.tensor([s.camid for s in samples])
+    kept = features.to(dtype, copy=True)
+    centred = centre_by_camera(kept, camids)
+    assert centred.dtype == dtype and torch.equal(kept, features.to(dtype))
+    np.testing.assert_allclose(centred, centred_by_loop(samples), rtol=0, atol=error)
+
+
+@pytest.mark.parametrize('options', [dict(), dict(trials=3, seed=7)])
+def test_centring_takes_a_shift_of_a_camera_away(options):
+    """A shift of all features of one camera changes the plain figures only, with the protocol of VehicleID too."""
+    samples, shifted = camera_samples(), camera_samples()
+    for sample in shifted:
+        sample.pred_feature += (sample.camid == 9) * torch.tensor([4.0, 0.0, -3.0], dtype=torch.float64)
+    assert evaluate(samples, **options) != pytest.approx(evaluate(shifted, **options), abs=1e-9)
+    centred = evaluate(samples, centre_cameras=True, **options)
+    assert centred == pytest.approx(evaluate(shifted, centre_cameras=True, **options), abs=1e-9)
+
+
+def test_metrics_with_and_without_centring_in_one_evaluation():
+    samples = camera_samples()
+    both = [dict(type='ReIDMetric'), dict(type='ReIDMetric', centre_cameras=True)]
+    init_default_scope('mmpretrain')
+    evaluator = Evaluator(both)
+    evaluator.process(samples)
+    assert evaluator.evaluate(len(samples)) == {**evaluate(samples), **evaluate(samples, centre_cameras=True)}
+    assert {name.split('/')[0] for name in evaluate(samples, centre_cameras=True, prefix='own')} == {'own'}
+
+
+@pytest.mark.parametrize('trials', [None, 2])
+def test_centring_needs_cameras(trials):
+    samples = make_samples()
+    same_camera(samples)
+    with pytest.raises(InputError) as error:
+        evaluate(samples, centre_cameras=True, trials=trials)
+    assert 'needs camera ids, but all 70 images have camid 0: leave it off' in message(error)
+
+
 def test_the_order_of_the_samples_does_not_matter():
     samples = make_samples(1)
     for sample in samples:
@@ -213,16 +303,29 @@ def test_the_order_of_the_samples_does_not_matter():
     assert evaluate(shuffled, trials=2) == evaluate(samples, trials=2)
 
 
-def test_a_log_line_says_how_many_queries_are_left_out(monkeypatch):
-    samples = make_samples()
-    left_out = 20 - len(reference(*arguments(samples)))
-    assert left_out > 0
+@pytest.fixture
+def log(monkeypatch):
+    """The lines of mmengine's log."""
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     monkeypatch.setattr(MMLogger.get_current_instance(), 'handlers', [handler])
+    return lines
+
+
+def test_a_log_line_says_how_many_queries_are_left_out(log):
+    samples = make_samples()
+    left_out = 20 - len(reference(*arguments(samples)))
+    assert left_out > 0
     evaluate(samples)
-    assert f'20 queries, 50 gallery images; {left_out} queries without a match' in '\n'.join(lines)
+    assert f'20 queries, 50 gallery images; {left_out} queries without a match' in '\n'.join(log)
+
+
+def test_a_log_line_names_the_centring(log):
+    evaluate(camera_samples())
+    assert 'centre_cameras' not in '\n'.join(log)
+    evaluate(camera_samples(), centre_cameras=True)
+    assert 'centre_cameras is on, 3 cameras of 10 to 40 images; results are not comparable' in '\n'.join(log)
 
 
 def test_features_are_kept_compact_and_in_their_dtype():
@@ -333,7 +436,7 @@ def worker(rank, folder):
     samples = make_samples(6, gallery=49)
     own = [samples[i] for i in DefaultSampler(samples, shuffle=False)]
     results = []
-    for options in (dict(matches_file=f'{folder}/rank{rank}.json'), dict(trials=3)):
+    for options in (dict(matches_file=f'{folder}/rank{rank}.json'), dict(trials=3), dict(centre_cameras=True)):
         init_default_scope('mmpretrain')
         evaluator = Evaluator([dict(type='ReIDMetric', **options)])
         evaluator.process(own)
@@ -346,7 +449,8 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
     """With a padded sample, on both ranks; the main process alone writes the matches."""
     torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
     samples = make_samples(6, gallery=49)
-    expected = [35, evaluate(samples, matches_file=str(tmp_path / 'alone.json')), evaluate(samples, trials=3)]
+    options = dict(matches_file=str(tmp_path / 'alone.json')), dict(trials=3), dict(centre_cameras=True)
+    expected = [35, *(evaluate(samples, **option) for option in options)]
     for rank in range(2):
         assert json.loads((tmp_path / f'result{rank}.json').read_text()) == expected
     assert (tmp_path / 'rank0.json').read_text() == (tmp_path / 'alone.json').read_text()

@@ -108,6 +108,7 @@ def test_what_is_compared_is_before_or_after_the_neck(where):
     given = samples([0, 1, 2, 0])
     predicted = model.predict((feature,), given)
     assert [id(p) for p in predicted] == [id(g) for g in given]
+    assert all(p.pred_feature.untyped_storage().nbytes() == p.pred_feature.nbytes for p in predicted), 'holds a batch'
     for found in (predicted, model.predict((feature,))):
         assert torch.equal(torch.stack([p.pred_feature for p in found]), after if where == 'after' else feature)
 

@@ -19,6 +19,7 @@ from studies.benchmarks import (
     calibrate,
     cost,
     deployment,
+    domain,
     fuse,
     growth,
     measure,
@@ -46,7 +47,7 @@ def small(monkeypatch):
     monkeypatch.setattr(cost, 'PROCESSES', 1)
     monkeypatch.setattr(profile, 'MODEL', 'small')
     monkeypatch.setattr(growth, 'IMAGES', (32, 64))
-    monkeypatch.setattr(growth, 'WIDTHS', (48, 96))
+    monkeypatch.setattr(growth, 'BLOCKS', (1, 2))
     monkeypatch.setattr(vmamba, 'STAGES', ((2, 9),))
     monkeypatch.setattr(measure, 'peak_memory', lambda *args, **more: in_this_process(*args, **more)[1])
     return peak_memory
@@ -113,11 +114,12 @@ def test_both_ways_of_the_metric_agree(monkeypatch):
 @pytest.mark.parametrize(
     ('module', 'words', 'row'),
     [
-        (calibrate, ['--size', 32, '--batch', 2, '--repeats', 1], '| ViT-S/16 | domain, one in '),
+        (calibrate, ['--size', 32, '--batch', 2, '--repeats', 1], '| ViT-S/16 | one in '),
+        (domain, ['--size', 32, '--models', 'MobileNetV2', '--images', 64], '| MobileNetV2 | 64 | '),
         (cost, ['--models', 'small', '--repeats', 2], '| small | memory of a joint step |'),
         (deployment, ['--models', 'resnet_fashion-mnist'], '| resnet_fashion-mnist | onnxruntime | '),
         (fuse, ['--sizes', 8, 17, 34, '--repeats', 1], '| 34 | '),
-        (growth, ['--size', 32, '--layers', 1, '--repeats', 1], 'images^'),
+        (growth, ['--size', 32, '--width', 24, '--repeats', 1], 'images^'),
         (profile, ['--batch', 2, '--steps', 1, '--rows', 3], '| aten::'),
         (rank, ['--widths', 8, 24, '--vectors', 32, '--repeats', 1], '| 24 | '),
         (reid_metric, ['--size', 20, 40, 4], '| 20 x 40 x 4 | loops |'),

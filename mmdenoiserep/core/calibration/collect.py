@@ -64,6 +64,7 @@ def gather(
 ) -> tuple[dict[str, Moments], int]:
     """Does the pass of :func:`collect_moments`; returns the number of images too."""
     features = {name: Features(layer, inputs) for name, layer in layers.items()}
+    gathered = {name: seen.empty() for name, seen in features.items()}
     images = 0
     sample, called = Sample(), set[str]()
 
@@ -72,17 +73,20 @@ def gather(
         output = forward(x)
         if inputs or name not in called:
             called.add(name)
-            features[name].update(sample, x, stride_of(stride, name), output)
+            gathered[name].update(features[name].vectors(sample, x, stride_of(stride, name), output))
         return output
 
     with evaluating(module), intercepting(layers, listen):
         for number, batch in enumerate(batches):
-            images += count_images(batch)
-            sample, called = Sample(seed=number), set()
+            count = count_images(batch)
+            images += count
+            sample, called = Sample(seed=number, images=count), set()
             run_model(module, batch)
-    moments = {name: seen.moments() for name, seen in features.items()}
-    for name, seen in moments.items():
-        check_finite(name, seen)
+    moments = {}
+    for name, seen in gathered.items():
+        seen.merge_processes()
+        moments[name] = features[name].moments(seen)
+        check_finite(name, moments[name])
     return moments, sum_processes(images)
 
 

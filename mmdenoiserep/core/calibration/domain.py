@@ -1,5 +1,6 @@
 """Fits the layers of a model to the domain of some unlabelled images, in one pass."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,9 +18,10 @@ from ..utils.lockstep import Lockstep
 from .batches import count_images
 from .collect import Stride, check_finite, stride_of, sum_processes, too_few
 from .features import Features, fitted_on_output
+from .halves import ImageVectors
 from .maps import before_map, fold_map
-from .match import FITS, RANKED, transport
-from .moments import CalibrationError, Moments, gather_processes
+from .match import find_support, transport
+from .moments import RIDGE, CalibrationError, Moments, gather_processes
 from .norms import find_norms
 from .readers import Readers
 from .report import CalibratedLayer, CalibrationReport, make_report, make_row
@@ -35,9 +37,6 @@ def fit_domain(
     batches: Iterable[Any],
     source: Mapping[str, Moments],
     *,
-    fit: str = 'full',
-    rank: int | None = None,
-    prior: float = 0.0,
     stride: Stride = 1,
     spectra: bool = False,
     maps: bool = False,
@@ -45,10 +44,11 @@ def fit_domain(
 ) -> CalibrationReport:
     """Fits layers of a model to the images of the place where it will run, in place.
 
-    An affine map carries the moments of each layer's features to those in the training domain, see :func:`transport`,
-    and is folded into the weights, see :func:`fold_map`. The layers follow each other in the order of execution, each
-    fitted on the stream that the earlier ones correct, in one pass: the forwards of all batches pause at each layer
-    until it is fitted. Meanwhile the features of all images at that place of the model are in memory.
+    An affine map carries the moments of each layer's features towards those in the training domain, see
+    :func:`transport`, as far as the images support it, see :func:`find_support`, and is folded into the weights, see
+    :func:`fold_map`. The layers follow each other in the order of execution, each fitted on the stream that the earlier
+    ones correct, in one pass: the forwards of all batches pause at each layer until it is fitted. Meanwhile the
+    features of all images at that place of the model are in memory, and the sampled vectors of the layer.
 
     A layer that runs several times in a forward is fitted on its first call.
 
@@ -57,9 +57,6 @@ def fit_domain(
         layers: Layers of the model by name, first executed first, of :func:`select_layers`; the others stay.
         batches: What to call the module with, of any sizes; each process has its own.
         source: Moments in the training domain, of :func:`collect_moments` or :func:`load_moments`.
-        fit: ``'full'``, ``'covariance'``, ``'diagonal'`` or ``'mean'``, see :func:`transport`.
-        rank: Rank of the maps less the identity; None for full. Means and variances alone have none.
-        prior: Images that the source is worth, so that few images cannot wreck a model.
         stride: See :func:`collect_moments`.
         spectra: Whether the report has the spectra of all layers, which cost two decompositions each.
         maps: Whether the report has the maps of all layers.
@@ -69,8 +66,8 @@ def fit_domain(
         A :class:`CalibrationReport`.
 
     Raises:
-        CalibrationError: There is no layer or no image, the model has denoisers, the source or an option does not fit,
-            the features of a layer are not finite, or no layer can be fitted. The model is as it was then, as after
+        CalibrationError: There is no layer or no image, the model has denoisers, the source does not fit, the features
+            of a layer are not finite, or no layer can be fitted. The model is as it was then, as after
             any other error and an interrupt.
 
     Examples:
@@ -87,22 +84,16 @@ def fit_domain(
         raise CalibrationError('there is no layer to fit')
     if any(isinstance(layer, DenoiseLayer) for layer in module.modules()):
         raise CalibrationError('the model has denoisers; fuse it first (fuse_model) and select its layers then')
-    if prior < 0:
-        raise CalibrationError(f'prior must be a number of images, 0 or more, got {prior}')
-    if fit not in FITS:
-        raise CalibrationError(f'fit must be one of {", ".join(FITS)}, got {fit!r}')
-    if rank is not None and rank < 1:
-        raise CalibrationError(f'rank must be 1 or more, or None for full maps, got {rank}')
     if missing := next((name for name in layers if name not in source), None):
         raise CalibrationError(f'source has no moments of {missing}; gather them with the same targets')
-    solver = Solver(source, fit, rank, prior, dict(spectra=spectra, maps=maps))
+    keep = dict(spectra=spectra, maps=maps)
     if iter(batches) is batches:
         batches = list(batches)  # a second pass may be needed
     owned = owned_tensors(module, layers)
     readers = Readers({**layers, **find_norms(module)}, owned)
     with all_or_nothing(tensor for _, tensor in owned if tensor is not None) as undo:
         for _ in range(MOST_PASSES):
-            domain = DomainPass(module, layers, stride, solver, readers, progress)
+            domain = DomainPass(module, layers, source, stride, keep, readers, progress)
             if domain.run(batches):
                 rows = [domain.rows[name] for name in layers if name in domain.rows]
                 return make_report('domain', domain.images, rows, domain.skipped)
@@ -136,8 +127,9 @@ class DomainPass:
     Args:
         module: The model.
         layers: The layers to fit, first executed first.
+        source: Moments in the training domain by layer name.
         stride: See :func:`collect_moments`.
-        solver: Finds the map of a layer.
+        keep: What the report has of each layer, see :func:`make_row`.
         readers: Watches who reads the outputs of the layers; what earlier passes have shown is kept.
         progress: Called with the name of each layer when it is done.
 
@@ -151,15 +143,17 @@ class DomainPass:
         self,
         module: nn.Module,
         layers: Mapping[str, Layer],
+        source: Mapping[str, Moments],
         stride: Stride,
-        solver: 'Solver',
+        keep: Mapping[str, bool],
         readers: Readers,
         progress: Callable[[str], Any] | None,
     ) -> None:
         self.module = module
         self.layers = layers
+        self.source = source
         self.stride = stride
-        self.solver = solver
+        self.keep = keep
         self.readers = readers
         self.progress = progress
         self.obstacles = find_obstacles(module)  # before the forwards of the norms are replaced
@@ -167,7 +161,7 @@ class DomainPass:
         self.rows: dict[str, CalibratedLayer] = {}
         self.skipped: dict[str, str] = {}
         self.done: set[str] = set()
-        self.features: dict[str, Features] = {}  # of the layers where batches wait
+        self.vectors: dict[str, ImageVectors] = {}  # of the layers where batches wait
         self.shift: Tensor | None = None  # of the input of the layer whose batches go on
         self.calls_after: Counter[str] = Counter()  # of layers that were fitted before
         self.sample: Sample | None = None  # of the batch that runs
@@ -215,7 +209,7 @@ class DomainPass:
         return self.takers.agree(Takers.seen_by(self.readers, self.module, self.layers, self.obstacles))
 
     def _run(self, batch: Any, number: int) -> None:
-        self.sample = Sample(seed=number)
+        self.sample = Sample(seed=number, images=count_images(batch))
         self.readers.run(self.module, batch)
 
     def _call(self, name: str, forward: Callable, *args: Tensor, **keywords: Tensor) -> Tensor:
@@ -228,10 +222,9 @@ class DomainPass:
             self.calls_after[name] += 1
             return forward(x)
         with self.readers.paused():
-            if name not in self.features:
-                with torch.inference_mode(False):  # this run's own mode may not be that of the others
-                    self.features[name] = Features(self.layers[name])
-            self.features[name].update(sample, x, stride_of(self.stride, name))
+            seen = self.vectors.setdefault(name, ImageVectors(Features(self.layers[name])))
+            vectors = seen.features.vectors(sample, x, stride_of(self.stride, name))
+            seen.add(vectors, sample.parts(vectors.shape[2]))
             self.steps.pause(name)
         self.sample = sample
         return forward(x if self.shift is None else x + self.shift.to(x))
@@ -245,8 +238,10 @@ class DomainPass:
 
     def _fit(self, name: str) -> None:
         """Fits one layer in place, or notes why it is skipped."""
-        self.shift = None
-        if reason := self._correct(name, self.layers[name]):
+        self.shift, layer = None, self.layers[name]
+        with torch.autocast(layer.weight.device.type, enabled=False):
+            reason = self._correct(name, layer)
+        if reason:
             self.skipped[name] = reason
         self.done.add(name)
         if self.progress:
@@ -254,101 +249,77 @@ class DomainPass:
 
     def _correct(self, name: str, layer: Layer) -> str:
         """Fits one layer in place; returns why not, or an empty text."""
-        target = (self.features.pop(name, None) or Features(layer)).moments()
-        check_finite(name, target)
+        seen = self.vectors.pop(name, None) or ImageVectors(Features(layer))
+        source = source_of(self.source, name, seen.features)
+        if reason := why_not(layer, source, 'the training images'):
+            return reason
+        norm, note = self.takers.norms.get(name), ''
         if name in self.takers.unfit:
             return self.takers.unfit[name]
-        source = self.solver.source_of(name, layer, target)
-        if reason := self.solver.why_not(layer, source, target, stride_of(self.stride, name), self.images):
-            return reason
-        linear, constant = self.solver.solve(layer, source, target, self.images)
-        norm, note = self.takers.norms.get(name), ''
-        if layer.bias is None and norm is None:
-            note = 'no bias or norm takes the shift of the mean, so it is left out'
+        takes_constant = layer.bias is not None or norm is not None
+        if not takes_constant:
+            source = source.about_zero()
+            note = 'nothing takes a constant, so moments about zero are matched'
             if name in self.takers.reasons:
-                note = f'no bias takes the shift of the mean, so it is left out ({self.takers.reasons[name]})'
-            constant = torch.zeros_like(constant)
+                note += f' ({self.takers.reasons[name]})'
+        factor = source.factor(solving_dtype(layer))
+        first, second = seen.halves(factor)
+        target = first.merged(second)
+        check_finite(name, target)
+        if reason := why_not(layer, target, 'these images'):
+            return reason
+        if not first.count:
+            single = 'a single image shows no difference between images'
+            return single if self.images == 1 else 'its vectors cannot be told apart by image'
+        if reason := too_few(target, stride_of(self.stride, name), self.images):
+            return reason
+        size = source.mean.shape[1]
+        if source.count <= size < target.count:
+            return f'{source.count} vectors of the training images are too few for {size} channels'
+        if not takes_constant:
+            first, second, target = first.about_zero(), second.about_zero(), target.about_zero()
+        support = find_support(source, (first, second), factor)
+        linear, constant = transport(source, target, support, solving_dtype(layer))
         fold_map(layer, norm, linear, constant)
         if norm is not None and layer.bias is None and not fitted_on_output(layer):
             self.shift = before_map(linear, constant)[0]  # the present inputs were made before their LayerNorm changed
         torch.clear_autocast_cache()
-        self.rows[name] = self.solver.row(name, linear, constant, target, note)
+        self.rows[name] = make_row(name, linear, constant, target, support=support, note=note, **self.keep)
         return ''
 
 
-class Solver:
-    """Finds the map of a layer from its moments.
+def source_of(source: Mapping[str, Moments], name: str, features: Features) -> Moments:
+    """Returns the moments of a layer in the training domain, on its device.
+
+    Raises:
+        CalibrationError: They are of other channels, or not finite.
+    """
+    moments = source[name]
+    if tuple(moments.mean.shape) != features.shape:
+        raise CalibrationError(
+            f'the moments of {name} in source are of {moments.mean.numel()} channels, not {math.prod(features.shape)}'
+        )
+    if not (moments.mean.isfinite().all() and moments.scatter.isfinite().all()):
+        raise CalibrationError(f'the moments of {name} in source hold NaN or Inf; gather them again')
+    return moments.to(features.layer.weight.device)
+
+
+def why_not(layer: Layer, seen: Moments, images: str) -> str:
+    """Returns why moments are not enough to fit a layer; empty if they are.
 
     Args:
-        source: Moments in the training domain by layer name.
-        fit: See :func:`fit_domain`.
-        rank: See :func:`fit_domain`.
-        prior: See :func:`fit_domain`.
-        keep: What the report has of each layer, see :func:`make_row`.
+        layer: The layer.
+        seen: Its moments.
+        images: What images they are of, as words.
     """
-
-    def __init__(
-        self, source: Mapping[str, Moments], fit: str, rank: int | None, prior: float, keep: Mapping[str, bool]
-    ) -> None:
-        self.source = source
-        self.fit = fit
-        self.rank = rank
-        self.prior = prior
-        self.keep = keep
-
-    def source_of(self, name: str, layer: Layer, target: Moments) -> Moments:
-        """Returns the moments of a layer in the training domain, on its device.
-
-        Raises:
-            CalibrationError: They are of other channels, or not finite.
-        """
-        source = self.source[name]
-        if source.mean.shape != target.mean.shape:
-            raise CalibrationError(
-                f'the moments of {name} in source are of {source.mean.numel()} channels, not {target.mean.numel()}'
-            )
-        if not (source.mean.isfinite().all() and source.scatter.isfinite().all()):
-            raise CalibrationError(f'the moments of {name} in source hold NaN or Inf; gather them again')
-        return source.to(layer.weight.device)
-
-    def why_not(self, layer: Layer, source: Moments, target: Moments, stride: int, images: int) -> str:
-        """Returns why moments are not enough to fit a layer; empty if they are.
-
-        Args:
-            layer: The layer.
-            source: Its moments in the training domain.
-            target: Its moments on these images.
-            stride: One in so many vectors was taken.
-            images: Number of these images.
-        """
-        size = target.mean.shape[1]
-        accuracy = (4 * torch.finfo(solving_dtype(layer)).eps) ** 2
-        for seen, place in ((source, 'the training images'), (target, 'these images')):
-            if not seen.count:
-                return f'none of {place} reaches it'
-            if self.fit == 'mean':
-                continue  # all it needs
-            if seen.count == 1:
-                return f'a single vector of {place} reaches it, which has no variance'
-            if seen.covariance.diagonal(dim1=1, dim2=2).sum() <= accuracy * seen.mean.square().sum():
-                return f'it has no variance on {place}'
-        if self.fit == 'mean':
-            return ''
-        if reason := too_few(target, stride, images):
-            return reason
-        if source.count <= size < target.count:
-            return f'{source.count} vectors of the training images are too few for {size} channels'
-        return ''
-
-    def solve(self, layer: Layer, source: Moments, target: Moments, images: int) -> tuple[Tensor, Tensor]:
-        """Returns A and c, see :func:`transport`, in the precision of the layer, float32 at least."""
-        prior = self.prior / (self.prior + images)
-        return transport(source, target, self.fit, self.rank, prior, solving_dtype(layer))
-
-    def row(self, name: str, linear: Tensor, constant: Tensor, target: Moments, note: str) -> CalibratedLayer:
-        """Returns the row of a layer in the report."""
-        ranked = self.fit in RANKED and self.rank is not None and self.rank < linear.shape[-1]
-        return make_row(name, linear, constant, target, rank=self.rank if ranked else None, note=note, **self.keep)
+    info = torch.finfo(solving_dtype(layer))
+    if not seen.count:
+        return f'none of {images} reaches it'
+    if seen.count == 1:
+        return f'a single vector of {images} reaches it, which has no variance'
+    if seen.variance <= (4 * info.eps) ** 2 * seen.mean.square().mean() + info.tiny / RIDGE:
+        return f'it has no variance on {images}'
+    return ''
 
 
 def solving_dtype(layer: Layer) -> torch.dtype:

@@ -1,131 +1,104 @@
-"""The map that gives features the moments which they have in the training domain, and how much of it is safe."""
+"""The map that gives features the moments which they have in the training domain, as far as the images support it."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .moments import RIDGE, CalibrationError, Moments, add_ridge, power
 
-RANKED = ('full', 'covariance')
-FITS = (*RANKED, 'diagonal', 'mean')
-"""What may be carried; a rank says something of the first ones only."""
+
+class Support(NamedTuple):
+    """How much of the difference of two domains a fit corrects, 0 to 1.
+
+    Attributes:
+        covariance: Share of ``S_t - S_s``.
+        mean: Share of ``mu_t - mu_s``.
+    """
+
+    covariance: float = 1.0
+    mean: float = 1.0
+
+
+FULL = Support()
+"""All of it."""
 
 
 def transport(
-    source: Moments,
-    target: Moments,
-    fit: str = 'full',
-    rank: int | None = None,
-    prior: float = 0.0,
-    dtype: torch.dtype = torch.float64,
+    source: Moments, target: Moments, support: Support = FULL, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
-    """Returns A and c of ``x' = A x + c``, which carries the target's moments to the source's.
+    """Returns A and c of ``x' = A x + c``, which carries moments of the target to those of the source.
 
-        full:        ``A = S_s^1/2 S_t^-1/2``    (re-colouring; symmetric roots)
-        diagonal:    the same of the variances alone
-        mean:        ``A = I``
-        ``c = mu_s - A mu_t``
-        covariance:  A as for full, but ``c = mu_t - A mu_t``: the mean, which depends on what the images show, stays
+        ``A = S_s^1/2 S^-1/2``                     (re-colouring; symmetric roots)
+        ``c = mu_t + p_mean (mu_s - mu_t) - A mu_t``
 
-    both covariances with a ridge of :data:`RIDGE` times the mean source variance. For ``S_t = S_s + sigma^2 I`` and no
-    ridge this is the probability-flow denoiser of a Gaussian feature. At low rank, ``A - I`` keeps the directions in
-    which it is largest (singular values).
+    with ``S = S_s + p_covariance (S_t - S_s)`` and a ridge of :data:`RIDGE` times the mean source variance on both
+    covariances. With full support, x' has the moments of the source; for ``S_t = S_s + sigma^2 I`` and no ridge this is
+    the probability-flow denoiser of a Gaussian feature. Without any support, the map is the identity.
 
     Args:
         source: Moments in the training domain.
         target: Moments in the deployment domain, of the same shape.
-        fit: ``'full'``, ``'covariance'``, ``'diagonal'`` or ``'mean'``.
-        rank: Rank of ``A - I`` in each group, where the fit is in :data:`RANKED`; None for full.
-        prior: Weight of the source in the target's moments, 0 to 1; ``n_0 / (n_0 + n)`` for a prior worth n_0 images.
+        support: p of the covariance and of the mean, see :func:`find_support`.
         dtype: Precision of the roots.
 
     Returns:
         A, of that dtype, (groups, size, size), and c, float64, (groups, size).
 
     Raises:
-        CalibrationError: The shapes differ, one side has seen nothing, or fit or rank is unknown.
+        CalibrationError: The shapes differ, or one side has seen nothing.
     """
-    if fit not in FITS:
-        raise CalibrationError(f'fit must be one of {", ".join(FITS)}, got {fit!r}')
-    if rank is not None and rank < 1:
-        raise CalibrationError(f'rank must be 1 or more, or None for a full map, got {rank}')
     if source.mean.shape != target.mean.shape:
         raise CalibrationError(f'moments of {tuple(source.mean.shape)} and {tuple(target.mean.shape)} channels differ')
     if not (source.count and target.count):
         raise CalibrationError('moments of no image at all')
-    mean = torch.lerp(target.mean, source.mean, prior)
-    if fit == 'mean':
-        identity = torch.eye(mean.shape[1], dtype=dtype, device=mean.device)
-        return identity.expand_as(target.scatter), source.mean - mean
-    covariance = target.covariance
-    if prior:
-        covariance = torch.lerp(covariance, source.covariance, prior)
-    ridge = RIDGE * source.variance
-    if fit == 'diagonal':
-        smallest = torch.finfo(torch.float64).tiny  # a dead layer has no variance and no ridge
-        diagonals = (source.covariance.diagonal(dim1=1, dim2=2), covariance.diagonal(dim1=1, dim2=2))
-        var_s, var_t = ((diagonal + ridge).clamp_min(smallest) for diagonal in diagonals)
-        linear = torch.diag_embed((var_s / var_t).sqrt()).to(dtype)
-    else:
-        linear = source.root(dtype) @ power(add_ridge(covariance, ridge).to(dtype), -0.5)
-        if rank is not None and rank < linear.shape[-1]:
-            linear = _low_rank(linear, rank)
-    goal = mean if fit == 'covariance' else source.mean
-    return linear, goal - (linear.double() @ mean[:, :, None])[..., 0]
+    goal = torch.lerp(target.mean, source.mean, support.mean)
+    if not support.covariance:
+        identity = torch.eye(goal.shape[1], dtype=dtype, device=goal.device)
+        return identity.expand_as(target.scatter), goal - target.mean
+    covariance = add_ridge(
+        torch.lerp(source.covariance, target.covariance, support.covariance), RIDGE * source.variance
+    )
+    linear = source.root(dtype) @ power(covariance.to(dtype), -0.5)
+    return linear, goal - (linear.double() @ target.mean[:, :, None])[..., 0]
 
 
-def _low_rank(linear: Tensor, rank: int) -> Tensor:
-    """Returns A with ``A - I`` projected on its right singular vectors of the largest values."""
-    identity = torch.eye(linear.shape[-1], dtype=linear.dtype, device=linear.device)
-    change = linear - identity
-    largest = torch.linalg.eigh(change.mT @ change).eigenvectors[..., -rank:]  # (groups, size, rank)
-    return identity + change @ largest @ largest.mT
+def find_support(source: Moments, halves: tuple[Moments, Moments], factor: Tensor) -> Support:
+    """Returns how much of the difference of two domains the images support.
 
+    The moments of two halves a and b of the target's images show the error of the target's moments: for independent
+    halves, ``E|S_t - E S_t|^2 = w E|S_a - S_b|^2`` with ``w = n_a n_b / n_t^2``, 1/4 for halves of one size. The weight
+    of the source that then minimises the expected error of ``(1 - rho) S_t + rho S_s`` is (Ledoit and Wolf 2004)
 
-FEW, MANY = 32, 512
-"""Images below which the later layers, and from which on all layers, can be fitted; measured, see docs/domain.md."""
+        ``rho = min(1, (1 + n_t / n_s) w |S_a - S_b|^2 / |S_t - S_s|^2)``,   ``|D| = |L^-1 D L^-T|_F``
 
-PRIOR = 16
-"""Images that the source is worth below :data:`MANY`, or where the mix of classes is unknown."""
-
-RANK = 64
-"""Rank of the maps, less the identity, from :data:`MANY` on."""
-
-
-def early_half(layers: Sequence[str]) -> tuple[str, ...]:
-    """Returns the first half of the layers, with the middle one of an odd number."""
-    return tuple(layers[: (len(layers) + 1) // 2])
-
-
-def safe_fit(layers: Sequence[str], images: int, representative: bool = False) -> dict[str, Any]:
-    """Returns the options of a domain fit that were found to risk least on small models.
-
-    docs/domain.md has what they cost. On a DINOv2 ViT-S all layers with 512 images did harm, also on images of the
-    training domain (docs/which-when.md, one seed); the first case did not.
-
-    Early layers carry most of what a fit recovers from noise or blur. Late layers hold classes: fitted to images of
-    other classes than the training had, or to few images, they unlearn. The mean of any layer moves with the mix of
-    classes. So only these are touched:
-
-        unknown mix, or fewer than :data:`FEW` images:  the first layer, its covariance but not its mean
-        fewer than :data:`MANY`:  the early half, mean and covariance
-        more:                     all layers, mean and covariance, at rank :data:`RANK`
-
-    with a prior worth :data:`PRIOR` images in the first two cases. The first one harms where the light is another one,
-    because the mean stays: look at :attr:`CalibratedLayer.moved`.
+    and the same of the means with ``|d| = |L^-1 d|``. ``S_s + r I = L L^T`` makes directions of little variance count
+    as much as the others; the first factor adds the error of the source, seen on n_s vectors instead of n_t. Halves
+    that differ by content, as :class:`ImageVectors` makes them, count differences of content as error too: a difference
+    of domains that another choice of images could explain is left alone.
 
     Args:
-        layers: Names of all layers, first executed first.
-        images: Number of images to fit on.
-        representative: Whether they show the classes about as often as the training images did.
+        source: Moments in the training domain.
+        halves: Moments of both halves in the deployment domain.
+        factor: L, lower triangular, (groups, size, size).
 
     Returns:
-        ``layers``, ``fit``, ``rank`` and ``prior`` for :func:`fit_domain`.
+        ``1 - rho`` of the covariance and of the mean.
     """
-    if not representative or images < FEW:
-        return dict(layers=tuple(layers[:1]), fit='covariance', rank=None, prior=float(PRIOR))
-    if images < MANY:
-        return dict(layers=early_half(layers), fit='full', rank=None, prior=float(PRIOR))
-    return dict(layers=tuple(layers), fit='full', rank=RANK, prior=0.0)
+    first, second = halves
+    target = first.merged(second)
+    error = (1 + target.count / source.count) * first.count * second.count / target.count**2
+
+    def whiten(columns: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(factor, columns, upper=False)
+
+    def share(halves: Tensor, domains: Tensor) -> float:
+        """Returns 1 - rho from the whitened differences of the halves and of the domains."""
+        ours, theirs = (torch.linalg.vector_norm(x, dtype=torch.float64).item() for x in (halves, domains))
+        return max(0.0, 1 - error * (ours / theirs) ** 2) if theirs else 0.0
+
+    pairs = (first, second), (target, source)
+    return Support(
+        covariance=share(*(whiten(whiten((a.covariance - b.covariance).to(factor)).mT) for a, b in pairs)),
+        mean=share(*(whiten((a.mean - b.mean)[..., None].to(factor)) for a, b in pairs)),
+    )

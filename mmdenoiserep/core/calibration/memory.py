@@ -9,18 +9,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..method.layers import Layer
 from ..method.probe import evaluating, run_model
+from ..method.sample import Sample
 from ..utils.intercept import intercepting
 from ..utils.storage import storage_of
 from ..utils.tensors import tensors_in
+from .collect import Stride, stride_of
+from .features import Features
 
 
-def paused_bytes(module: nn.Module, layers: Mapping[str, Layer], image: Tensor) -> int:
-    """Returns the size of all tensors that a forward has made and holds when it calls a layer, at the largest of them.
+def paused_bytes(module: nn.Module, layers: Mapping[str, Layer], image: Tensor, stride: Stride = 1) -> int:
+    """Returns the size of all tensors that a forward has made and holds when a fit pauses it, at the largest layer.
 
     Args:
         module: The model.
         layers: The layers by name.
         image: What to call the module with, one image; it counts too.
+        stride: One in so many vectors of a layer is sampled, see :func:`collect_moments`; the sample counts.
     """
     largest = 0
     image = image.clone()  # not the memory of the batch that it is a part of
@@ -29,7 +33,10 @@ def paused_bytes(module: nn.Module, layers: Mapping[str, Layer], image: Tensor) 
 
     def note(name: str, forward: Callable, *args: Any, **keywords: Any) -> Any:
         nonlocal largest
+        (x,) = (*args, *keywords.values())
+        vectors = Features(layers[name]).vectors(Sample(), x, stride_of(stride, name))
         largest = max(largest, live.bytes())
+        del vectors
         return forward(*args, **keywords)
 
     with evaluating(module), intercepting(layers, note), live:

@@ -90,10 +90,20 @@ class Moments:
             return power(add_ridge(self.covariance, RIDGE * self.variance).to(dtype), 0.5)
         return self._root.to(dtype)
 
+    def factor(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Returns L, lower triangular, of ``S + r I = L L^T``, (groups, size, size), with the ridge of :meth:`root`."""
+        return torch.linalg.cholesky(add_ridge(self.covariance, RIDGE * self.variance).to(dtype))
+
     @property
     def second_moment(self) -> Tensor:
         """E[x x^T], float64, (groups, size, size)."""
         return self.covariance + self.mean[:, :, None] * self.mean[:, None, :]
+
+    def about_zero(self) -> 'Moments':
+        """Returns moments about zero instead of the mean: a mean of 0 and a covariance of E[x x^T]."""
+        moments = self._empty()
+        moments.count, moments.scatter = self.count, self.second_moment * self.count
+        return moments
 
     def to(self, device: torch.device | str) -> 'Moments':
         """Returns these moments on a device."""
@@ -134,9 +144,21 @@ class Moments:
         moments.scatter = weight @ self.scatter @ weight.mT
         return moments
 
+    def merged(self, other: 'Moments') -> 'Moments':
+        """Returns the moments of all vectors of both."""
+        moments = self._empty()
+        moments.merge(self)
+        moments.merge(other)
+        return moments
+
     def merge(self, other: 'Moments') -> None:
         """Adds all vectors that other moments have seen."""
         self._add(other.count, other.mean.to(self.mean), other.scatter.to(self.scatter))
+
+    def _empty(self) -> 'Moments':
+        """Returns moments of no vectors, of this shape, on this device."""
+        groups, size = self.mean.shape
+        return Moments(groups, size, self.mean.device)
 
     def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         if not count:

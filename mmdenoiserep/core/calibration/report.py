@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..utils.table import format_table
+from .match import Support
 from .moments import CalibrationError, Moments
 
 
@@ -17,8 +18,9 @@ class CalibratedLayer:
 
     Attributes:
         name: Name of the layer.
-        rank: Rank of the map less the identity; None where it is not low.
         moved: ``E|x' - x|^2 / E|x - mu|^2``: how far the features move, as a share of their variance.
+        rank: Schedule mode: rank of the denoiser; None for full.
+        support: Domain mode: how much of the differences of covariance and mean is corrected, see :func:`find_support`.
         start: Schedule mode: the loss of the denoiser as it was, on the gathered features.
         loss: Schedule mode: the loss of the denoiser now.
         optimum: Schedule mode: the least loss that a denoiser of full rank can have on them.
@@ -31,8 +33,9 @@ class CalibratedLayer:
     """
 
     name: str
-    rank: int | None
     moved: float
+    rank: int | None = None
+    support: Support | None = None
     start: float | None = None
     loss: float | None = None
     optimum: float | None = None
@@ -64,15 +67,20 @@ class CalibrationReport:
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        header = ['layer', 'rank', 'variance moved', '']
-        rows = [[r.name, str(r.rank or '-'), f'{r.moved:.2e}', r.note] for r in self.layers]
+        header = ['layer', 'variance moved', '']
+        rows = [[layer.name, f'{layer.moved:.2e}', layer.note] for layer in self.layers]
         if self.mode == 'schedule':
+            ranks = [*(str(layer.rank or '-') for layer in self.layers), '']
             losses = [(layer.start, layer.loss, layer.optimum) for layer in self.layers]
-            rows.append(['mean', '', '', ''])
+            rows.append(['mean', '', ''])
             losses.append(tuple(sum(column) / len(self.layers) for column in zip(*losses, strict=True)))
-            header[3:3] = 'loss before', 'loss', 'optimum of full rank'
-            for row, values in zip(rows, losses, strict=True):
-                row[3:3] = [f'{value:.6f}' for value in values]
+            header[1:2] = 'rank', 'variance moved', 'loss before', 'loss', 'optimum of full rank'
+            for row, rank, values in zip(rows, ranks, losses, strict=True):
+                row[1:2] = [rank, row[1], *(f'{value:.6f}' for value in values)]
+        else:
+            header[1:1] = 'covariance corrected', 'mean corrected'
+            for row, layer in zip(rows, self.layers, strict=True):
+                row[1:1] = [f'{share:.0%}' for share in layer.support] if layer.support else ['', '']
         rows += [[name, *'-' * (len(header) - 2), f'skipped: {why}'] for name, why in self.skipped.items()]
         return (
             f'{format_table(tuple(header), [tuple(row) for row in rows])}\n'

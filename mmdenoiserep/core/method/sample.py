@@ -13,10 +13,13 @@ class Sample:
         most: Largest size of a sample; a convolution samples equally many vectors of each image, which may round the
             size up. None sets no limit.
         seed: Seed of the sampler's own generator.
+        images: Images in the batch. A Linear layer samples equally many vectors of each, where their number divides
+            that of the vectors.
     """
 
-    def __init__(self, most: int | None = None, seed: int = 0) -> None:
+    def __init__(self, most: int | None = None, seed: int = 0, images: int = 1) -> None:
         self.most = most
+        self.images = images
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, layer: nn.Module, x: Tensor, stride: int = 1) -> Tensor:
@@ -34,10 +37,16 @@ class Sample:
                 x = x.gather(2, places[:, None].to(x.device).expand(-1, x.shape[1], -1))  # (B, C, n / B)
             return x.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)  # (groups, C/g, n)
         x = x.flatten(0, -2) if x.dim() > 1 else x[None]  # (tokens, C)
-        places = self.draw(1, len(x), stride)
+        images = self.parts(len(x))
+        places = self.draw(images, len(x) // images, stride)
         if places is not None:
-            x = x.index_select(0, places[0].to(x.device))  # (n, C)
+            places += torch.arange(0, len(x), len(x) // images, device='cpu')[:, None]
+            x = x.index_select(0, places.flatten().to(x.device))  # (n, C)
         return x.mT[None]  # (1, C, n)
+
+    def parts(self, number: int) -> int:
+        """Returns the number of images that some vectors come from; 1 if it does not divide their number."""
+        return self.images if self.images and number % self.images == 0 else 1
 
     def draw(self, rows: int, length: int, stride: int) -> Tensor | None:
         """Returns random indices below ``length``, with replacement, (rows, number); None stands for all."""

@@ -53,3 +53,11 @@ def test_views_count_once_and_what_is_let_go_does_not():
     model, batch = Views(), torch.randn(8, 12)
     assert paused_bytes(model, layers_of(model, 'fc'), batch[:2]) == 2 * 24 * 4
     assert all('forward' not in layer.__dict__ for layer in model.modules())
+
+
+@pytest.mark.parametrize(('stride', 'floats'), [(1, 50 + 6 * 9), (4, 50 + 6 * 3)])
+def test_the_sampled_vectors_of_a_layer_count(stride, floats):
+    """Those of a convolution are what it returns."""
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Flatten())
+    assert paused_bytes(model, layers_of(model, '0'), torch.randn(1, 2, 5, 5), stride) == floats * 4
+    assert paused_bytes(model, layers_of(model, '0'), torch.randn(1, 2, 5, 5), {'0': stride}) == floats * 4

@@ -9,7 +9,9 @@ from mmpretrain.models.utils import LayerNorm2d
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from calibration_helpers import CLEAN, PIXELS, TOKENS, built, changed, data, fit, gap, gather, notes
+from calibration_helpers import CLEAN, PIXELS, TOKENS, built, changed, data, fit, gap, gather, notes, supporting
+from helpers import relative
+from mmdenoiserep.core.calibration.moments import RIDGE
 
 
 class Activated(nn.LayerNorm):
@@ -133,7 +135,7 @@ class Read(nn.Module):
     'how', ['shared', 'tied', 'functional', 'view', 'stash', 'residual', 'pruned', 'parametrised', 'hook', 'pre-hook']
 )
 def test_the_bias_of_a_norm_that_others_have_to_do_with(how, batches):
-    """The constant is left out, and nothing else changes."""
+    """Nothing takes the constant, and nothing else changes."""
     check(lambda: Read(how), TOKENS, batches, 'fc')
 
 
@@ -203,6 +205,20 @@ class Mixed(nn.Module):
 def test_a_norm_of_the_wrong_kind_takes_no_constant():
     """A BatchNorm has no bias on the input of a Linear layer, a LayerNorm no running mean on a convolution's output."""
     model, clean = built(Mixed), data(200, 6)
-    report = fit(model, [clean * 2 + 3], gather(model, [clean]))
+    with supporting():
+        report = fit(model, [clean * 2 + 3], gather(model, [clean]))
     assert notes(report).keys() == {'fc', 'conv'}
     assert changed(model, built(Mixed)) == {'fc.weight', 'conv.weight'}
+
+
+def test_moments_about_zero_where_nothing_takes_a_constant():
+    """``A M_t A^T = M_s`` of second moments M with the ridge, which a map of centred features does not give."""
+    clean, bright = data(500, 5) + 1, 0.5 * data(500, 5, seed=1) + 4
+    model = built(lambda: nn.Sequential(nn.Linear(5, 3, bias=False)))
+    source = gather(model, [clean])['0'].about_zero()
+    with supporting():
+        (row,) = fit(model, [bright], gather(model, [clean])).layers
+    ridge = RIDGE * source.variance * torch.eye(5)
+    expected, before = ((x.mT @ x / len(x) + ridge)[None] for x in (clean, bright))
+    assert relative(row.linear @ before @ row.linear.mT, expected) < 1e-9
+    assert not row.constant.any() and relative(before, expected) > 1

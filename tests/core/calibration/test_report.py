@@ -41,16 +41,14 @@ def test_a_row_says_how_far_the_features_move():
         torch.testing.assert_close(values, torch.linalg.eigvalsh(features.mT.cov(correction=0)), rtol=1e-9, atol=0)
 
 
-def test_a_rank_is_that_of_a_map_of_low_rank():
-    model = nn.Sequential(nn.Linear(8, 80), nn.ReLU(), nn.Linear(80, 64), nn.Linear(64, 4))
-    images = data(400, 8, dtype=torch.float32)
-    report = fit(model, [data(400, 8, seed=1, dtype=torch.float32) + 1], gather(model, [images]), rank=64)
-    assert [row.rank for row in report.layers] == [None, 64, None]
-    assert [lines_of(report)[name][1] for name in '023'] == ['-', '64', '-']
-    assert torch.linalg.matrix_rank(report.layers[1].linear[0] - torch.eye(80), atol=1e-6) == 64
-
-
-@pytest.mark.parametrize('how', ['diagonal', 'mean'])
-def test_a_rank_says_nothing_of_means_and_variances(how):
-    report = fit(built(), [torch.cat(NOISY)], gather(built(), CLEAN), fit=how, rank=2)
-    assert all(row.rank is None for row in report.layers)
+def test_only_denoisers_have_a_rank():
+    model = built()
+    fitted = fit(model, [torch.cat(NOISY)], gather(model, CLEAN))
+    apply_denoiserep(model, 'all', rank=2, example_input=CLEAN[0])
+    solved = solve_denoisers(model, CLEAN)
+    assert {row.rank for row in fitted.layers} == {None} and {row.rank for row in solved.layers} == {2, None}
+    assert 'rank' not in str(fitted)
+    lines = lines_of(solved)
+    assert lines['layer'][1] == 'rank' and [lines[row.name][1] for row in solved.layers] == [
+        str(row.rank or '-') for row in solved.layers
+    ]

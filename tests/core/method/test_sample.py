@@ -1,5 +1,6 @@
 """The random part of the vectors that a layer takes or gives."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -23,3 +24,20 @@ def test_the_pixels_that_are_drawn_differ_from_image_to_image():
     assert moments.count == 500 * 8
     assert abs(moments.mean.item() - 31.5) < 1
     assert relative(moments.covariance.flatten(), ramp[0].var().reshape(1)) < 0.05
+
+
+@pytest.mark.parametrize('stride', [1, 4])
+def test_equally_many_tokens_of_each_image(stride):
+    """Image after image, other tokens of each; where their number is not that of all images, from all of them."""
+    layer, x = nn.Linear(1, 2), torch.arange(3 * 40.0).reshape(3, 40, 1)
+    tokens = Sample(images=3)(layer, x, stride).flatten()
+    assert len(tokens) == 3 * 40 // stride
+    assert (tokens // 40).tolist() == [image for image in range(3) for _ in range(40 // stride)]
+    if stride > 1:
+        first, second, _ = (tokens % 40).split(10)
+        assert not torch.equal(first, second)
+    assert torch.equal(tokens, Sample(images=3)(layer, x.flatten(0, 1), stride).flatten())
+    for images in (7, 0):
+        sample = Sample(images=images)
+        assert sample.parts(120) == 1 and sample(layer, x, stride).shape == (1, 1, 120 // stride)
+    assert Sample(images=3).parts(120) == 3

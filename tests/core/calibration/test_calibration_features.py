@@ -43,16 +43,22 @@ def test_a_convolution_at_some_pixels(options):
     assert relative(actual, expected) < 1e-12
 
 
+def moments_of(features, vectors):
+    """Returns the moments of what a fit corrects, from gathered vectors."""
+    gathered = features.empty()
+    gathered.update(vectors)
+    return features.moments(gathered)
+
+
 @pytest.mark.parametrize(('options', 'stride'), itertools.product(KINDS, [1, 3]), ids=str)
 def test_features_of_a_convolution_are_its_output(options, stride):
     """Whether the output is known or not; the same pixels are sampled."""
     layer, x = convolution(**options), data(3, 4, 9, 11)
     with torch.no_grad():
         output = layer(x)
-        known, unknown = Features(layer), Features(layer)
-        known.update(Sample(seed=1), x, stride, output)
-        unknown.update(Sample(seed=1), x, stride)
-        known, unknown = known.moments(), unknown.moments()
+        features = Features(layer)
+        known = moments_of(features, features.vectors(Sample(seed=1), x, stride, output))
+        unknown = moments_of(features, features.vectors(Sample(seed=1), x, stride))
         expected = Moments.of(Sample(seed=1)(layer, output, stride))
     for moments in (known, unknown):
         assert moments.count == expected.count == 3 * -(-output[0, 0].numel() // stride)
@@ -64,9 +70,7 @@ def test_features_of_a_padding_that_the_model_changes():
     """The forward reads ``padding``; some models write it."""
     layer, x = convolution(kernel_size=3), data(2, 4, 5, 5)
     layer.padding = (1, 2)
-    seen = Features(layer)
-    seen.update(Sample(), x, 2)
-    assert seen.moments().count == 2 * -(-5 * 7 // 2)
+    assert Features(layer).vectors(Sample(), x, 2).shape == (1, 6, 2 * -(-5 * 7 // 2))
 
 
 def test_an_image_without_a_batch_and_the_input_of_a_layer():
@@ -77,7 +81,6 @@ def test_an_image_without_a_batch_and_the_input_of_a_layer():
             (conv, data(2, 4, 7, 7), True, data(2, 4, 7, 7).transpose(0, 1).flatten(1).unflatten(0, (2, 2))),
             (linear, data(2, 5, 4), False, data(2, 5, 4).flatten(0, 1).mT[None]),
         ):
-            seen = Features(layer, inputs)
-            seen.update(Sample(), x, 1)
-            assert relative(seen.moments().covariance, Moments.of(expected).covariance) < 1e-12
-            assert seen.channels == expected.shape[1]
+            features = Features(layer, inputs)
+            assert relative(features.vectors(Sample(), x, 1), expected) < 1e-12
+            assert features.shape == tuple(expected.shape[:2])
