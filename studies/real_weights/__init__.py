@@ -1,0 +1,1 @@
+"""Groundwork for a study on real weights: two pretrained models and photographs, all from packages."""
