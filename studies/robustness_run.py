@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from mmdenoiserep.apis.calibration import Extractor, layers_of
+from mmdenoiserep.apis.calibration import Extractor
 from mmdenoiserep.apis.config import load_config
 from mmdenoiserep.apis.corruptions import make_transform
+from mmdenoiserep.apis.gate import layers_of
 from mmdenoiserep.apis.model import open_model
 from mmdenoiserep.core import (
     InputError,
@@ -83,7 +84,7 @@ SEVERITIES = {
 }
 """Severities by data set and corruption, see :func:`corrupt`; on grey images, a colour cast would be brightness."""
 FITS = {ALL_LAYERS: 'all', EARLY_HALF: 'early', FIRST_LAYER: 'first'}
-"""The layers of each fit, see :func:`mmdenoiserep.apis.calibration.layers_of`."""
+"""The layers of each fit, see :func:`mmdenoiserep.apis.gate.layers_of`."""
 SOURCE = 4000
 """Largest number of clean training images for the moments in the training domain."""
 POOL = {CLASSIFICATION: 3000, 'scenes': 300, REID: 2000}

@@ -263,7 +263,6 @@ def load_source(subject: Subject, path: str | Path) -> tuple[Mapping[str, Moment
 def fit(
     subject: Subject,
     source: Mapping[str, Moments],
-    part: str = 'all',
     *,
     stride: int | None = None,
     memory: float = 4.0,
@@ -279,7 +278,6 @@ def fit(
     Args:
         subject: A model without denoisers, and images of the deployment domain.
         source: Moments in the training domain, from :func:`gather_source` or :func:`load_source`.
-        part: Layers to fit: ``'first'``, ``'early'`` (half) or ``'all'``.
         stride: Takes one in so many tokens or pixels of all layers; None chooses for each layer.
         memory: GiB in each process for the images and features of the forwards.
         spectra: Whether the report has the spectra of all layers.
@@ -291,7 +289,6 @@ def fit(
 
     Raises:
         CalibrationError: The images, the features or the source can't be used.
-        InputError: The part is unknown.
 
     Examples:
         >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
@@ -301,12 +298,10 @@ def fit(
         >>> report, strides = fit(subject, source)
         >>> torch.save(dict(meta=subject.meta, state_dict=subject.model.state_dict()), 'fitted.pth')
     """
-    one_of(PARTS, part=part)
     at_least(1, optional=True, stride=stride)
-    chosen = layers_of(subject.layers, part)
-    limit_images(subject, chosen, memory, stride or subject.choose_strides())
+    limit_images(subject, memory, stride or subject.choose_strides())
     strides = stride or subject.choose_strides()
-    with with_progress_bar(subject.images) as batches, layer_bar(len(chosen)) as move:
+    with with_progress_bar(subject.images) as batches, layer_bar(len(subject.layers)) as move:
 
         def done(name: str) -> None:
             move(name)
@@ -314,27 +309,12 @@ def fit(
                 progress(name)
 
         report = fit_domain(
-            subject.part, chosen, batches, source, stride=strides, spectra=spectra, maps=maps, progress=done
+            subject.part, subject.layers, batches, source, stride=strides, spectra=spectra, maps=maps, progress=done
         )
-    subject.meta[STAMP] = dict(fused=True, layers=len(report.layers), mode='domain', images=report.images, part=part)
+    subject.meta[STAMP] = dict(fused=True, layers=len(report.layers), mode='domain', images=report.images)
     if 'cfg' not in subject.meta:  # for the libraries' inferencers
         subject.meta['cfg'] = vanilla_text(subject.cfg.pretty_text)
     return report, describe_strides(strides)
-
-
-PARTS = ('first', 'early', 'all')
-"""Layers to fit: the first one, the first half, or all."""
-
-
-def layers_of(layers: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """Returns the layers of one of :data:`PARTS`, with the middle one of an odd number.
-
-    Args:
-        layers: All layers by name, first executed first.
-        part: The part.
-    """
-    count = dict(first=1, early=(len(layers) + 1) // 2, all=len(layers))[part]
-    return dict(list(layers.items())[:count])
 
 
 def verify_schedule(subject: Subject) -> dict[str, Verification]:
@@ -470,16 +450,15 @@ def describe_strides(strides: int | Mapping[str, int]) -> str:
     return f'one in {least}' if least == most else f'one in {least} (late layers) to {most}'
 
 
-def limit_images(subject: Subject, layers: Mapping[str, Any], gibibytes: float, stride: Stride) -> None:
-    """Takes as many images, evenly from all, as a fit of some layers can hold in memory; prints how many if not all.
+def limit_images(subject: Subject, gibibytes: float, stride: Stride) -> None:
+    """Takes as many images, evenly from all, as a fit can hold in memory; prints how many if not all.
 
     Args:
         subject: The model and the images.
-        layers: The layers to fit, by name.
         gibibytes: Memory in each process, GiB.
         stride: See :func:`mmdenoiserep.core.collect_moments`.
     """
-    one = paused_bytes(subject.part, layers, subject.example, stride)
+    one = paused_bytes(subject.part, subject.layers, subject.example, stride)
     total = sum_processes(len(subject.images.dataset))
     subject.images.take(max(1, min(gather_processes(int(gibibytes * 2**30 / one)))))
     taken = sum_processes(len(subject.images.dataset))

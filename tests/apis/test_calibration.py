@@ -44,16 +44,8 @@ def test_strides_follow_the_vectors_of_an_image():
             lambda subject: calibration.fit(subject, {}, stride=-1),
             'stride must be a whole number of 1 or more, got -1',
         ),
-        (lambda subject: calibration.fit(subject, {}, 'half'), 'part must be one of first, early, all, got'),
     ],
 )
 def test_arguments_that_do_not_work(call, words):
     with pytest.raises(InputError, match=words):
         call(SimpleNamespace(layers=dict(a=torch.nn.Linear(3, 2))))
-
-
-def test_parts_of_the_layers():
-    """Half of an odd number has the middle one."""
-    layers = dict.fromkeys('abcde')
-    parts = [''.join(calibration.layers_of(layers, part)) for part in calibration.PARTS]
-    assert parts == ['a', 'abc', 'abcde'] and list(calibration.layers_of(dict(a=1, b=2), 'early')) == ['a']

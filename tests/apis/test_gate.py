@@ -19,6 +19,7 @@ from mmdenoiserep.apis.distances import Distances, measure_distances
 from mmdenoiserep.apis.gate import (
     CANDIDATES,
     HALF_STRENGTH,
+    PARTS,
     Candidates,
     Evidence,
     Score,
@@ -27,6 +28,7 @@ from mmdenoiserep.apis.gate import (
     explain_nothing,
     hold_out,
     is_local_damage,
+    layers_of,
     tally,
     why_not_comparable,
 )
@@ -50,6 +52,13 @@ def fitted(names=LAYERS, images=BLURRED):
 
 def distance(state, other):
     return max((value - other[key]).abs().max().item() for key, value in state.items() if value.is_floating_point())
+
+
+def test_parts_of_the_layers():
+    """Half of an odd number has the middle one."""
+    layers = dict.fromkeys('abcde')
+    parts = [''.join(layers_of(layers, part)) for part in PARTS]
+    assert parts == ['a', 'abc', 'abcde'] and list(layers_of(dict(a=1, b=2), 'early')) == ['a']
 
 
 @pytest.mark.parametrize(('name', 'names'), [('first', LAYERS[:1]), ('early', LAYERS[:3]), ('all', LAYERS)])
