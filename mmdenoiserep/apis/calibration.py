@@ -338,9 +338,12 @@ def verify_fit(before: nn.Module, subject: Subject, report: CalibrationReport) -
     with explicit_maps(before, {layer.name: (layer.linear, layer.constant) for layer in report.layers}):
         result = compare_models(before, subject.part, images)
     if not result.ok:
-        raise CheckpointError(
-            f'{subject.checkpoint}: the maps do not fold into the weights ({result.worst}); nothing was written'
-        )
+        why = f'the maps do not fold into the weights ({result.worst})'
+        most = max(report.layers, key=lambda layer: layer.moved)
+        if most.moved > LARGE_SHIFT:
+            why += f'; {most.name} moves by {most.moved:.1e} times its variance, which amplifies rounding: '
+            why += 'look at the images'
+        raise CheckpointError(f'{subject.checkpoint}: {why}; nothing was written')
     load_strictly(build_model(subject.cfg, False), subject.model.state_dict(), subject.checkpoint, 'vanilla')
     return result
 

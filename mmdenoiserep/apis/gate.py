@@ -196,11 +196,13 @@ def hold_out(subject: Subject) -> Batches:
     """Takes a fifth of the images of a subject from it, at even distances, and at most :data:`HELD_OUT`.
 
     Raises:
-        CalibrationError: A process has a single image.
+        CalibrationError: There are two images, or a process has a single one.
     """
     counts = gather_processes(len(subject.images.dataset))
-    if min(counts) < 2:
-        raise CalibrationError('a fit needs two images or more in each process: some to fit on, and others to check it')
+    if min(counts) < 2 or sum(counts) < 3:
+        raise CalibrationError(
+            'a fit needs three images or more, and two in each process: some to fit to, and others to check it'
+        )
     return subject.images.hold_out(max(1, min(-(-HELD_OUT // len(counts)), len(subject.images.dataset) // 5)))
 
 
@@ -275,6 +277,20 @@ def keep(subject: Subject, candidates: Candidates, name: str, report: Calibratio
 
     Raises:
         CalibrationError: The fit has changed none of the candidate's layers.
+
+    Examples:
+        >>> cfg = load_config('configs/demo/vit_fashion-mnist.py')
+        >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
+        >>> source, about = gather_source(open_subject(cfg, 'vit.pth', split='train', device='cpu'))
+        >>> subject = open_subject(cfg, 'vit.pth', split='test', device='cpu')
+        >>> held = hold_out(subject)
+        >>> candidates = Candidates(subject.part, subject.layers)
+        >>> report, strides = fit(subject, source, progress=candidates.note)
+        >>> evidence = gather_evidence(subject, candidates, held, source, Distances.read(about))
+        >>> name = decide(evidence.scores, evidence.distances)
+        >>> if name != 'nothing':
+        ...     report = keep(subject, candidates, name, report)
+        ...     torch.save(dict(meta=subject.meta, state_dict=subject.model.state_dict()), 'fitted.pth')
     """
     fitted = set(candidates.names(name))
     rows = [row for row in report.layers if row.name in fitted]

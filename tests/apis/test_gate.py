@@ -240,7 +240,7 @@ def subject(count, model=None):
     return SimpleNamespace(model=model, images=Batches(model, Subset(images, range(count)), 4))
 
 
-@pytest.mark.parametrize(('count', 'expected'), [(2, 1), (9, 1), (10, 2), (1000, 200), (2000, 200)])
+@pytest.mark.parametrize(('count', 'expected'), [(3, 1), (9, 1), (10, 2), (1000, 200), (2000, 200)])
 def test_a_fifth_of_the_images_is_held_out(count, expected):
     some = subject(count)
     held = hold_out(some)
@@ -249,9 +249,10 @@ def test_a_fifth_of_the_images_is_held_out(count, expected):
     assert numbers[0] == [i * count // expected for i in range(expected)]
 
 
-def test_one_image_is_too_few():
-    with pytest.raises(CalibrationError, match='two images'):
-        hold_out(subject(1))
+@pytest.mark.parametrize('count', [1, 2])
+def test_two_images_are_too_few(count):
+    with pytest.raises(CalibrationError, match='three images'):
+        hold_out(subject(count))
 
 
 def test_models_without_predictions_to_compare():

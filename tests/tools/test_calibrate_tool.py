@@ -338,6 +338,19 @@ def test_warnings(tmp_path, capsys):
     assert 'look like another data set altogether' in capsys.readouterr().out
 
 
+def test_a_map_that_amplifies_rounding_is_refused(tmp_path):
+    """Images of nearly one colour differ by a few pixels, which the fit stretches to the variance of real images."""
+    (tmp_path / 'plain').mkdir()
+    for i in range(20):
+        image = np.full((28, 28), 250, np.uint8) - (np.indices((28, 28)).sum(0) == i)
+        cv2.imwrite(str(tmp_path / f'plain/{i}.png'), image)
+    files = DEMO / 'vit_fashion-mnist.py', checkpoint('vit_fashion-mnist'), tmp_path / 'no.pth'
+    options = ['--source', source('vit_fashion-mnist'), '--images', tmp_path / 'plain', '--accept', 'all', '--verify']
+    text = sentence('calibrate', 'domain', *files, *options)
+    assert 'patch_embed.projection moves by' in text and 'which amplifies rounding: look at the images' in text
+    assert not (tmp_path / 'no.pth').exists()
+
+
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
     files = DEMO / 'vit_fashion-mnist.py', checkpoint('vit_fashion-mnist'), tmp_path / 'no.pth'
     options = ['--source', source('vit_fashion-mnist'), '--accept', 'first', '--dry-run']
