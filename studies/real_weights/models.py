@@ -57,11 +57,15 @@ class Pretrained:
         build: Returns the model with its weights, in eval mode.
         mean: Means of red, green and blue, from 0 to 255.
         std: Standard deviations of red, green and blue.
+        features: Returns the model's features of images, (N, C).
+        head: Name of the layer that makes logits of the features; empty without classes.
     """
 
     build: Callable[[], nn.Module]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    features: Callable[[nn.Module, Tensor], Tensor]
+    head: str = ''
 
     def preprocess(self, images: 'NDArray[np.uint8]') -> Tensor:
         """Returns the input of the model.
@@ -224,7 +228,15 @@ def _same_padding(kernel: int, stride: int) -> nn.ZeroPad2d:
 
 
 MODELS = {
-    'dinov2-small': Pretrained(build_dinov2, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
-    'efficientnet-lite0': Pretrained(build_efficientnet_lite0, (127.0, 127.0, 127.0), (128.0, 128.0, 128.0)),
+    'dinov2-small': Pretrained(
+        build_dinov2, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), lambda model, images: model(images)[0]
+    ),
+    'efficientnet-lite0': Pretrained(
+        build_efficientnet_lite0,
+        (127.0, 127.0, 127.0),
+        (128.0, 128.0, 128.0),
+        lambda model, images: model.features(images),
+        '_fc',
+    ),
 }
 """The models by name."""
