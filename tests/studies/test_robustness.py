@@ -140,7 +140,11 @@ def results(tmp_path):
 def write(work_dir, name, seed, run):
     folder = work_dir / f'{name}/seed_{seed}'
     folder.mkdir(parents=True)
-    (folder / robustness_run.RESULT).write_text(json.dumps(run))
+    table = {key: {} for key in run['table']}
+    parts = dict(rivals={'table': run['table'], 'images': run['images'], 'filters': run['filters']})
+    parts['fits'] = {key: value for key, value in run.items() if key not in parts['rivals']} | dict(table=table)
+    for part, found in parts.items():
+        robustness_run.path_of(folder, part).write_text(json.dumps(found | dict(cpu_seconds=1.0)))
 
 
 def test_goals_are_judged_by_what_was_measured(results):
@@ -186,7 +190,7 @@ def test_the_page_and_the_picture(results, tmp_path, monkeypatch):
     ('arguments', 'words'),
     [
         (['--report'], 'holds no finished measurement'),
-        (['--one', 'vit', '0'], 'vit/seed_0 has no trained baseline'),
+        (['--one', 'vit', '0', 'fits'], 'vit/seed_0 has no trained baseline'),
     ],
 )
 def test_no_measurement_is_said_so(arguments, words, tmp_path, monkeypatch):
@@ -206,7 +210,7 @@ def test_a_finished_measurement_is_not_made_again(tmp_path, monkeypatch):
 
     def run(title, *command, log):
         started.append(command)
-        (log.parent / robustness_run.RESULT).write_text('{}')
+        robustness_run.path_of(log.parent, command[5]).write_text('{}')
 
     monkeypatch.setattr(study, 'train', train)
     monkeypatch.setattr(robustness, 'run', run)
@@ -214,8 +218,10 @@ def test_a_finished_measurement_is_not_made_again(tmp_path, monkeypatch):
     folder = study.seed_folder(tmp_path, 'resnet', 4)
     for _ in range(2):
         robustness.run_seed(study.EXPERIMENTS['resnet'], 4, folder, ['a=1'])
-    expected = ('-m', 'studies.robustness', '--one', 'resnet', '4', '--work-dir', str(tmp_path), '--cfg-options', 'a=1')
-    assert started == [expected]
+    place = '--work-dir', str(tmp_path), '--cfg-options', 'a=1'
+    assert started == [
+        ('-m', 'studies.robustness', '--one', 'resnet', '4', part, *place) for part in ('rivals', 'fits')
+    ]
     more = ['a=1', 'load_from=weights.pth']
     assert trained[:3] == [
         ('baseline', 'resnet_fashion-mnist.py', 4, ['a=1']),
@@ -243,9 +249,10 @@ def test_one_measurement(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(robustness, 'ROOT', tmp_path)
     monkeypatch.setattr(robustness_run, 'ITERATIONS', 3)
-    monkeypatch.setattr(sys, 'argv', ['robustness.py', '--one', 'resnet', '1', '--cfg-options', *small])
-    robustness.main()
-    result = json.loads((folder / robustness_run.RESULT).read_text())
+    for part in robustness_run.PARTS:
+        monkeypatch.setattr(sys, 'argv', ['robustness.py', '--one', 'resnet', '1', part, '--cfg-options', *small])
+        robustness.main()
+    result = robustness_run.read_run(folder)
     assert result['images'] == dict(source=40, target=40, test=25) and list(result['table']) == list(CORRUPTIONS)
     methods = {'as trained', 'schedule', 'fine-tuned', 'fine-tuned on noise', 'fine-tuned with labels', 'BatchNorm'}
     methods |= {'all layers', 'early half', 'first layer', 'entropy', 'block alignment'}
