@@ -9,11 +9,13 @@ filters, and fine-tuning with labels. Finished steps are not repeated.
 import argparse
 import json
 import os
+import time
 import warnings
 from pathlib import Path
 
 from denoiserep_commands import launch
 from mmdenoiserep.core import InputError
+from mmdenoiserep.core.files.atomic import write_file
 from studies import study
 from studies.commands import last_checkpoint, run
 from studies.robustness_report import Result, draw, report
@@ -32,7 +34,8 @@ NOTE = 'robustness_note.json'
 
 def run_seed(experiment: study.Experiment, seed: int, folder: Path, overrides: list[str]) -> None:
     """Trains the missing models of one experiment with one seed, and measures in a separate process."""
-    from studies.robustness_run import CLASSIFICATION, PARTS, path_of, write_noise_config
+    from studies.robustness_rivals import write_noise_config
+    from studies.robustness_run import CLASSIFICATION, PARTS, path_of
 
     study.train(folder, 'baseline', experiment.config(), seed, overrides)
     if experiment.data == CLASSIFICATION:
@@ -61,6 +64,37 @@ def read_results(work_dir: Path) -> list[Result]:
     return results
 
 
+def measure_one(args: argparse.Namespace) -> None:
+    """Measures one part for the trained models of one experiment with one seed, and writes the result."""
+    import cv2
+    import torch
+    from mmengine.logging import MMLogger
+
+    from mmdenoiserep.apis.config import load_config
+    from studies.robustness_fits import FitsRun
+    from studies.robustness_rivals import RivalsRun
+    from studies.robustness_run import path_of, read_part
+
+    name, seed, part = args.one[0], int(args.one[1]), args.one[2]
+    folder = study.seed_folder(args.work_dir, name, seed)
+    if not (folder / 'baseline.json').exists():
+        raise InputError(f'{folder} has no trained baseline; start this program without --one')
+    started = time.process_time()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    MMLogger.get_current_instance().setLevel('ERROR')
+    experiment = study.EXPERIMENTS[name]
+    about = experiment, folder, seed, load_config(experiment.config(), args.cfg_options)
+    with torch.no_grad():
+        if part == 'rivals':
+            result = RivalsRun(*about).measure()
+        else:
+            result = FitsRun(*about).measure(read_part(folder, 'rivals')['filters'])
+    result['cpu_seconds'] = time.process_time() - started
+    with write_file(path_of(folder, part)) as file:
+        file.write(json.dumps(result, indent=1).encode())
+
+
 def main() -> None:
     """Runs the missing measurements, and writes the page and the picture."""
     parser = study.make_parser(__doc__, Path('docs/domain.md'))
@@ -70,8 +104,6 @@ def main() -> None:
     os.environ |= ENVIRONMENT
     warnings.simplefilter('ignore')
     if args.one:
-        from studies.robustness_run import measure_one
-
         measure_one(args)
         return
     if not args.report:

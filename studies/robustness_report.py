@@ -10,10 +10,15 @@ from studies.study_report import Paired, spread, table
 
 AS_TRAINED, ALL_LAYERS, EARLY_HALF, FIRST_LAYER = 'as trained', 'all layers', 'early half', 'first layer'
 BATCH_NORM, FILTER, LABELLED = 'BatchNorm', 'filter, chosen', 'fine-tuned with labels'
+HALF_STRENGTH, CHECK = 'half strength', 'what the check writes'
+CANDIDATE_NAMES = dict(first=FIRST_LAYER, early=EARLY_HALF, all=ALL_LAYERS) | {'half-strength': HALF_STRENGTH}
+"""Names of the methods by candidate of a fit, but for the untouched model."""
 COLOURED = (
+    CHECK,
     ALL_LAYERS,
     EARLY_HALF,
     FIRST_LAYER,
+    HALF_STRENGTH,
     'schedule',
     BATCH_NORM,
     'entropy',
@@ -246,7 +251,7 @@ def shares(result: Result, corruption: str, method: str) -> str:
 
 def counts(result: Result) -> str:
     """Returns the gain on noise and the change on clean images by number of images, and for a skewed target."""
-    methods = ALL_LAYERS, EARLY_HALF, FIRST_LAYER
+    methods = CHECK, *CANDIDATE_NAMES.values()
     places: dict[Any, tuple[str, ...]] = dict(result.counts)
     if skewed := result.runs[0].get('skewed'):
         places[f'{skewed["images"]}, skewed'] = ('skewed', 'scores')
