@@ -44,7 +44,7 @@ from .backbones import check_input, denoised_configs, predicting_backbone
 from .distances import DISTANCES, measure_distances
 from .errors import ConfigError, config_at_fault, config_name, config_path
 from .fusion import verify_weights
-from .images import SPLITS, Batches, describe_preprocessing, open_images, take_evenly
+from .images import SPLITS, Batches, describe_preprocessing, open_images, take_spread
 from .model import build_model, load_strictly, open_model, to_device
 
 LARGE_SHIFT = 0.5
@@ -169,7 +169,7 @@ def _open_batches(
         raise ConfigError(f'{config_name(cfg)} has no {split}_dataloader; name a folder of images')
     loader = None if folder else cfg[f'{split}_dataloader']
     workers = loader.get('num_workers', 0) if isinstance(loader, Mapping) else 0
-    share = take_evenly(open_images(cfg, split, folder, model), num_images, get_rank(), get_world_size())
+    share = take_spread(open_images(cfg, split, folder, model), num_images, get_rank(), get_world_size())
     if not len(share):
         raise InputError('there are fewer images than processes')
     return Batches(model, share, batch_size, workers)
@@ -454,7 +454,7 @@ def describe_strides(strides: int | Mapping[str, int]) -> str:
 
 
 def limit_images(subject: Subject, gibibytes: float, stride: Stride) -> None:
-    """Takes as many images, evenly from all, as a fit can hold in memory; prints how many if not all.
+    """Takes as many images, spread over all, as a fit can hold in memory; prints how many if not all.
 
     Args:
         subject: The model and the images.

@@ -193,7 +193,7 @@ def explain_nothing(evidence: Evidence) -> str:
 
 
 def hold_out(subject: Subject) -> Batches:
-    """Takes a fifth of the images of a subject from it, at even distances, and at most :data:`HELD_OUT`.
+    """Takes a fifth of the images of a subject from it, spread over all, and at most :data:`HELD_OUT`.
 
     Raises:
         CalibrationError: There are two images, or a process has a single one.

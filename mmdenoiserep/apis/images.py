@@ -444,14 +444,14 @@ class Batches:
             raise InputError(f'no image is left: {next(iter(self.left_out), "there is none")}')
 
     def take(self, count: int) -> None:
-        """Keeps ``count`` images at even distances, or all if there are no more."""
-        self._keep(take_evenly(self.dataset, count).indices)
+        """Keeps ``count`` images, spread over all, or all if there are no more; see :func:`take_spread`."""
+        self._keep(take_spread(self.dataset, count).indices)
 
     def hold_out(self, count: int) -> 'Batches':
-        """Returns batches of ``count`` images at even distances, and drops these images here."""
+        """Returns batches of ``count`` images, spread over all, and drops these images here; see :func:`take_spread`."""
         held = copy.copy(self)
         held.order, held.left_out = [], {}
-        chosen = take_evenly(self.dataset, count).indices
+        chosen = take_spread(self.dataset, count).indices
         held._keep(chosen)
         self._keep(sorted(set(range(len(self.dataset))).difference(chosen)))
         return held
@@ -473,17 +473,22 @@ class Batches:
         return packed
 
 
-def take_evenly(dataset: Dataset, count: int, rank: int = 0, world: int = 1) -> Subset:
-    """Returns the share of one process in ``count`` images at even distances in a data set.
+def take_spread(dataset: Dataset, count: int, rank: int = 0, world: int = 1) -> Subset:
+    """Returns the share of one process in ``count`` images that are spread over a data set.
+
+    The data set is cut into stretches of about equal length, and each gives a random image, always the same one. So a
+    data set that is sorted by class is covered, and one that repeats a pattern, as four cameras for each person, is not
+    met at the same place of it each time.
 
     Args:
-        dataset: The data set; it may be sorted by class.
+        dataset: The data set.
         count: Number of images in all processes; a smaller data set gives all it has.
         rank: Rank of the process.
         world: Number of processes.
     """
     total = len(dataset)  # type: ignore[arg-type]
-    chosen = np.linspace(0, total, min(count, total), endpoint=False).astype(int)
+    cuts = np.linspace(0, total, min(count, total) + 1).astype(int)
+    chosen = np.random.default_rng(0).integers(cuts[:-1], cuts[1:])
     return Subset(dataset, chosen[rank::world].tolist())
 
 

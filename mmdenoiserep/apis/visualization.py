@@ -34,7 +34,7 @@ from .backbones import check_input, predicting_backbone
 from .calibration import Size, choose_strides, describe_strides
 from .corruptions import SEVERITIES, corrupt, make_transform
 from .errors import config_at_fault, config_path
-from .images import Batches, NoImage, datasets_of, leaves, open_images, take_evenly
+from .images import Batches, NoImage, datasets_of, leaves, open_images, take_spread
 from .model import open_model, to_device
 from .pixels import to_rgb
 
@@ -259,7 +259,7 @@ class Visualization:
 
     @property
     def _chosen(self) -> list[int]:
-        return take_evenly(self.images['clean'], self.num_images).indices
+        return take_spread(self.images['clean'], self.num_images).indices
 
     def _batches(self, images: str, chosen: Sequence[int], batch_size: int = 1) -> Batches:
         return Batches(self.models['before'], torch.utils.data.Subset(self.images[images], chosen), batch_size)
@@ -313,7 +313,7 @@ class Visualization:
         Raises:
             InputError: The config leaves out all images to show.
         """
-        chosen = take_evenly(self.images['clean'], self.shown).indices
+        chosen = take_spread(self.images['clean'], self.shown).indices
         chosen = [index for index in chosen if not isinstance(self.images['clean'][index], NoImage)]
         if not chosen:
             raise InputError('the config leaves out all images to show; show more of them')

@@ -29,7 +29,7 @@ from mmdenoiserep.apis.calibration import with_progress_bar
 from mmdenoiserep.apis.config import use_tta
 from mmdenoiserep.apis.export import image_shape
 from mmdenoiserep.apis.folders import find_images
-from mmdenoiserep.apis.images import Batches, NoImage, datasets_of, image_channels, open_images, take_evenly
+from mmdenoiserep.apis.images import Batches, NoImage, datasets_of, image_channels, open_images, take_spread
 from mmdenoiserep.apis.matches import _read_images
 from mmdenoiserep.apis.visualization import CorruptedImages
 from mmdenoiserep.core import InputError
@@ -720,8 +720,21 @@ def test_the_preprocessor_of_self_supervised_models_gets_images_not_views(root):
 
 
 def test_one_size_comes_in_the_order_of_the_data_set(root):
-    batches = Batches(Model(), take_evenly(open_images(config(custom(root))), 5), 2)
+    batches = Batches(Model(), take_spread(open_images(config(custom(root))), 5), 2)
     assert [len(batch) for batch in batches] == [2, 2, 1] and batches.order == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(('total', 'count'), [(4000, 1000), (4000, 500), (17, 5), (5, 5), (3, 8), (1, 1)])
+def test_images_are_spread_over_the_data_set_and_over_its_pattern(total, count):
+    chosen = take_spread(range(total), count).indices
+    count = min(total, count)
+    cuts = [total * i // count for i in range(count + 1)]
+    assert all(low <= i < high for low, i, high in zip(cuts[:-1], chosen, cuts[1:], strict=True))
+    if count >= 100:
+        phases = np.bincount([i % 4 for i in chosen])  # such as the camera of images that are sorted by person
+        assert phases.min() > 0.8 * count / 4
+    shares = [take_spread(range(total), count, rank, 3).indices for rank in range(3)]
+    assert sorted(sum(shares, [])) == chosen
 
 
 # Channels
