@@ -192,10 +192,6 @@ def domain(args: argparse.Namespace, subject) -> None:
     before = deepcopy(subject.part) if args.verify else None
     how = dict(stride=args.stride, memory=args.memory, spectra=bool(args.plot), maps=args.verify)
     report, strides = calibration.fit(subject, source, progress=candidates.note, **how)
-    if before is not None:
-        result = calibration.verify_fit(before, subject, report)
-        print(f'one image and noise, maps as separate layers against maps folded into the weights:\n{result}')
-        print('the weights fit the config without denoising exactly')
     name = args.accept
     if not reason:
         evidence = gate.gather_evidence(subject, candidates, held, source, Distances.read(about))
@@ -205,6 +201,11 @@ def domain(args: argparse.Namespace, subject) -> None:
             print(f'nothing was written: {gate.explain_nothing(evidence)}')
             raise SystemExit(3)
     print(f'chosen: {name}' + ' (--accept)' * bool(args.accept))
+    if before is not None:
+        whole = 'all' if name == gate.HALF_STRENGTH else name  # halves are means of weights that are verified
+        result = calibration.verify_fit(before, subject, gate.keep(subject, candidates, whole, report))
+        print(f'one image and noise, maps as separate layers against maps folded into the weights:\n{result}')
+        print('the weights fit the config without denoising exactly')
     finish(args, subject, gate.keep(subject, candidates, name, report), strides, source)
 
 
