@@ -114,10 +114,12 @@ class Score(NamedTuple):
             same class; share of pixels; share of boxes, weighted by score; share of images that are nearest to their
             mirrored image.
         infomax: ``H(mean p) - mean H(p)`` of a classifier's probabilities of the classes, nats; None for other tasks.
+        images: What agrees in each image, and what could agree; the agreement is the ratio of the sums.
     """
 
     agreement: float
     infomax: float | None = None
+    images: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -319,8 +321,7 @@ class Tally:
 
     Attributes:
         images: Number of images.
-        agreed: What agrees: images, shares of pixels, or scores of boxes.
-        total: What could agree.
+        agreed: What agrees in each image, and what could agree: 1, a share of pixels, or scores of boxes.
         probabilities: Probabilities of the classes, (C,), float64; None without probabilities.
         entropy: Entropies of the probabilities, nats.
         features: Features of images, (C,) each.
@@ -328,8 +329,7 @@ class Tally:
     """
 
     images: int = 0
-    agreed: float = 0.0
-    total: float = 0.0
+    agreed: list[tuple[float, float]] = field(default_factory=list)
     probabilities: Tensor | None = None
     entropy: float = 0.0
     features: list[Tensor] = field(default_factory=list)
@@ -344,18 +344,18 @@ class Tally:
             self.probabilities = self.probabilities + other.probabilities if known else None  # type: ignore[operator]
         self.images += other.images
         self.agreed += other.agreed
-        self.total += other.total
         self.entropy += other.entropy
         self.features += other.features
         self.mirrored += other.mirrored
 
     def score(self) -> Score:
         """Returns the score of all images."""
-        agreed, total = (find_mirrored(self), len(self.features)) if self.features else (self.agreed, self.total)
+        images = tuple(find_mirrored(self) if self.features else self.agreed)
+        agreed, total = (sum(values) for values in zip(*images, strict=True)) if images else (0.0, 0.0)
         infomax = None
         if self.probabilities is not None:
             infomax = entropy_of(self.probabilities / self.images).item() - self.entropy / self.images
-        return Score(agreed / total if total else 0.0, infomax)
+        return Score(agreed / total if total else 0.0, infomax, images)
 
 
 def tally(sample: Any, mirrored: Any) -> Tally:
@@ -369,8 +369,8 @@ def tally_labels(sample: Any, mirrored: Any) -> Tally:
     score = sample.pred_score.double().cpu()
     agreed = float(score.argmax() == mirrored.pred_score.argmax().cpu())
     if not torch.isclose(score.sum(), score.new_tensor(1), atol=0.01) or score.min() < 0:
-        return Tally(agreed=agreed, total=1)  # several labels, or similarities
-    return Tally(agreed=agreed, total=1, probabilities=score, entropy=entropy_of(score).item())
+        return Tally(agreed=[(agreed, 1.0)])  # several labels, or similarities
+    return Tally(agreed=[(agreed, 1.0)], probabilities=score, entropy=entropy_of(score).item())
 
 
 def tally_pixels(sample: Any, mirrored: Any) -> Tally:
@@ -378,9 +378,8 @@ def tally_pixels(sample: Any, mirrored: Any) -> Tally:
 
     The infomax of pixels does not count: speckled predictions raise it.
     """
-    return Tally(
-        agreed=(sample.pred_sem_seg.data == mirrored.pred_sem_seg.data.flip(-1)).double().mean().item(), total=1
-    )
+    agreed = (sample.pred_sem_seg.data == mirrored.pred_sem_seg.data.flip(-1)).double().mean().item()
+    return Tally(agreed=[(agreed, 1.0)])
 
 
 def tally_boxes(sample: Any, mirrored: Any) -> Tally:
@@ -402,7 +401,7 @@ def tally_boxes(sample: Any, mirrored: Any) -> Tally:
         if overlaps[i, j] >= LEAST_OVERLAP:
             agreed += (first.scores[i] + second.scores[j]).item()
             overlaps[:, j] = 0
-    return Tally(agreed=agreed, total=(first.scores.sum() + second.scores.sum()).item())
+    return Tally(agreed=[(agreed, (first.scores.sum() + second.scores.sum()).item())])
 
 
 def tally_features(sample: Any, mirrored: Any) -> Tally:
@@ -416,11 +415,11 @@ TALLIES: dict[str, Callable[[Any, Any], Tally]] = dict(
 """How predictions are compared, by what they hold; the first one that is there counts."""
 
 
-def find_mirrored(pairs: Tally) -> int:
-    """Returns how many mirrored images have their own image as the nearest one, by the cosine of the features."""
+def find_mirrored(pairs: Tally) -> list[tuple[float, float]]:
+    """Returns for each mirrored image whether its own one is nearest, by the cosine of the features, and 1."""
     features, mirrored = (F.normalize(torch.stack(part)) for part in (pairs.features, pairs.mirrored))
     nearest = (mirrored @ features.mT).argmax(1)
-    return int((nearest == torch.arange(len(nearest))).sum())
+    return [(float(own), 1.0) for own in nearest == torch.arange(len(nearest))]
 
 
 def overlaps_of(first: Tensor, second: Tensor) -> Tensor:

@@ -448,7 +448,7 @@ class Batches:
         self._keep(take_spread(self.dataset, count).indices)
 
     def hold_out(self, count: int) -> 'Batches':
-        """Returns batches of ``count`` images, spread over all, and drops these images here; see :func:`take_spread`."""
+        """Returns batches of ``count`` images, spread over all as :func:`take_spread` does, and drops them here."""
         held = copy.copy(self)
         held.order, held.left_out = [], {}
         chosen = take_spread(self.dataset, count).indices
