@@ -1,5 +1,7 @@
 """The groundwork of the study on real weights, without its packages."""
 
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from mmdenoiserep.core import InputError, select_layers
-from studies.real_weights import photographs
+from studies.real_weights import __main__ as program
+from studies.real_weights import measure, photographs, report
 from studies.real_weights.models import (
     EfficientNetLite0,
     InvertedResidual,
@@ -130,7 +133,7 @@ def test_every_layer_of_lite0_can_be_fitted():
 def test_preprocessing_turns_bgr_into_normalised_rgb():
     images = np.empty((1, 2, 2, 3), np.uint8)
     images[:] = 10, 20, 30
-    inputs = Pretrained(torch.nn.Identity, (1, 2, 3), (2, 3, 7)).preprocess(images)
+    inputs = Pretrained(torch.nn.Identity, (1, 2, 3), (2, 3, 7), lambda model, images: images).preprocess(images)
     assert inputs.shape == (1, 3, 2, 2) and inputs[0, :, 0, 0].tolist() == [14.5, 6, 1]
 
 
@@ -197,3 +200,86 @@ def test_missing_packages(tmp_path, monkeypatch):
     ):
         photographs.gather(tmp_path / 'new')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['apt-get', 'dpkg-deb'], 'nothing half-written stays'
+
+
+class Tiny(torch.nn.Module):
+    """A small convolutional network with BatchNorm and seven classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.head = torch.nn.Conv2d(3, 8, 8, 8), torch.nn.BatchNorm2d(8), torch.nn.Linear(8, 7)
+
+    def features(self, images):
+        return torch.relu(self.bn(self.conv(images))).mean((2, 3))
+
+    def forward(self, images):
+        return self.head(self.features(images))
+
+
+def build_tiny():
+    torch.manual_seed(0)
+    model = Tiny().eval()
+    torch.nn.init.normal_(model.bn.running_mean)
+    return model
+
+
+@pytest.fixture
+def tiny(folder, monkeypatch):
+    """A measurement of a tiny model on ten photographs."""
+    model = Pretrained(build_tiny, (127,) * 3, (128,) * 3, lambda model, images: model.features(images), 'head')
+    monkeypatch.setitem(measure.MODELS, 'tiny', model)
+    for number in range(30):
+        image = np.random.default_rng(number).integers(0, 255, (8, 8, 3), np.uint8)
+        Image.fromarray(image).resize((64, 64)).save(folder / f'more_{number}.png')
+    return measure.RealWeights('tiny', photographs.split(photographs.gather(folder)), 20)
+
+
+def test_a_measurement_compares_with_the_untouched_model_on_clean_crops(tiny):
+    clean, noise = (tiny.measure(corruption) for corruption in ('clean', 'noise'))
+    crops = len(tiny.test)
+    assert clean['images'] == noise['images'] == 20
+    for result in (clean, noise):
+        assert set(report.ROWS) == set(result['scores'])
+        assert all(len(values) == crops for metrics in result['scores'].values() for values in metrics.values())
+        assert result['scores']['the check'] == result['scores'][result['check']]
+    assert sum(clean['scores']['nothing']['agreement']) == sum(clean['scores']['nothing']['retrieval']) == crops
+    assert sum(noise['scores']['nothing']['retrieval']) < crops
+    assert noise['scores']['all'] != noise['scores']['nothing'] != noise['scores']['BatchNorm']
+    held = {image.tobytes() for image in tiny.pool[: tiny.held]}
+    assert held and held.isdisjoint({image.tobytes() for image in tiny.pool[tiny.held :]})
+
+
+def test_intervals_are_those_of_photographs():
+    """Crops of one photograph that change together count once."""
+    alone = report.interval([1, 0, 0, 0, 0, 1, 0, 0] * 8)
+    together = report.interval([1, 1, 1, 1, 0, 0, 0, 0] * 8)
+    assert alone == (25, 25, 25) and together[0] == 50
+    assert 20 < together[1] < 35 and 65 < together[2] < 80
+
+
+def test_the_page(tmp_path, monkeypatch):
+    lost, kept = [0] * 4 + [1] * 36, [1] * 40
+
+    def scores(everything):
+        methods = {name: lost for name in report.ROWS}
+        return {name: dict(retrieval=kept, agreement=values) for name, values in (methods | everything).items()}
+
+    for count in (1, 2):
+        for corruption in program.CORRUPTIONS:
+            found = scores({'nothing': kept} if corruption == 'clean' else {'all': kept})
+            result = dict(scores=found, back=found['all'], filter='none', check='early', cpu_seconds=30)
+            (tmp_path / f'dinov2-small_{count}_{corruption}.json').write_text(json.dumps(result))
+    page = tmp_path / 'page.md'
+    page.write_text('<!-- results: begin -->\n<!-- results: end -->')
+    place = ['--models', 'dinov2-small', '--counts', '1', '2', '--work-dir', str(tmp_path), '--out', str(page)]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['real_weights', *place])
+    program.main()
+    text = page.read_text()
+    assert 'dinov2-small, 1 crops, fitted to clean: agreement at least 95 % | 90.0 % | **missed** |' in text
+    assert (
+        'dinov2-small, 2 crops, noise: agreement at least as with the first layer | +10.0, first +0.0 | met |' in text
+    )
+    assert '10 of 12 goals are met.' in text and '7 minutes of CPU time' in text
+    assert '| as trained | 100.0 | 90.0 |' in text and '| all layers | -10.0 (-30 to +0) | +10.0 (+0 to +30) |' in text
+    assert '| the check | early | early |' in text
