@@ -178,7 +178,7 @@ def domain(args: argparse.Namespace, subject) -> None:
     """Fits the model to the images, checks the fit on held-out images, and writes the vanilla checkpoint.
 
     Raises:
-        SystemExit: With code 3 if no candidate is better than the untouched model.
+        SystemExit: With code 3 if the images support no correction, or something speaks against every candidate.
     """
     from mmdenoiserep.apis import calibration, gate
     from mmdenoiserep.apis.distances import Distances

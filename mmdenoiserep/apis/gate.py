@@ -2,7 +2,7 @@
 
 A fit of all layers gives several candidates: the untouched model, the fit of the first layer, of the early half, of all
 layers, and all layers at half strength. Images that were not fitted on show how well the predictions of each candidate
-agree with those for the mirrored images. :func:`decide` chooses a candidate, or the untouched model.
+agree with those for the mirrored images. :func:`decide` keeps as much of the fit as this does not speak against.
 """
 
 import copy
@@ -32,6 +32,10 @@ PARTS = ('first', 'early', 'all')
 """The first layer, the first half of the layers, and all layers."""
 CANDIDATES = (NOTHING, *PARTS, HALF_STRENGTH)
 """The untouched model; fits of the first layer, the early half and all layers; the mean of first and last."""
+PREFERENCE = 'all', 'early', 'first', HALF_STRENGTH
+"""The candidates, most complete first; half strength corrects no layer wholly."""
+ERRORS = 2
+"""Standard errors by which the agreement of a candidate may be lower than that of the untouched model."""
 HELD_OUT = 200
 """Largest number of images that are kept from the fit."""
 LEAST_OVERLAP = 0.5
@@ -99,6 +103,14 @@ class Candidates:
                     after = torch.lerp(before, after, 0.5)
                 self.owned[number][1].copy_(after)
 
+    def distinct(self) -> list[str]:
+        """Returns the names of the candidates without those that are the same as an earlier one."""
+        found: dict[Any, str] = {}
+        for name in CANDIDATES:
+            changed = frozenset(layer for layer in self.names(name) if self.after.get(layer))
+            found.setdefault((changed, bool(changed) and name == HALF_STRENGTH), name)
+        return list(found.values())
+
     def names(self, name: str) -> list[str]:
         """Returns the names of the layers that a candidate has fitted."""
         if name == NOTHING:
@@ -121,6 +133,21 @@ class Score(NamedTuple):
     infomax: float | None = None
     images: tuple[tuple[float, float], ...] = ()
 
+    def change_from(self, untouched: 'Score') -> tuple[float, float]:
+        """Returns the difference of the agreement to that of the untouched model, and its standard error.
+
+        The error is that of a ratio of sums, paired by image: with ``a_i`` of ``t_i`` in image i,
+        ``var(d) = sum_i d_i^2 / (n (n - 1))`` for the differences ``d_i`` of ``(a_i - agreement t_i) / mean(t)``.
+        """
+        ours, theirs = (torch.tensor(score.images, dtype=torch.float64).view(-1, 2) for score in (self, untouched))
+        residuals = [
+            (agreed - score.agreement * total) / total.mean().clamp_min(torch.finfo(total.dtype).tiny)
+            for score, (agreed, total) in ((self, ours.T), (untouched, theirs.T))
+        ]
+        count = len(ours)
+        error = (residuals[0] - residuals[1]).square().sum().div(max(count * (count - 1), 1)).sqrt().item()
+        return self.agreement - untouched.agreement, error
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -138,11 +165,13 @@ class Evidence:
     distances: Distances | None = None
 
     def __str__(self) -> str:
-        rows = [
-            (name, f'{score.agreement:.1%}', '-' if score.infomax is None else f'{score.infomax:.3f}')
-            for name, score in self.scores.items()
-        ]
-        text = format_table(('candidate', 'agreement with mirrored images', 'infomax'), rows)
+        untouched, rows = self.scores[NOTHING], []
+        for name, score in self.scores.items():
+            change, error = score.change_from(untouched)
+            infomax = '-' if score.infomax is None else f'{score.infomax:.3f}'
+            changed = '-' if score is untouched else f'{100 * change:+.1f} ± {100 * error:.1f}'
+            rows.append((name, f'{score.agreement:.1%}', changed, infomax))
+        text = format_table(('candidate', 'agreement with mirrored images', 'change', 'infomax'), rows)
         text += f'\non {self.images} images that were not fitted on'
         if self.distances:
             text += (
@@ -155,29 +184,44 @@ class Evidence:
 def decide(scores: Mapping[str, Score], distances: Distances | None = None) -> str:
     """Returns the name of the candidate to keep.
 
-    This is the candidate with the highest infomax of those whose agreement is not below that of the untouched model.
-    Without infomax, it is the candidate with the highest agreement. The untouched model wins ties, and where the images
-    are damaged in places.
+    This is the most complete candidate that nothing speaks against, see :func:`speaks_against`: all layers, the early
+    half, the first layer, all layers at half strength, or the untouched model. A fit corrects what its images support
+    in any case, so no candidate has to show that it is better.
 
     Args:
-        scores: Scores by candidate, with those of ``'nothing'``, the untouched model.
+        scores: Scores by candidate, with those of ``'nothing'``, the untouched model; a candidate without one is left
+            out.
         distances: See :class:`Evidence`.
 
     Examples:
-        >>> decide({'nothing': Score(0.767), 'first': Score(0.739), 'early': Score(0.661)})
-        'nothing'
-        >>> decide({'nothing': Score(0.267), 'first': Score(0.406), 'early': Score(0.689)})
-        'early'
+        >>> untouched = Score(0.5, images=((1, 1), (0, 1), (1, 1), (0, 1)))
+        >>> worse = Score(0.0, images=((0, 1), (0, 1), (0, 1), (0, 1)))
+        >>> decide({'nothing': untouched, 'first': untouched, 'all': worse})
+        'first'
     """
-    untouched = scores[NOTHING]
+    for name in PREFERENCE:
+        if name in scores and not speaks_against(scores[name], scores[NOTHING], distances):
+            return name
+    return NOTHING
+
+
+def speaks_against(score: Score, untouched: Score, distances: Distances | None = None) -> str:
+    """Returns what speaks against a candidate; empty if nothing does.
+
+    Args:
+        score: Score of the candidate.
+        untouched: Score of the untouched model.
+        distances: See :class:`Evidence`.
+    """
+    if untouched.infomax is not None and score.infomax is not None and score.infomax > untouched.infomax:
+        return ''
     if is_local_damage(distances):
-        return NOTHING
-    best, most = NOTHING, untouched.agreement if untouched.infomax is None else untouched.infomax
-    for name, score in scores.items():
-        value = score.agreement if untouched.infomax is None else score.infomax
-        if value is not None and value > most and score.agreement >= untouched.agreement:
-            best, most = name, value
-    return best
+        return 'the images are damaged in places, as by an occlusion, which a fit spreads over the whole image'
+    change, error = score.change_from(untouched)
+    if not change >= -ERRORS * error:
+        text = 'the predictions agree less with those for mirrored images, by more than two standard errors'
+        return text + ('' if untouched.infomax is None else ', and infomax is no higher')
+    return ''
 
 
 def is_local_damage(distances: Distances | None) -> bool:
@@ -187,11 +231,10 @@ def is_local_damage(distances: Distances | None) -> bool:
 
 def explain_nothing(evidence: Evidence) -> str:
     """Returns why nothing is kept, as a sentence."""
-    if is_local_damage(evidence.distances):
-        return 'the images are damaged in places, as by an occlusion, which a fit spreads over the whole image'
-    score = 'agreement with mirrored images' if evidence.scores[NOTHING].infomax is None else 'infomax'
-    condition = '' if score != 'infomax' else ' at no less agreement with mirrored images'
-    return f'no candidate has a higher {score} than the untouched model{condition}'
+    fitted = [score for name, score in evidence.scores.items() if name != NOTHING]
+    if not fitted:
+        return 'these images support no correction of any layer'
+    return speaks_against(fitted[-1], evidence.scores[NOTHING], evidence.distances)
 
 
 def hold_out(subject: Subject) -> Batches:
@@ -248,7 +291,7 @@ def gather_evidence(
         source: Moments in the training domain by layer name.
         training: Distances of the training images.
     """
-    tallies = {name: Tally() for name in CANDIDATES}
+    tallies = {name: Tally() for name in candidates.distinct()}
     with evaluating(subject.model), tqdm(total=len(images.dataset), unit='image', disable=get_rank() != 0) as bar:
         for packed in images.packed():
             for name, own in tallies.items():

@@ -131,7 +131,8 @@ class RealWeights:
         for name in CANDIDATES:
             candidates.apply(name)
             scores[name] = self.score(model, test)
-            seen[name] = self.agreement(model, held)
+            if name in candidates.distinct():
+                seen[name] = self.agreement(model, held)
         candidates.apply('all')
         back = self.score(model, self.test)
         candidates.apply(NOTHING)

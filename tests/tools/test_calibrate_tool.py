@@ -303,11 +303,11 @@ def chosen(name, output, *args):
     return stopped.value.code
 
 
-def test_nothing_is_written_where_no_candidate_is_better(tmp_path, capsys):
-    """The training images need no correction, so all candidates are the untouched model."""
+def test_nothing_is_written_where_there_is_nothing_to_correct(tmp_path, capsys):
+    """The images are those of the moments."""
     output = tmp_path / 'no.pth'
     assert chosen('vit_fashion-mnist', output, '--split', 'train', '--stride', 1) == 3
-    assert 'nothing was written: no candidate has a higher infomax' in capsys.readouterr().out
+    assert 'nothing was written: these images support no correction of any layer' in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
@@ -322,7 +322,7 @@ def test_nothing_is_written_where_images_are_damaged_in_places(tmp_path, capsys)
     assert 'nothing was written: the images are damaged in places' in capsys.readouterr().out
 
 
-def test_the_best_candidate_is_written(tmp_path, capsys):
+def test_what_the_check_chooses_is_written(tmp_path, capsys):
     output = tmp_path / 'out.pth'
     assert chosen('segformer_mit_scenes', output, '--verify') == 0
     name = re.search(r'^chosen: (\S+)$', capsys.readouterr().out, re.MULTILINE)[1]
