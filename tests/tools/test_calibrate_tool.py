@@ -314,11 +314,11 @@ def test_nothing_is_written_where_there_is_nothing_to_correct(tmp_path, capsys):
 def test_nothing_is_written_where_images_are_damaged_in_places(tmp_path, capsys):
     images = tmp_path / 'images'
     images.mkdir()
-    for i, image in enumerate(open_images(Config.fromfile(DEMO / 'vit_fashion-mnist.py'), 'train')):
-        damaged = image['inputs'][0].numpy().copy()
-        damaged[:8, :8] = 255 * (np.indices((8, 8)).sum(0) % 2)
+    for i, image in enumerate(open_images(Config.fromfile(DEMO / 'segformer_mit_scenes.py'), 'train')):
+        damaged = image['inputs'].permute(1, 2, 0).numpy().copy()
+        damaged[:32, :32] = 255 * (np.indices((32, 32)).sum(0) % 2)[..., None]
         cv2.imwrite(str(images / f'{i}.png'), damaged)
-    assert chosen('vit_fashion-mnist', tmp_path / 'no.pth', '--images', images, '--dry-run') == 3
+    assert chosen('segformer_mit_scenes', tmp_path / 'no.pth', '--images', images, '--dry-run') == 3
     assert 'nothing was written: the images are damaged in places' in capsys.readouterr().out
 
 
