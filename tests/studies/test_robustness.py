@@ -17,7 +17,7 @@ from tools_helpers import run_tool
 
 os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'
 
-from studies import rivals, robustness, robustness_report, robustness_run, study
+from studies import rivals, robustness, robustness_report, robustness_rivals, robustness_run, study
 
 CORRUPTIONS = ('clean', *robustness_run.SEVERITIES['fashion-mnist'])
 NOTE = dict(
@@ -104,13 +104,13 @@ def made_up(gains, *, metric='top-1', latency=1.0, more=True):
     """Returns one run: the model as trained has 80 on clean images and 40 on the others, 60 with labels."""
     base = {corruption: 80.0 if corruption == 'clean' else 40.0 for corruption in CORRUPTIONS}
     labels = dict.fromkeys(CORRUPTIONS[1:], 20.0)
-    fits = {'early half': {}, 'first layer': {}}
+    fits = {'early half': {}, 'first layer': {}, 'half strength': {}, 'what the check writes': gains['all layers']}
     methods = {'as trained': {}, 'schedule': {}, **fits, **gains, 'fine-tuned with labels': labels}
     table = {
         corruption: {name: {metric: value + gain.get(corruption, 0.0)} for name, gain in methods.items()}
         for corruption, value in base.items()
     }
-    names = ('all layers', 'early half', 'first layer')
+    names = ('all layers', 'early half', 'first layer', 'half strength', 'what the check writes')
     pair = {c: {n: {metric: base[c] + 2.0} for n in names} for c in ('noise', 'clean')}
     filters = {corruption: 'none' if corruption == 'clean' else 'median 3' for corruption in CORRUPTIONS}
     run = dict(images=dict(source=9, target=100, test=7), filters=filters, table=table, latency=latency)
@@ -158,10 +158,26 @@ def test_goals_are_judged_by_what_was_measured(results):
         'blur, ResNet: at least +8 top-1': ('+9.00 ± 0.00', True),
         'noise, SegFormer MiT: at least 60 % of the lost mIoU recovered': ('75 ± 0.00 %', True),
         'blur, SegFormer MiT: at least 60 % of the lost mIoU recovered': ('51 ± 1.77 %', False),
+        '4 of 10 classes, ViT: at least +15 on noise, clean within 1': ('+2.00 ± 0.00, clean +2.00 ± 0.00', False),
+        'the check: harm in at most 3 % of the cases': ('0.0 %', True),
+        'the check: harm of at most 2': ('-0.20 at worst', True),
+        'the check: mean regret of at most 1.5': ('0.01', True),
+        'the check: clean images lose at most 0.3': ('-0.20 at worst', True),
         'fitted to clean images: every model within 0.5 on them': ('-0.20 at worst (ResNet)', True),
         'latency, fused over baseline: every model within 0.02 of 1.00': ('1.050 at worst (ResNet)', False),
         'ResNet: at least re-estimated BatchNorm in every column': ('-1.00 at worst (blur)', False),
     }
+
+
+def test_harm_and_regret():
+    def cell(gains, harm=0.5):
+        names = 'first layer', 'all layers', 'what the check writes'
+        return robustness_report.Cell('ViT', 'noise', '32', dict(zip(names, gains, strict=True)), harm)
+
+    cells = [cell([1.0, 3.0, 3.0]), cell([-0.6, -4.0, -0.6]), cell([-0.6, 2.0, -0.6], harm=0.7), cell([1.0, 2.0, 0.0])]
+    harm, worst, regret = robustness_report.judge(cells, 'what the check writes')
+    assert (harm, worst) == (25, -0.6) and regret == pytest.approx((0 + 0.6 + 2.6 + 2) / 4)
+    assert robustness_report.judge(cells, 'all layers') == (25, -4.0, 1.0)
 
 
 def test_the_page_and_the_picture(results, tmp_path, monkeypatch):
@@ -173,13 +189,14 @@ def test_the_page_and_the_picture(results, tmp_path, monkeypatch):
     robustness.main()
     text = page.read_text()
     assert text.startswith('before\n') and text.endswith('after\n') and 'old' not in text
-    assert '5 of 9 goals are met' in text and text.count('**missed**') == 4
+    assert '9 of 14 goals are met' in text and text.count('**missed**') == 5
     assert '| entropy | 10 | 0 | 9 | 1 | +0.00 (ViT, clean) | -10.00 (ViT, noise) |' in text
     assert '**entropy** helps nowhere by more than the noise of the seeds.' in text
     assert '**all layers** ' not in text
     assert '| all layers | -0.10 ± 0.10 | +25.10 ± 0.10 |' in text
     assert '| all layers | 63 / 126 | 23 / 46 | 0 / 0 |' in text, 'of the loss of 40, and of the 20 that labels give'
     assert '| fine-tuned with labels | 50 / 100 |' in text and '| chosen | none | median 3 |' in text
+    assert '| what the check writes | 0.0 % | -0.2 (ViT, clean, 100 images) | 0.01 |' in text
     assert '| 32 | +2.0 ± 0.00 / +2.0 ± 0.00 |' in text and text.count('| 5, skewed | ') == 2
     assert '| 100 | +25.1 ± 0.10 / -0.1 ± 0.10 | +0.0 ± 0.00 / +0.0 ± 0.00 |' in text
     assert '| scenes | 0.157 | 2 | 5 | 0.5 | 0.4 | 0.05 | 0.3 | 0.7 | 0.314 | 0.8 |' in text
@@ -248,14 +265,15 @@ def test_one_measurement(tmp_path, monkeypatch):
     small = ['train_dataloader.dataset.indices=80', 'test_dataloader.dataset.indices=25']
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(robustness, 'ROOT', tmp_path)
-    monkeypatch.setattr(robustness_run, 'ITERATIONS', 3)
+    monkeypatch.setattr(robustness_rivals, 'ITERATIONS', 3)
     for part in robustness_run.PARTS:
         monkeypatch.setattr(sys, 'argv', ['robustness.py', '--one', 'resnet', '1', part, '--cfg-options', *small])
         robustness.main()
     result = robustness_run.read_run(folder)
     assert result['images'] == dict(source=40, target=40, test=25) and list(result['table']) == list(CORRUPTIONS)
     methods = {'as trained', 'schedule', 'fine-tuned', 'fine-tuned on noise', 'fine-tuned with labels', 'BatchNorm'}
-    methods |= {'all layers', 'early half', 'first layer', 'entropy', 'block alignment'}
+    methods |= {'all layers', 'early half', 'first layer', 'half strength', 'what the check writes'}
+    methods |= {'entropy', 'block alignment'}
     methods |= {'filter, blind', 'filter, chosen', 'filter, chosen + all layers'}
     values = [value for scores in result['table'].values() for value in scores.values()]
     assert set(result['table']['blur']) == methods and all(0 <= value['top-1'] <= 100 for value in values)
