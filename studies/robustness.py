@@ -24,8 +24,9 @@ from studies.study_report import write_page
 ROOT = Path(__file__).absolute().parents[1]
 ENVIRONMENT = {
     'NO_ALBUMENTATIONS_UPDATE': '1',  # otherwise albumentations looks for updates in the network
-    # makes glibc keep freed memory: to allocate and clear it again takes a third of the time of a fit
-    'MALLOC_MMAP_MAX_': '0',
+    # make glibc keep freed memory but for large blocks: to clear it again takes a third of the time of a fit, and
+    # large blocks would leave holes of many GiB
+    'MALLOC_MMAP_THRESHOLD_': str(2**25),
     'MALLOC_TRIM_THRESHOLD_': str(2**36),
 }
 """Environment variables of the started processes."""
