@@ -136,8 +136,7 @@ class FitsRun(RobustnessRun):
             values[name] = torch.cat([tensor.flatten() for _, tensor in fit.candidates.owned])
             same = next((other for other in found if torch.equal(values[other], values[name])), None)
             found[name] = found[same] if same else self.score(fit.model, test)
-        named = {title: found[name] for name, title in CANDIDATE_NAMES.items()}
-        return named | {CHECK: found[fit.chosen]}
+        return {title: found[name] for name, title in CANDIDATE_NAMES.items()} | {CHECK: found[fit.chosen]}
 
     def compared(self, images: Images, corruption: str, test: Images, label: str) -> dict[str, dict[str, float]]:
         """Fits the model to corrupted images, notes what the check sees, and returns :meth:`scores_of` the fit."""
@@ -199,10 +198,8 @@ class FitsRun(RobustnessRun):
             'noise': self.fitted(noisy),
             'half noise, half clean': self.fitted(Images(mixed, self.target.samples)),
         }
-        return {
-            name: {corruption: self.scores_of(fit, tests[corruption]) for corruption in ('noise', 'blur', 'clean')}
-            for name, fit in fits.items()
-        }
+        places = 'noise', 'blur', 'clean'
+        return {name: {place: self.scores_of(fit, tests[place]) for place in places} for name, fit in fits.items()}
 
     def latency(self) -> float:
         """Returns the latency of the fitted backbone over the baseline's: the median ratio of alternating pairs."""

@@ -350,7 +350,7 @@ def counts(result: Result) -> str:
 def elsewhere(result: Result) -> str:
     """Returns the gains of fits to one domain in other domains."""
     found = result.runs[0]['elsewhere']
-    methods = list(next(iter(next(iter(found.values())).values())))
+    methods = list(CANDIDATE_NAMES.values())
     rows = [
         [fitted, corruption]
         + [spread(result.gain(corruption, 'elsewhere', fitted, corruption, m).differences, '+.1f') for m in methods]
