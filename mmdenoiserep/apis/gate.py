@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.dist import get_rank
@@ -127,26 +128,48 @@ class Score(NamedTuple):
             mirrored image.
         infomax: ``H(mean p) - mean H(p)`` of a classifier's probabilities of the classes, nats; None for other tasks.
         images: What agrees in each image, and what could agree; the agreement is the ratio of the sums.
+        informing: What each image adds to the infomax, ``-sum p log(mean p) - H(p)``, nats; the infomax is its mean.
     """
 
     agreement: float
     infomax: float | None = None
     images: tuple[tuple[float, float], ...] = ()
+    informing: tuple[float, ...] = ()
 
     def change_from(self, untouched: 'Score') -> tuple[float, float]:
         """Returns the difference of the agreement to that of the untouched model, and its standard error.
 
         The error is that of a ratio of sums, paired by image: with ``a_i`` of ``t_i`` in image i,
-        ``var(d) = sum_i d_i^2 / (n (n - 1))`` for the differences ``d_i`` of ``(a_i - agreement t_i) / mean(t)``.
+        ``var(d) = (1 + sum_i d_i^2) / (n (n - 1))`` for the differences ``d_i`` of ``(a_i - agreement t_i) / mean(t)``.
+        The 1 stands for one more image that disagrees, so that few images, or equal ones, are no proof.
         """
         ours, theirs = (torch.tensor(score.images, dtype=torch.float64).view(-1, 2) for score in (self, untouched))
         residuals = [
             (agreed - score.agreement * total) / total.mean().clamp_min(torch.finfo(total.dtype).tiny)
             for score, (agreed, total) in ((self, ours.T), (untouched, theirs.T))
         ]
-        count = len(ours)
-        error = (residuals[0] - residuals[1]).square().sum().div(max(count * (count - 1), 1)).sqrt().item()
-        return self.agreement - untouched.agreement, error
+        return self.agreement - untouched.agreement, standard_error(residuals[0] - residuals[1])
+
+    def infomax_change_from(self, untouched: 'Score') -> tuple[float, float]:
+        """Returns the difference of the infomax to that of the untouched model, and its standard error, nats.
+
+        The error is that of a mean, paired by image; that of the mean probabilities is of second order.
+        """
+        if self.infomax is None or untouched.infomax is None:
+            return 0.0, torch.inf
+        ours, theirs = (torch.tensor(score.informing, dtype=torch.float64) for score in (self, untouched))
+        differences = ours - theirs
+        return self.infomax - untouched.infomax, standard_error(differences - differences.mean())
+
+
+def standard_error(residuals: Tensor) -> float:
+    """Returns the standard error of a mean from the residuals of n images, and of one more image with a residual of 1.
+
+    Args:
+        residuals: (n,), of mean 0.
+    """
+    count = len(residuals)
+    return ((1 + residuals.square().sum()) / (count * (count - 1))).sqrt().item() if count > 1 else torch.inf
 
 
 @dataclass(frozen=True)
@@ -168,10 +191,13 @@ class Evidence:
         untouched, rows = self.scores[NOTHING], []
         for name, score in self.scores.items():
             change, error = score.change_from(untouched)
-            infomax = '-' if score.infomax is None else f'{score.infomax:.3f}'
-            changed = '-' if score is untouched else f'{100 * change:+.1f} ± {100 * error:.1f}'
-            rows.append((name, f'{score.agreement:.1%}', changed, infomax))
-        text = format_table(('candidate', 'agreement with mirrored images', 'change', 'infomax'), rows)
+            informed, doubt = score.infomax_change_from(untouched)
+            row = [name, f'{score.agreement:.1%}', f'{100 * change:+.1f} ± {100 * error:.1f}']
+            if untouched.infomax is not None and score.infomax is not None:
+                row += [f'{score.infomax:.3f}', f'{informed:+.3f} ± {doubt:.3f}']
+            rows.append(tuple('-' if score is untouched and '±' in cell else cell for cell in row))
+        titles = 'candidate', 'agreement with mirrored images', 'change', 'infomax', 'change'
+        text = format_table(titles[: max(map(len, rows))], rows)
         text += f'\non {self.images} images that were not fitted on'
         if self.distances:
             text += (
@@ -194,8 +220,8 @@ def decide(scores: Mapping[str, Score], distances: Distances | None = None) -> s
         distances: See :class:`Evidence`.
 
     Examples:
-        >>> untouched = Score(0.5, images=((1, 1), (0, 1), (1, 1), (0, 1)))
-        >>> worse = Score(0.0, images=((0, 1), (0, 1), (0, 1), (0, 1)))
+        >>> untouched = Score(0.5, images=((1, 1), (0, 1)) * 50)
+        >>> worse = Score(0.0, images=((0, 1), (0, 1)) * 50)
         >>> decide({'nothing': untouched, 'first': untouched, 'all': worse})
         'first'
     """
@@ -213,20 +239,26 @@ def speaks_against(score: Score, untouched: Score, distances: Distances | None =
         untouched: Score of the untouched model.
         distances: See :class:`Evidence`.
     """
-    if untouched.infomax is not None and score.infomax is not None and score.infomax > untouched.infomax:
+    informed, doubt = score.infomax_change_from(untouched)
+    if informed > ERRORS * doubt:
         return ''
+    if informed < -ERRORS * doubt:
+        return 'the predictions say less about the images (infomax), by more than two standard errors'
     if is_local_damage(distances):
         return 'the images are damaged in places, as by an occlusion, which a fit spreads over the whole image'
     change, error = score.change_from(untouched)
     if not change >= -ERRORS * error:
-        text = 'the predictions agree less with those for mirrored images, by more than two standard errors'
-        return text + ('' if untouched.infomax is None else ', and infomax is no higher')
+        return 'the predictions agree less with those for mirrored images, by more than two standard errors'
     return ''
 
 
 def is_local_damage(distances: Distances | None) -> bool:
     """Whether most features are those of training images, and some are far from them, as under an occlusion."""
-    return distances is not None and NEAR[0] <= distances.quartile <= NEAR[1] and distances.mean > FAR
+    return (
+        distances is not None
+        and NEAR[0] <= distances.quartile <= NEAR[1]
+        and distances.mean - ERRORS * distances.error > FAR
+    )
 
 
 def explain_nothing(evidence: Evidence) -> str:
@@ -265,13 +297,14 @@ def why_not_comparable(subject: Subject, images: Batches) -> str:
         return f'{kind} has no test_step'
     try:
         with evaluating(subject.model):
-            (sample,) = predict(subject.model, one)
+            (sample,), (other,) = predict(subject.model, one), predict(subject.model, one, mirror=True)
+        if not any(hasattr(sample, name) for name in TALLIES):
+            return f'the predictions of {kind} have none of {", ".join(TALLIES)}'
+        tally(sample, other)
     except Exception as error:  # a model may need more than images
         if is_from_user(error):
             raise
-        return f'{kind} predicts nothing from images alone ({type(error).__name__}: {error})'
-    if not any(hasattr(sample, name) for name in TALLIES):
-        return f'the predictions of {kind} have none of {", ".join(TALLIES)}'
+        return f'the predictions of {kind} for an image and its mirrored image fail ({type(error).__name__}: {error})'
     return ''
 
 
@@ -338,11 +371,18 @@ def keep(subject: Subject, candidates: Candidates, name: str, report: Calibratio
         ...     torch.save(dict(meta=subject.meta, state_dict=subject.model.state_dict()), 'fitted.pth')
     """
     fitted = set(candidates.names(name))
+    if not any(candidates.after.get(layer) for layer in fitted):
+        skipped = [f'{layer}: {why}' for layer, why in report.skipped.items() if layer in fitted]
+        reason = skipped[0] if skipped else 'these images support no correction'
+        raise CalibrationError(f'the fit of {name!r} changes nothing ({reason}); the original checkpoint is that model')
     rows = [row for row in report.layers if row.name in fitted]
+    if name == HALF_STRENGTH:  # maps and spectra are those of the whole fit
+        rows = [replace(row, moved=row.moved / 4, support=row.support and row.support.scaled(0.5)) for row in rows]
     skipped = {layer: why for layer, why in report.skipped.items() if layer in fitted}
     report = make_report(report.mode, report.images, rows, skipped)
     candidates.apply(name)
-    subject.meta[STAMP] |= dict(layers=len(rows), part=name)
+    changed = sum(bool(candidates.after.get(layer)) for layer in fitted)
+    subject.meta[STAMP] |= dict(layers=changed, part=name)
     return report
 
 
@@ -355,7 +395,24 @@ def predict(model: Any, packed: Mapping[str, Any], mirror: bool = False) -> list
         mirror: Whether to mirror the images, left to right.
     """
     rest = copy.deepcopy({key: value for key, value in packed.items() if key != 'inputs'})  # models write into it
-    return model.test_step(dict(rest, inputs=[image.flip(-1) if mirror else image for image in packed['inputs']]))
+    images = list(packed['inputs'])
+    if mirror:
+        samples = packed.get('data_samples') or [None] * len(images)
+        images = [mirrored(image, content_width(image, sample)) for image, sample in zip(images, samples, strict=True)]
+    return model.test_step(dict(rest, inputs=images))
+
+
+def mirrored(image: Tensor, width: int) -> Tensor:
+    """Returns an image, (C, H, W), with its first columns mirrored, left to right; the padding behind them stays."""
+    return torch.cat([image[..., :width].flip(-1), image[..., width:]], -1)
+
+
+def content_width(image: Tensor, sample: Any) -> int:
+    """Returns the width of an image, (C, H, W), without the padding on its right, from its data sample."""
+    shape, scale = getattr(sample, 'ori_shape', None), getattr(sample, 'scale_factor', None)
+    if shape is None or scale is None:
+        return image.shape[-1]
+    return min(image.shape[-1], max(1, round(shape[1] * float(np.ravel(scale)[0]))))
 
 
 @dataclass
@@ -365,29 +422,22 @@ class Tally:
     Attributes:
         images: Number of images.
         agreed: What agrees in each image, and what could agree: 1, a share of pixels, or scores of boxes.
-        probabilities: Probabilities of the classes, (C,), float64; None without probabilities.
-        entropy: Entropies of the probabilities, nats.
+        probabilities: Probabilities of the classes of each image, (C,), float64; empty without probabilities.
         features: Features of images, (C,) each.
         mirrored: Features of the mirrored images.
     """
 
     images: int = 0
     agreed: list[tuple[float, float]] = field(default_factory=list)
-    probabilities: Tensor | None = None
-    entropy: float = 0.0
+    probabilities: list[Tensor] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)
     mirrored: list[Tensor] = field(default_factory=list)
 
     def add(self, other: 'Tally') -> None:
         """Adds the sums of other images."""
-        if not self.images:
-            self.probabilities = other.probabilities
-        elif other.images:
-            known = self.probabilities is not None and other.probabilities is not None
-            self.probabilities = self.probabilities + other.probabilities if known else None  # type: ignore[operator]
         self.images += other.images
         self.agreed += other.agreed
-        self.entropy += other.entropy
+        self.probabilities += other.probabilities
         self.features += other.features
         self.mirrored += other.mirrored
 
@@ -395,10 +445,12 @@ class Tally:
         """Returns the score of all images."""
         images = tuple(find_mirrored(self) if self.features else self.agreed)
         agreed, total = (sum(values) for values in zip(*images, strict=True)) if images else (0.0, 0.0)
-        infomax = None
-        if self.probabilities is not None:
-            infomax = entropy_of(self.probabilities / self.images).item() - self.entropy / self.images
-        return Score(agreed / total if total else 0.0, infomax, images)
+        agreement = agreed / total if total else 0.0
+        if len(self.probabilities) < max(self.images, 1):
+            return Score(agreement, None, images)
+        own = torch.stack(self.probabilities)  # (images, classes)
+        informing = -torch.xlogy(own, own.mean(0)).sum(1) + torch.xlogy(own, own).sum(1)
+        return Score(agreement, informing.mean().item(), images, tuple(informing.tolist()))
 
 
 def tally(sample: Any, mirrored: Any) -> Tally:
@@ -409,20 +461,22 @@ def tally(sample: Any, mirrored: Any) -> Tally:
 
 def tally_labels(sample: Any, mirrored: Any) -> Tally:
     """Compares classes, of ``pred_score``, (C,)."""
-    score = sample.pred_score.double().cpu()
-    agreed = float(score.argmax() == mirrored.pred_score.argmax().cpu())
-    if not torch.isclose(score.sum(), score.new_tensor(1), atol=0.01) or score.min() < 0:
+    first, second = (part.pred_score.double().cpu() for part in (sample, mirrored))
+    agreed = float(first.argmax() == second.argmax() and first.isfinite().all() and second.isfinite().all())
+    if not torch.isclose(first.sum(), first.new_tensor(1), atol=0.01) or first.min() < 0:
         return Tally(agreed=[(agreed, 1.0)])  # several labels, or similarities
-    return Tally(agreed=[(agreed, 1.0)], probabilities=score, entropy=entropy_of(score).item())
+    return Tally(agreed=[(agreed, 1.0)], probabilities=[first])
 
 
 def tally_pixels(sample: Any, mirrored: Any) -> Tally:
-    """Compares the classes of pixels, of ``pred_sem_seg``, (1, H, W).
+    """Compares the classes of pixels, of ``pred_sem_seg``, (1, H, W), under ``data`` or, in mmdet, ``sem_seg``.
 
     The infomax of pixels does not count: speckled predictions raise it.
     """
-    agreed = (sample.pred_sem_seg.data == mirrored.pred_sem_seg.data.flip(-1)).double().mean().item()
-    return Tally(agreed=[(agreed, 1.0)])
+    first, second = (
+        getattr(part.pred_sem_seg, 'data' if 'data' in part.pred_sem_seg else 'sem_seg') for part in (sample, mirrored)
+    )
+    return Tally(agreed=[((first == second.flip(-1)).double().mean().item(), 1.0)])
 
 
 def tally_boxes(sample: Any, mirrored: Any) -> Tally:
@@ -471,8 +525,3 @@ def overlaps_of(first: Tensor, second: Tensor) -> Tensor:
     shared = sizes.clamp_min(0).prod(2)
     areas = [(boxes[:, 2:] - boxes[:, :2]).prod(1) for boxes in (first, second)]
     return shared / (areas[0][:, None] + areas[1] - shared).clamp_min(torch.finfo(shared.dtype).tiny)
-
-
-def entropy_of(probabilities: Tensor) -> Tensor:
-    """Returns the entropy of probabilities along the first dimension, nats."""
-    return -torch.xlogy(probabilities, probabilities).sum(0)

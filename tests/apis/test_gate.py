@@ -29,6 +29,7 @@ from mmdenoiserep.apis.gate import (
     hold_out,
     is_local_damage,
     layers_of,
+    predict,
     tally,
     why_not_comparable,
 )
@@ -127,7 +128,7 @@ def labelled(*values):
 
 def test_classes_agree_where_the_highest_scores_do():
     sure, other, unsure = labelled(1.0, 0.0), labelled(0.0, 1.0), labelled(0.5, 0.5)
-    agreement, infomax, _ = score((sure, sure), (other, other), (sure, other), (other, labelled(0.1, 0.9)))
+    agreement, infomax, *_ = score((sure, sure), (other, other), (sure, other), (other, labelled(0.1, 0.9)))
     assert agreement == 0.75 and infomax == pytest.approx(np.log(2))
     assert score((sure, sure), (sure, sure))[:2] == (1, 0), 'one class for all images says nothing'
     assert score((unsure, unsure)).infomax == pytest.approx(0)
@@ -170,6 +171,34 @@ def test_boxes_agree_with_one_of_their_class_by_score():
     assert score((detected(), detected()))[:2] == (0, None), 'finding nothing is no agreement'
 
 
+def test_predictions_that_are_not_finite_do_not_agree():
+    nan = labelled(float('nan'), 0.5)
+    assert score((nan, nan)).agreement == 0
+
+
+def test_pixels_of_mmdet_are_compared():
+    sample = DetDataSample(pred_sem_seg=PixelData(sem_seg=torch.tensor([[[0, 1]]])))
+    other = DetDataSample(pred_sem_seg=PixelData(sem_seg=torch.tensor([[[1, 1]]])))
+    assert score((sample, other)).agreement == 0.5
+
+
+@pytest.mark.parametrize(('height', 'scale'), [(20, 1.0), (40, 0.5)])
+def test_padding_is_not_mirrored(height, scale):
+    """A column that the pipeline pads on the right stays there."""
+    seen = []
+
+    def test_step(packed):
+        seen.append(packed['inputs'][0])
+        return packed['data_samples']
+
+    sample = DetDataSample(metainfo=dict(ori_shape=(height, height), scale_factor=(scale, scale)))
+    image = torch.arange(32.0).expand(3, 32, 32)
+    predict(SimpleNamespace(test_step=test_step), dict(inputs=[image], data_samples=[sample]), mirror=True)
+    predict(SimpleNamespace(test_step=test_step), dict(inputs=[image], data_samples=[DetDataSample()]), mirror=True)
+    assert seen[0][0, 0].tolist() == [*range(19, -1, -1), *range(20, 32)]
+    assert seen[1][0, 0].tolist() == list(range(31, -1, -1)), 'nothing is known of a padding'
+
+
 def test_features_agree_where_the_mirrored_image_is_nearest():
     def seen(*values):
         sample = DataSample()
@@ -186,7 +215,8 @@ def scored(*agreements, infomax=None, images=50):
     for number, (name, agreement) in enumerate(zip(CANDIDATES, agreements, strict=False)):
         if agreement is not None:
             pairs = tuple((float(i < images * agreement), 1.0) for i in range(images))
-            found[name] = Score(agreement, infomax and infomax[number], pairs)
+            own = infomax[number] if infomax else None
+            found[name] = Score(agreement, own, pairs, () if own is None else (own,) * images)
     return found
 
 
@@ -203,9 +233,12 @@ def scored(*agreements, infomax=None, images=50):
         (scored(0.6, 0.4, 0.6), 'early'),
         (scored(0.6), 'nothing'),
         (scored(0.6, None, None, float('nan')), 'nothing'),
-        (scored(1.0, 0.5, 0.5, 0.5, 0.5, images=4), 'all'),  # 2 of 4: 1.7 standard errors
+        (scored(1.0, 0.0, 0.0, 0.0, 0.0, images=2), 'all'),  # two images are no proof
+        (scored(1.0, 0.0, 0.0, 0.0, 0.0, images=1), 'all'),
         (scored(0.6, 0.4, 0.4, 0.4, 0.4, infomax=[1.0, 1.1, 1.2, 0.9, 0.9]), 'early'),
-        (scored(0.6, 0.6, 0.6, 0.6, 0.6, infomax=[1.0, 0.9, 0.9, 0.9, 0.9]), 'all'),
+        (scored(0.6, 0.4, 0.4, 0.4, 0.4, infomax=[1.0, 1.1, 1.2, 1.03, 0.9]), 'early'),  # 0.03: 1.5 standard errors
+        (scored(0.6, 0.6, 0.6, 0.6, 0.6, infomax=[1.0, 0.97, 0.9, 0.9, 0.9]), 'first'),
+        (scored(0.6, 0.6, 0.6, 0.6, 0.6, infomax=[1.0, 1 - 1e-9, 1 + 1e-9, 1.0, 1.0]), 'all'),
     ],
 )
 def test_the_choice(scores, chosen):
@@ -218,6 +251,7 @@ def test_a_higher_infomax_outweighs_damage_in_places():
     damaged = Distances(1.07, 1.71)
     assert decide(scored(0.6, 0.7, 0.7, 0.7, 0.7), damaged) == 'nothing'
     assert decide(scored(0.6, 0.7, 0.7, 0.7, infomax=[1.0, 1.1, 0.9, 1.0]), damaged) == 'first'
+    assert decide(scored(0.6, 0.7), Distances(1.07, 1.71, 0.2)) == 'first', 'the mean may be 1.3'
 
 
 def test_the_error_of_a_change_is_that_of_a_ratio_of_sums():
@@ -234,14 +268,15 @@ def test_the_error_of_a_change_is_that_of_a_ratio_of_sums():
     assert changes[:, 0].mean() == pytest.approx(0.2, abs=0.005)
     assert changes[:, 1].mean() == pytest.approx(changes[:, 0].std(), rel=0.15)
     both = Score(0.5, images=((1.0, 1.0), (0.0, 1.0)))
-    assert both.change_from(both) == (0, 0) and Score(0.0).change_from(Score(0.0)) == (0, 0)
+    assert both.change_from(both) == (0, 0.5**0.5), 'two images are no proof'
+    assert Score(0.0).change_from(Score(0.0)) == (0, np.inf)
 
 
 def test_a_refusal_says_why():
     evidence = Evidence(50, scored(0.6, 0.4, 0.4), Distances(1.2, 1.3))
     assert 'agree less' in explain_nothing(evidence) and 'infomax' not in explain_nothing(evidence)
-    assert '60.0%' in str(evidence) and '-20.0 ± 5.7' in str(evidence) and 'mean 1.30' in str(evidence)
-    assert 'infomax' in explain_nothing(Evidence(50, scored(0.6, 0.4, infomax=[1.0, 0.9])))
+    assert '60.0%' in str(evidence) and '-20.0 ± 6.1' in str(evidence) and 'mean 1.30' in str(evidence)
+    assert 'infomax' in explain_nothing(Evidence(50, scored(0.6, 0.6, infomax=[1.0, 0.9])))
     assert 'occlusion' in explain_nothing(Evidence(50, scored(0.2, 0.3), Distances(1.1, 9.0)))
     assert 'support no correction' in explain_nothing(Evidence(50, scored(0.2)))
 
@@ -260,13 +295,13 @@ def test_an_occlusion_is_seen_as_local_damage(kernel):
     if kernel == 3:
         assert training.mean == pytest.approx(3, rel=0.1), 'the number of channels'
     ratios = [measure_distances(model, layers, [x], source).relative_to(training) for x in (clean, noisy, occluded)]
-    assert ratios[0] == (1, 1) and [is_local_damage(ratio) for ratio in ratios] == [False, False, True]
+    assert ratios[0][:2] == (1, 1) and [is_local_damage(ratio) for ratio in ratios] == [False, False, True]
     unseen = dict(source, **{'0': Moments(*source['0'].mean.shape)})
     assert all(map(np.isnan, measure_distances(model, layers, [clean], unseen)))
 
 
 def test_distances_in_metadata():
-    assert Distances.read(dict(distances=dict(quartile=0.5, mean=1.5))) == (0.5, 1.5)
+    assert Distances.read(dict(distances=dict(quartile=0.5, mean=1.5, error=0.1))) == (0.5, 1.5, 0.1)
     assert Distances.read({}) is None and Distances.read(dict(distances=dict(quartile=0.5))) is None
     assert np.isnan(Distances(1.0, 1.0).relative_to(Distances(0.0, 1.0)).quartile)
 
@@ -306,7 +341,7 @@ def test_models_without_predictions_to_compare():
 
     failing = Model()
     failing.test_step = torch.relu
-    failed = 'Model predicts nothing from images alone (TypeError: '
+    failed = 'Model for an image and its mirrored image fail (TypeError: '
     for model, words in ((Model(), 'no test_step'), (Odd(), 'have none of pred_feature'), (failing, failed)):
         some = subject(4, model)
         assert words in why_not_comparable(some, some.images)

@@ -19,6 +19,10 @@ class Support(NamedTuple):
     covariance: float = 1.0
     mean: float = 1.0
 
+    def scaled(self, factor: float) -> 'Support':
+        """Returns a share of these shares."""
+        return Support(factor * self.covariance, factor * self.mean)
+
 
 FULL = Support()
 """All of it."""
