@@ -185,28 +185,34 @@ def domain(args: argparse.Namespace, subject) -> None:
     from mmdenoiserep.core import CalibrationError
 
     source, about = calibration.load_source(subject, args.source)
-    held = gate.hold_out(subject)
-    if (reason := gate.why_not_comparable(subject, held)) and not args.accept:
+    reason = gate.why_not_comparable(subject, subject.images)
+    if reason and not args.accept:
         raise CalibrationError(f'{reason}, so the fit cannot be checked; choose what to write with --accept')
+    held = None if reason else gate.hold_out(subject)
     candidates = gate.Candidates(subject.part, subject.layers)
     before = deepcopy(subject.part) if args.verify else None
     how = dict(stride=args.stride, memory=args.memory, spectra=bool(args.plot), maps=args.verify)
     report, strides = calibration.fit(subject, source, progress=candidates.note, **how)
     name = args.accept
-    if not reason:
+    if held is None:
+        print(f'{reason}, so the fit is not checked')
+    else:
         evidence = gate.gather_evidence(subject, candidates, held, source, Distances.read(about))
         print(evidence)
+        if doubt := evidence.doubt:
+            print(f'warning: {doubt}')
         name = name or gate.decide(evidence.scores, evidence.distances)
         if name == gate.NOTHING:
             print(f'nothing was written: {gate.explain_nothing(evidence)}')
             raise SystemExit(3)
-    print(f'chosen: {name}' + ' (--accept)' * bool(args.accept))
     if before is not None:
         whole = 'all' if name == gate.HALF_STRENGTH else name  # halves are means of weights that are verified
         result = calibration.verify_fit(before, subject, gate.keep(subject, candidates, whole, report))
         print(f'one image and noise, maps as separate layers against maps folded into the weights:\n{result}')
         print('the weights fit the config without denoising exactly')
-    finish(args, subject, gate.keep(subject, candidates, name, report), strides, source)
+    report = gate.keep(subject, candidates, name, report)
+    print(f'chosen: {name}' + ' (--accept)' * bool(args.accept))
+    finish(args, subject, report, strides, source)
 
 
 def finish(args: argparse.Namespace, subject, report, strides: str, source=None) -> None:

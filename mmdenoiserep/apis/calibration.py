@@ -463,7 +463,7 @@ def limit_images(subject: Subject, gibibytes: float, stride: Stride) -> None:
     """
     one = paused_bytes(subject.part, subject.layers, subject.example, stride)
     total = sum_processes(len(subject.images.dataset))
-    subject.images.take(max(1, min(gather_processes(int(gibibytes * 2**30 / one)))))
+    subject.images.take(max(2, min(gather_processes(int(gibibytes * 2**30 / one)))))  # a single one shows no difference
     taken = sum_processes(len(subject.images.dataset))
     if taken < total:
         print(f'takes {taken} of {total} images, whose features fit into {gibibytes:g} GiB (--memory)')

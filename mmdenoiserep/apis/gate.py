@@ -37,6 +37,8 @@ PREFERENCE = 'all', 'early', 'first', HALF_STRENGTH
 """The candidates, most complete first; half strength corrects no layer wholly."""
 ERRORS = 2
 """Standard errors by which the agreement of a candidate may be lower than that of the untouched model."""
+FEW = 10
+"""Fewer held-out images show nothing but gross harm."""
 HELD_OUT = 200
 """Largest number of images that are kept from the fit."""
 LEAST_OVERLAP = 0.5
@@ -187,6 +189,13 @@ class Evidence:
     scores: Mapping[str, Score]
     distances: Distances | None = None
 
+    @property
+    def doubt(self) -> str:
+        """What limits the check, as a sentence; empty if nothing does."""
+        return f'{self.images} held-out images show gross harm at most; give {5 * FEW} images or more' * (
+            self.images < FEW
+        )
+
     def __str__(self) -> str:
         untouched, rows = self.scores[NOTHING], []
         for name, score in self.scores.items():
@@ -244,6 +253,8 @@ def speaks_against(score: Score, untouched: Score, distances: Distances | None =
         return ''
     if informed < -ERRORS * doubt:
         return 'the predictions say less about the images (infomax), by more than two standard errors'
+    if not sum(total for _, total in untouched.images):
+        return 'the untouched model finds nothing in the held-out images, so nothing can be compared'
     if is_local_damage(distances):
         return 'the images are damaged in places, as by an occlusion, which a fit spreads over the whole image'
     change, error = score.change_from(untouched)
@@ -361,6 +372,7 @@ def keep(subject: Subject, candidates: Candidates, name: str, report: Calibratio
         >>> torch.save(build_model(cfg).state_dict(), 'vit.pth')
         >>> source, about = gather_source(open_subject(cfg, 'vit.pth', split='train', device='cpu'))
         >>> subject = open_subject(cfg, 'vit.pth', split='test', device='cpu')
+        >>> assert not why_not_comparable(subject, subject.images)
         >>> held = hold_out(subject)
         >>> candidates = Candidates(subject.part, subject.layers)
         >>> report, strides = fit(subject, source, progress=candidates.note)

@@ -272,6 +272,13 @@ def test_the_error_of_a_change_is_that_of_a_ratio_of_sums():
     assert Score(0.0).change_from(Score(0.0)) == (0, np.inf)
 
 
+def test_a_check_that_compares_nothing_refuses():
+    nothing = Score(0.0, images=((0.0, 0.0),) * 20)
+    found = dict(nothing=nothing, all=nothing)
+    assert decide(found) == 'nothing' and 'finds nothing' in explain_nothing(Evidence(20, found))
+    assert Evidence(9, found).doubt.startswith('9 held-out images') and not Evidence(10, found).doubt
+
+
 def test_a_refusal_says_why():
     evidence = Evidence(50, scored(0.6, 0.4, 0.4), Distances(1.2, 1.3))
     assert 'agree less' in explain_nothing(evidence) and 'infomax' not in explain_nothing(evidence)

@@ -124,7 +124,8 @@ def test_a_domain_fit_brings_the_first_features_home_in_the_unchanged_config(nam
         and '(--memory)' not in shown
     )
     assert 'covariance corrected' in shown and 'mean corrected' in shown
-    assert len(re.findall(r'^(nothing|first|early|all|half-strength) .*%', shown, re.MULTILINE)) == 5
+    compared = re.findall(r'^(nothing|first|early|all|half-strength) .*%', shown, re.MULTILINE)
+    assert {'nothing', 'first', 'half-strength'} <= set(compared), 'where late layers have no support, all is early'
     assert re.search(r'^on \d+ images that were not fitted on', shown, re.MULTILINE)
     assert plot.stat().st_size > 10_000 and f'spectra: {plot}' in shown
     before, after = (torch.load(path, weights_only=path == output) for path in (checkpoint(name), output))
@@ -290,7 +291,7 @@ def test_what_is_accepted_changes(tmp_path):
         torch.testing.assert_close(value, (before[key] + states[2][key]) / 2)
     stamps = [torch.load(path, weights_only=True)['meta'][STAMP] for path in files]
     assert [(stamp['part'], stamp['layers']) for stamp in stamps] == [
-        *(('first', 1), ('early', 9), ('all', 17), ('half-strength', 17))
+        *(('first', 1), ('early', len(early)), ('all', len(everything)), ('half-strength', len(everything)))
     ]
 
 
