@@ -49,8 +49,11 @@ def fit(model, batches, source, names=None, **options):
 
 @contextmanager
 def supporting(covariance=1.0, mean=1.0):
-    """Fits as if the images supported this share of any difference, for tests of where a map goes."""
-    with patch.object(domain, 'find_support', lambda *_: Support(covariance, mean)):
+    """Fits at full strength, as if the images supported this share of any difference: tests of where a map goes."""
+    with (
+        patch.object(domain, 'find_support', lambda *_: Support(covariance, mean)),
+        patch.object(domain, 'STRENGTH', 1),
+    ):
         yield
 
 

@@ -29,22 +29,27 @@ FULL = Support()
 
 
 def transport(
-    source: Moments, target: Moments, support: Support = FULL, dtype: torch.dtype = torch.float64
+    source: Moments,
+    target: Moments,
+    support: Support = FULL,
+    dtype: torch.dtype = torch.float64,
+    strength: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Returns A and c of ``x' = A x + c``, which carries moments of the target to those of the source.
 
-        ``A = S_s^1/2 S^-1/2``                     (re-colouring; symmetric roots)
-        ``c = mu_t + p_mean (mu_s - mu_t) - A mu_t``
+        ``A = I + s (R - I)``,   ``R = S_s^1/2 S^-1/2``               (re-colouring; symmetric roots)
+        ``c = mu_t + s p_mean (mu_s - mu_t) - A mu_t``
 
     with ``S = S_s + p_covariance (S_t - S_s)`` and a ridge of :data:`RIDGE` times the mean source variance on both
-    covariances. With full support, x' has the moments of the source; for ``S_t = S_s + sigma^2 I`` and no ridge this is
-    the probability-flow denoiser of a Gaussian feature. Without any support, the map is the identity.
+    covariances. With full support and strength, x' has the moments of the source; for ``S_t = S_s + sigma^2 I`` and no
+    ridge this is the probability-flow denoiser of a Gaussian feature. Without any support, the map is the identity.
 
     Args:
         source: Moments in the training domain.
         target: Moments in the deployment domain, of the same shape.
         support: p of the covariance and of the mean, see :func:`find_support`.
         dtype: Precision of the roots.
+        strength: s, 0 to 1.
 
     Returns:
         A, of that dtype, (groups, size, size), and c, float64, (groups, size).
@@ -56,14 +61,14 @@ def transport(
         raise CalibrationError(f'moments of {tuple(source.mean.shape)} and {tuple(target.mean.shape)} channels differ')
     if not (source.count and target.count):
         raise CalibrationError('moments of no image at all')
-    goal = torch.lerp(target.mean, source.mean, support.mean)
+    goal = torch.lerp(target.mean, source.mean, strength * support.mean)
+    identity = torch.eye(goal.shape[1], dtype=dtype, device=goal.device).expand_as(target.scatter)
     if not support.covariance:
-        identity = torch.eye(goal.shape[1], dtype=dtype, device=goal.device)
-        return identity.expand_as(target.scatter), goal - target.mean
+        return identity, goal - target.mean
     covariance = add_ridge(
         torch.lerp(source.covariance, target.covariance, support.covariance), RIDGE * source.variance
     )
-    linear = source.root(dtype) @ power(covariance.to(dtype), -0.5)
+    linear = torch.lerp(identity, source.root(dtype) @ power(covariance.to(dtype), -0.5), strength)
     return linear, goal - (linear.double() @ target.mean[:, :, None])[..., 0]
 
 

@@ -45,6 +45,7 @@ from mmdenoiserep.core import (
     select_layers,
     transport,
 )
+from mmdenoiserep.core.calibration.domain import STRENGTH
 from mmdenoiserep.core.calibration.features import Features
 from mmdenoiserep.core.calibration.halves import ImageVectors
 from mmdenoiserep.core.calibration.match import find_support
@@ -87,7 +88,8 @@ def fit_by_definition(model, names, clean, noisy, support=None):
         seen.add(target, len(noisy))
         factor = source[name].factor()
         share = Support(*support) if support else find_support(source[name], seen.halves(factor), factor)
-        linear, constant = (x[0] for x in transport(source[name], Moments.of(target), share))
+        strength = 1.0 if support or name == names[0] else STRENGTH
+        linear, constant = (x[0] for x in transport(source[name], Moments.of(target), share, strength=strength))
         weight = layer.weight.clone()
         if isinstance(layer, nn.Conv2d):
             layer.weight.copy_((linear @ weight.flatten(1)).view_as(weight))

@@ -175,3 +175,12 @@ def test_classes_that_are_missing_are_a_limit():
 def test_no_difference_at_all_supports_nothing():
     moments = Moments.of(vectors())
     assert find_support(moments, (moments, moments), moments.factor()) == (0.0, 0.0)
+
+
+def test_half_the_strength_is_half_of_the_way():
+    source, target = (Moments.of(data(2, 3, 40, seed=seed)) for seed in (0, 1))
+    support = Support(0.7, 0.4)
+    whole, half, none = (transport(source, target, support, strength=strength) for strength in (1.0, 0.5, 0.0))
+    x = data(2, 3, 5, seed=2)
+    moved, middle, same = (linear @ x + constant[..., None] for linear, constant in (whole, half, none))
+    assert relative(middle, (x + moved) / 2) < 1e-12 and relative(same, x) < 1e-12 < relative(moved, x)

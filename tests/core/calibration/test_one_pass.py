@@ -14,7 +14,7 @@ from helpers import copied, equal, relative
 from mmdenoiserep.apis.calibration import Extractor
 from mmdenoiserep.core import Support, collect_moments, evaluating, fit_domain, select_layers, transport
 from mmdenoiserep.core.calibration import domain as domain_module
-from mmdenoiserep.core.calibration.domain import solving_dtype
+from mmdenoiserep.core.calibration.domain import STRENGTH, solving_dtype
 from mmdenoiserep.core.calibration.features import Features
 from mmdenoiserep.core.calibration.halves import ImageVectors
 from mmdenoiserep.core.calibration.maps import fold_map
@@ -50,7 +50,8 @@ def fit_by_passes(model, layers, batches, source, support=None):
         halves = seen.halves(moments.factor(dtype))
         first, second = halves if kept else (half.about_zero() for half in halves)
         share = support or find_support(moments, (first, second), moments.factor(dtype))
-        fold_map(layer, norm, *transport(moments, first.merged(second), share, dtype))
+        strength = 1.0 if support or layer is next(iter(layers.values())) else STRENGTH
+        fold_map(layer, norm, *transport(moments, first.merged(second), share, dtype, strength))
 
 
 @torch.no_grad()
