@@ -173,6 +173,7 @@ class DomainPass:
         self.vectors: dict[str, ImageVectors] = {}  # of the layers where batches wait
         self.shift: Tensor | None = None  # of the input of the layer whose batches go on
         self.calls_after: Counter[str] = Counter()  # of layers that were fitted before
+        self.single: dict[str, torch.Size] = {}  # shape of what each layer takes of one image
         self.sample: Sample | None = None  # of the batch that runs
         self.steps = Lockstep()
 
@@ -225,14 +226,16 @@ class DomainPass:
         """Stands in for the forward of a layer: its first call in a run waits until the layer is fitted."""
         (x,) = (*args, *keywords.values())
         sample = self.sample
-        if sample is None:  # the run that shows who reads what
+        if sample is None:  # the run of one image that shows who reads what
+            self.single[name] = x.shape
             return forward(x)
         if name in self.done:
             self.calls_after[name] += 1
             return forward(x)
         with self.readers.paused():
             seen = self.vectors.setdefault(name, ImageVectors(Features(self.layers[name])))
-            vectors = seen.features.vectors(sample, x, stride_of(self.stride, name))
+            images_first = x.movedim(image_dimension(x, self.single.get(name), sample.images), 0)
+            vectors = seen.features.vectors(sample, images_first, stride_of(self.stride, name))
             seen.add(vectors, sample.parts(vectors.shape[2]))
             self.steps.pause(name)
         self.sample = sample
@@ -279,7 +282,7 @@ class DomainPass:
             return reason
         if not first.count:
             single = 'a single image shows no difference between images'
-            return single if self.images == 1 else 'its vectors cannot be told apart by image'
+            return single if self.images == 1 else 'its vectors cannot be told apart by image, or all images are alike'
         if reason := too_few(target, stride_of(self.stride, name), self.images):
             return reason
         size = source.mean.shape[1]
@@ -296,6 +299,20 @@ class DomainPass:
         torch.clear_autocast_cache()
         self.rows[name] = make_row(name, linear, constant, target, support=support, note=note, **self.keep)
         return ''
+
+
+def image_dimension(x: Tensor, single: torch.Size | None, images: int) -> int:
+    """Returns the dimension of a layer's input that counts the images: 1 for (tokens, images, C), 0 otherwise.
+
+    Args:
+        x: What the layer takes of some images.
+        single: The shape of what it takes of one image, of the same size; None if that is not known.
+        images: Number of images.
+    """
+    if single is None or x.dim() != 3 or len(single) != 3:
+        return 0
+    sequence_first = torch.Size([single[0], single[1] * images, single[2]])
+    return int(images > 1 and x.shape == sequence_first)
 
 
 def source_of(source: Mapping[str, Moments], name: str, features: Features) -> Moments:

@@ -8,6 +8,8 @@ from .moments import Moments, gather_processes
 
 ITERATIONS = 20
 """Steps of the power iteration that finds the main direction of the images."""
+ALIKE = 1e-5
+"""Images whose mean vectors differ by less, relative to the largest component, are copies of one."""
 
 
 class ImageVectors:
@@ -38,7 +40,7 @@ class ImageVectors:
 
     @torch.no_grad()
     def halves(self, factor: Tensor) -> tuple[Moments, Moments]:
-        """Returns the moments of both halves, in all processes; of a single image, the first ones are empty.
+        """Returns the moments of both halves, in all processes; the first ones are empty if all images are alike.
 
         Args:
             factor: L in the training domain, lower triangular, (groups, size, size), float32 or float64.
@@ -53,7 +55,8 @@ class ImageVectors:
         centred = means - means.mean(2, keepdim=True)
         scores = main_direction(torch.linalg.solve_triangular(factor, centred, upper=False).flatten(0, 1))
         first = torch.zeros(len(scores), dtype=torch.bool, device='cpu')
-        first[scores.cpu().argsort(stable=True)[: len(scores) // 2]] = True
+        if means.numel() and (centred.abs() > ALIKE * means.abs().max()).any():
+            first[scores.cpu().argsort(stable=True)[: len(scores) // 2]] = True
         rank = torch.distributed.get_rank() if len(processes) > 1 else 0
         first = first.split([process.shape[2] for process in processes])[rank]
         return self._moments(first), self._moments(~first)

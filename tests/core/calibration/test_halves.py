@@ -113,11 +113,11 @@ def test_a_single_image_is_skipped():
     assert row.support.covariance > 0.5
 
 
-def test_images_that_are_all_the_same_are_halved():
+def test_copies_of_an_image_are_not_halved():
     images = data(1, 5, 6).expand(7, -1, -1)
     layer = built(lambda: nn.Linear(6, 3))
     halves = gathered(layer, [images]).halves(Moments.of(data(1, 6, 99)).factor())
-    assert [half.count for half in halves] == [15, 20] and relative(halves[0].covariance, halves[1].covariance) < 1e-12
+    assert [half.count for half in halves] == [0, 35]
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
