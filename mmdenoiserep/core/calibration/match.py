@@ -76,8 +76,8 @@ def find_support(source: Moments, halves: tuple[Moments, Moments], factor: Tenso
     """Returns how much of the difference of two domains the images support.
 
     The moments of two halves a and b of the target's images show the error of the target's moments: for independent
-    halves, ``E|S_t - E S_t|^2 = w E|S_a - S_b|^2`` with ``w = n_a n_b / n_t^2``, 1/4 for halves of one size. The rho that
-    then minimises the expected error of ``(1 - rho) (S_t - S_s)``, a difference of two estimates, is, as in Ledoit and
+    halves, ``E|S_t - E S_t|^2 = w E|S_a - S_b|^2`` with ``w = n_a n_b / n_t^2``, 1/4 for halves of one size. The
+    expected error of ``(1 - rho) (S_t - S_s)``, the difference of two estimates, is then least for, as in Ledoit and
     Wolf (2004),
 
         ``rho = min(1, (1 + n_t / n_s) w |S_a - S_b|^2 / |S_t - S_s|^2)``,   ``|D| = |L^-1 D L^-T|_F``
