@@ -192,9 +192,9 @@ class Evidence:
     @property
     def doubt(self) -> str:
         """What limits the check, as a sentence; empty if nothing does."""
-        return f'{self.images} held-out images show gross harm at most; give {5 * FEW} images or more' * (
-            self.images < FEW
-        )
+        if self.images >= FEW:
+            return ''
+        return f'{self.images} held-out images show gross harm at most; give {5 * FEW} images or more'
 
     def __str__(self) -> str:
         untouched, rows = self.scores[NOTHING], []
@@ -410,11 +410,11 @@ def predict(model: Any, packed: Mapping[str, Any], mirror: bool = False) -> list
     images = list(packed['inputs'])
     if mirror:
         samples = packed.get('data_samples') or [None] * len(images)
-        images = [mirrored(image, content_width(image, sample)) for image, sample in zip(images, samples, strict=True)]
+        images = [mirror_content(image, content_width(image, sample)) for image, sample in zip(images, samples, strict=True)]
     return model.test_step(dict(rest, inputs=images))
 
 
-def mirrored(image: Tensor, width: int) -> Tensor:
+def mirror_content(image: Tensor, width: int) -> Tensor:
     """Returns an image, (C, H, W), with its first columns mirrored, left to right; the padding behind them stays."""
     return torch.cat([image[..., :width].flip(-1), image[..., width:]], -1)
 
