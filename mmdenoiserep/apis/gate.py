@@ -410,21 +410,17 @@ def predict(model: Any, packed: Mapping[str, Any], mirror: bool = False) -> list
     images = list(packed['inputs'])
     if mirror:
         samples = packed.get('data_samples') or [None] * len(images)
-        images = [mirror_content(image, content_width(image, sample)) for image, sample in zip(images, samples, strict=True)]
+        images = [mirror_content(*pair) for pair in zip(images, samples, strict=True)]
     return model.test_step(dict(rest, inputs=images))
 
 
-def mirror_content(image: Tensor, width: int) -> Tensor:
-    """Returns an image, (C, H, W), with its first columns mirrored, left to right; the padding behind them stays."""
-    return torch.cat([image[..., :width].flip(-1), image[..., width:]], -1)
-
-
-def content_width(image: Tensor, sample: Any) -> int:
-    """Returns the width of an image, (C, H, W), without the padding on its right, from its data sample."""
+def mirror_content(image: Tensor, sample: Any) -> Tensor:
+    """Returns an image, (C, H, W), mirrored left to right; padding on its right, known from its data sample, stays."""
     shape, scale = getattr(sample, 'ori_shape', None), getattr(sample, 'scale_factor', None)
-    if shape is None or scale is None:
-        return image.shape[-1]
-    return min(image.shape[-1], max(1, round(shape[1] * float(np.ravel(scale)[0]))))
+    width = image.shape[-1]
+    if shape is not None and scale is not None:
+        width = min(width, max(1, round(shape[1] * float(np.ravel(scale)[0]))))
+    return torch.cat([image[..., :width].flip(-1), image[..., width:]], -1)
 
 
 @dataclass
