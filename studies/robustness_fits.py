@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mmdenoiserep.apis.calibration import Extractor, choose_strides, measure_vectors
+from mmdenoiserep.apis.candidates import CANDIDATES, Candidates
 from mmdenoiserep.apis.distances import Distances, measure_distances
-from mmdenoiserep.apis.gate import CANDIDATES, HELD_OUT, Candidates, Evidence, decide, gather_evidence
+from mmdenoiserep.apis.gate import HELD_OUT, Evidence, decide, gather_evidence
 from mmdenoiserep.core import Moments, collect_moments, fit_domain, select_layers
 from studies.benchmarks.measure import alternate, cost_ratio
 from studies.rivals import NO_FILTER, smooth

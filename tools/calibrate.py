@@ -167,6 +167,8 @@ def moments(args: argparse.Namespace, subject) -> None:
     from mmdenoiserep.core import save_moments
 
     gathered, about = calibration.gather_source(subject, args.stride)
+    if warning := calibration.source_warning(subject):
+        print(f'warning: {warning}')
     reached = sum(seen.count > 0 for seen in gathered.values())
     print(f'moments of {reached} layers from {about["images"]:,} images, {about["strides"]} of their vectors')
     if not args.dry_run and not get_rank():
@@ -181,6 +183,7 @@ def domain(args: argparse.Namespace, subject) -> None:
         SystemExit: With code 3 if the images support no correction, or something speaks against every candidate.
     """
     from mmdenoiserep.apis import calibration, gate
+    from mmdenoiserep.apis.candidates import HALF_STRENGTH, NOTHING, Candidates
     from mmdenoiserep.apis.distances import Distances
     from mmdenoiserep.core import CalibrationError
 
@@ -189,7 +192,7 @@ def domain(args: argparse.Namespace, subject) -> None:
     if reason and not args.accept:
         raise CalibrationError(f'{reason}, so the fit cannot be checked; choose what to write with --accept')
     held = None if reason else gate.hold_out(subject)
-    candidates = gate.Candidates(subject.part, subject.layers)
+    candidates = Candidates(subject.part, subject.layers)
     before = deepcopy(subject.part) if args.verify else None
     how = dict(stride=args.stride, memory=args.memory, spectra=bool(args.plot), maps=args.verify)
     report, strides = calibration.fit(subject, source, progress=candidates.note, **how)
@@ -202,11 +205,11 @@ def domain(args: argparse.Namespace, subject) -> None:
         if doubt := evidence.doubt:
             print(f'warning: {doubt}')
         name = name or gate.decide(evidence.scores, evidence.distances)
-        if name == gate.NOTHING:
+        if name == NOTHING:
             print(f'nothing was written: {gate.explain_nothing(evidence)}')
             raise SystemExit(3)
     if before is not None:
-        whole = 'all' if name == gate.HALF_STRENGTH else name  # halves are means of weights that are verified
+        whole = 'all' if name == HALF_STRENGTH else name  # halves are means of weights that are verified
         result = calibration.verify_fit(before, subject, gate.keep(subject, candidates, whole, report))
         print(f'one image and noise, maps as separate layers against maps folded into the weights:\n{result}')
         print('the weights fit the config without denoising exactly')

@@ -348,6 +348,16 @@ def verify_fit(before: nn.Module, subject: Subject, report: CalibrationReport) -
     return result
 
 
+def source_warning(subject: Subject) -> str:
+    """Returns what is wrong with a model whose moments in the training domain are gathered; empty if nothing is."""
+    if subject.meta.get(STAMP, {}).get('mode') != 'domain':
+        return ''
+    return (
+        f'{subject.checkpoint} is fitted to a domain already, so its features of training images are not those that it '
+        'was trained with; gather the moments of the original checkpoint, and fit that'
+    )
+
+
 def warnings_of(report: CalibrationReport, layers: Sequence[str]) -> list[str]:
     """Returns warnings about a fit, one sentence each; none for other calibrations.
 

@@ -395,6 +395,7 @@ class Batches:
     Attributes:
         order: Indices of the images of the last pass, in the order of the batches.
         left_out: A sentence for each image that the config leaves out.
+        what: What the images are, for messages.
     """
 
     def __init__(self, model: nn.Module, dataset: Subset, batch_size: int, workers: int = 0) -> None:
@@ -404,6 +405,7 @@ class Batches:
         self.loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=list)
         self.order: list[int] = []
         self.left_out: dict[str, None] = {}
+        self.what = 'image'
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yields batches, (B, C, H, W).
@@ -441,7 +443,7 @@ class Batches:
         for same in waiting.values():
             yield self._collate(same)
         if not self.order:
-            raise InputError(f'no image is left: {next(iter(self.left_out), "there is none")}')
+            raise InputError(f'no {self.what} is left: {next(iter(self.left_out), "there is none")}')
 
     def take(self, count: int) -> None:
         """Keeps ``count`` images, spread over all, or all if there are no more; see :func:`take_spread`."""
@@ -450,7 +452,7 @@ class Batches:
     def hold_out(self, count: int) -> 'Batches':
         """Returns batches of ``count`` images, spread over all as :func:`take_spread` does, and drops them here."""
         held = copy.copy(self)
-        held.order, held.left_out = [], {}
+        held.order, held.left_out, held.what = [], {}, 'held-out image'
         chosen = take_spread(self.dataset, count).indices
         held._keep(chosen)
         self._keep(sorted(set(range(len(self.dataset))).difference(chosen)))

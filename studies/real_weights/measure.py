@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
+from mmdenoiserep.apis.agreement import Tally, tally
 from mmdenoiserep.apis.calibration import choose_strides, measure_vectors
+from mmdenoiserep.apis.candidates import CANDIDATES, NOTHING, Candidates
 from mmdenoiserep.apis.corruptions import make_transform
 from mmdenoiserep.apis.distances import measure_distances
-from mmdenoiserep.apis.gate import CANDIDATES, NOTHING, Candidates, Tally, decide, tally
+from mmdenoiserep.apis.gate import decide
 from mmdenoiserep.core import collect_moments, fit_domain, select_layers
 from studies.real_weights.models import MODELS
 from studies.real_weights.photographs import crops

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdenoiserep.apis.gate import NOTHING
+from mmdenoiserep.apis.candidates import NOTHING
 from studies.real_weights.measure import CHECK, TEST
 from studies.study_report import table
 

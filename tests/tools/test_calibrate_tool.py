@@ -339,6 +339,15 @@ def test_warnings(tmp_path, capsys):
     assert 'look like another data set altogether' in capsys.readouterr().out
 
 
+def test_moments_of_a_fitted_checkpoint_give_a_warning(tmp_path, capsys):
+    name = 'vit_fashion-mnist'
+    config, fitted = DEMO / f'{name}.py', fit(name, tmp_path / 'fitted.pth')
+    for path, said in ((checkpoint(name), False), (fitted, True)):
+        capsys.readouterr()
+        run_tool('calibrate', 'moments', config, path, tmp_path / f'{path.stem}_moments.pth', '--num-images', 8)
+        assert (f'{path} is fitted to a domain already' in capsys.readouterr().out) == said
+
+
 def test_a_map_that_amplifies_rounding_is_refused(tmp_path):
     """Images of nearly one colour differ by a few pixels, which the fit stretches to the variance of real images."""
     (tmp_path / 'plain').mkdir()
