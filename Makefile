@@ -1,7 +1,7 @@
 # Every target installs the pinned stack into .venv first, once.
 PYTHON_VENV = .venv/bin/python
 
-.PHONY: help install demo study robustness docs test test-all lint format
+.PHONY: help install demo study robustness docs test test-all test-gpu lint format
 
 help:
 	@echo 'make demo     train, evaluate, fuse and compare a small Mask R-CNN with DenoiseRep (under 15 minutes on 2 cores)'
@@ -10,6 +10,7 @@ help:
 	@echo 'make docs     run the notebook and build the pages of docs into site/'
 	@echo 'make test     run the tests, with some of the configs at full size'
 	@echo 'make test-all run the tests with every backbone, and every config at full size'
+	@echo 'make test-gpu run the tests of a device on CUDA (DEVICE=cpu tries them on the CPU); installs nothing'
 	@echo 'make lint     ruff, mypy and docstring coverage'
 	@echo 'make format   format the code with ruff'
 	@echo 'make install  only create .venv and install the pinned stack'
@@ -34,6 +35,9 @@ test: install
 
 test-all: install
 	@OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest -n 2 -m ''
+
+test-gpu:
+	@OMP_NUM_THREADS=1 $(firstword $(wildcard $(PYTHON_VENV)) $(PYTHON) python3) -m pytest tests/gpu -rs --device $(or $(DEVICE),cuda)
 
 lint: install
 	@$(PYTHON_VENV) -m ruff check .

@@ -14,6 +14,10 @@ from helpers import ROOT
 torch.set_num_threads(1)  # small layers: threads cost more than they bring
 
 
+def pytest_addoption(parser):
+    parser.addoption('--device', default='cpu', help='device of the tests marked gpu, such as cuda (default: cpu)')
+
+
 @pytest.fixture(autouse=True)
 def no_default_scope():
     """Lets every test start without a default scope; runs of earlier tests leave theirs behind."""

@@ -33,6 +33,11 @@ class Shape:
     size: tuple[int, int]
     batch: int
 
+    @property
+    def library(self) -> str:
+        """Module of the library of the config."""
+        return self.config.partition('::')[0]
+
 
 SHAPES = {
     'ViT-S/16': Shape('mmpretrain::deit/deit-small_4xb256_in1k.py', (224, 224), 16),
@@ -164,7 +169,7 @@ def compare(name: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     }
     del runs, plain, denoised
     if not args.no_memory:
-        libraries = ('torch', 'mmdenoiserep', 'mmpretrain.models', 'mmdet.models')
+        libraries = ('torch', 'mmdenoiserep', f'{SHAPES[name].library}.models')
         measured['memory of a joint step'] = {
             way: [peak_memory(train_twice, name, batch, way, args.amp, imports=libraries) for _ in range(PROCESSES)]
             for way in (PLAIN, *RANKS)
@@ -199,20 +204,19 @@ class Run:
 
         MMLogger.get_current_instance().setLevel('ERROR')  # without the tables of the conversion
         shape = SHAPES[name]
-        library = shape.config.partition('::')[0]
         config = get_config(shape.config).model
-        config.pop('train_cfg' if library == 'mmpretrain' else '_', None)  # no mixing of images
-        init_default_scope(library)
+        config.pop('train_cfg' if shape.library == 'mmpretrain' else '_', None)  # no mixing of images
+        init_default_scope(shape.library)
         if rank is not None:
             config.backbone = dict(
                 type='DenoiseRepBackbone', backbone=config.backbone, image_size=shape.size, **RANKS[rank]
             )
-        if library == 'mmpretrain':
+        if shape.library == 'mmpretrain':
             config.data_preprocessor = dict(mean=[127.5] * 3, std=[64] * 3)
         self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
         torch.manual_seed(0)
         self.model = MODELS.build(config).to(self.device)
-        self.data = make_batch(library, shape.size, batch)
+        self.data = make_batch(shape.library, shape.size, batch)
         self.amp = amp
         self.hook = None
 
