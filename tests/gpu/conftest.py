@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine_helpers import runner_case
+from mmdenoiserep.core.utils.precision import without_tf32
 
 
 @pytest.fixture
@@ -15,3 +16,10 @@ def device(pytestconfig):
 def case():
     with runner_case() as case:
         yield case
+
+
+@pytest.fixture
+def full_precision():
+    """For comparisons with the CPU."""
+    with without_tf32():
+        yield

@@ -87,6 +87,7 @@ def test_the_loss_under_autocast_with_loss_scaling(dtype, checkpointing, device)
         assert value.norm() > 0, key
 
 
+@pytest.mark.usefixtures('full_precision')
 def test_the_closed_form_is_that_of_the_cpu(device):
     solved = []
     for place in (torch.device('cpu'), device):
@@ -99,6 +100,7 @@ def test_the_closed_form_is_that_of_the_cpu(device):
 
 
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float64, 1e-6), (torch.float32, 1e-2)])
+@pytest.mark.usefixtures('full_precision')
 def test_a_domain_fit_with_moments_from_a_file_is_that_of_the_cpu(dtype, tolerance, device, tmp_path):
     """The moments are gathered on the device, and read from their file on both sides."""
     model = built().to(device, dtype)

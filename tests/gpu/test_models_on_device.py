@@ -82,6 +82,7 @@ def test_the_fused_backbone_is_the_denoised_one(name, dtype, device):
 
 @pytest.mark.parametrize('name', BACKBONES)
 @torch.no_grad()
+@pytest.mark.usefixtures('full_precision')
 def test_a_fit_on_the_device_is_that_of_the_cpu(name, device):
     """Of the output for noisy images: closer to that of the CPU's fit than to the model before it, by far."""
     outputs = []
@@ -96,6 +97,7 @@ def test_a_fit_on_the_device_is_that_of_the_cpu(name, device):
     assert relative(outputs[1], outputs[0]) < 0.05 < relative(before, outputs[0])
 
 
+@pytest.mark.usefixtures('full_precision')
 def test_the_scan_of_vmamba_trains_on_the_device(device):
     """Outputs and gradients against the CPU in float64, then under autocast."""
     found = []

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..method.layers import find_denoise_layers
 from ..method.probe import default_images, evaluating, run_model
 from ..utils.intercept import intercepting
+from ..utils.precision import without_tf32
 from ..utils.randomness import equal_draws
 from ..utils.table import format_table
 from ..utils.tensors import named_tensors
@@ -115,7 +116,8 @@ def compare_models(
 ) -> Verification:
     """Compares the outputs of two models for the same input, in eval mode and with the same random numbers.
 
-    The modes of the models and the global random state are restored afterwards.
+    Products of float32 are computed in float32, see :func:`~.precision.without_tf32`. The modes of the models and the
+    global random state are restored afterwards.
 
     Args:
         model: The reference.
@@ -132,7 +134,7 @@ def compare_models(
     if tolerance is None:
         dtypes = {p.dtype for p in model.parameters()}
         tolerance = max(value for dtype, value in TOLERANCES.items() if dtype in dtypes)
-    with evaluating(model, other):
+    with evaluating(model, other), without_tf32():
         with equal_draws(model):
             output = run_model(model, example_input)
         with equal_draws(other):
