@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -14,7 +15,8 @@ def without_tf32() -> Iterator[None]:
     settings are restored afterwards. torch 2.9 has new names for them, and refuses to read the old ones if a program
     has set the new ones.
     """
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
     try:
         conv, product = cudnn.allow_tf32, torch.get_float32_matmul_precision()
     except RuntimeError:
