@@ -11,7 +11,7 @@ help:
 	@echo 'make test     run the tests, with some of the configs at full size'
 	@echo 'make test-all run the tests with every backbone, and every config at full size'
 	@echo 'make test-gpu run the tests of a device on CUDA (DEVICE=cpu tries them on the CPU); installs nothing'
-	@echo 'make lint     ruff, mypy and docstring coverage'
+	@echo 'make lint     ruff, mypy, docstring coverage, shellcheck, and the schemas of the workflows'
 	@echo 'make format   format the code with ruff'
 	@echo 'make install  only create .venv and install the pinned stack'
 
@@ -44,6 +44,10 @@ lint: install
 	@$(PYTHON_VENV) -m ruff format --check .
 	@$(PYTHON_VENV) -m mypy mmdenoiserep/core
 	@$(PYTHON_VENV) -m interrogate mmdenoiserep tools studies
+	@$(PYTHON_VENV:python=shellcheck) requirements/*.sh tools/*.sh
+	@$(PYTHON_VENV) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*
+	@$(PYTHON_VENV) -m check_jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[0-9]*
+	@$(PYTHON_VENV) -m check_jsonschema --builtin-schema vendor.readthedocs .readthedocs.yaml
 
 format: install
 	@$(PYTHON_VENV) -m ruff check --fix .

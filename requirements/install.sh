@@ -4,7 +4,7 @@
 # A finished step leaves a stamp with the checksum of its inputs. So an interrupted install continues where it stopped, a
 # second call installs nothing, and a changed pin repeats its step and all later steps.
 #
-#   PYTHON       interpreter to build .venv with (default: the first of python3.11, python3.10, python3.12, python3)
+#   PYTHON       interpreter to build .venv with (default: the first of python3.11, python3.12, python3)
 #   TORCH_INDEX  extra package index for torch, e.g. the one with CPU-only or with other CUDA builds
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,13 +18,13 @@ fail() { printf 'install: %s\n' "$*" >&2; exit 1; }
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-python3.11 python3.10 python3.12 python3}; do
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; then
+    for candidate in ${PYTHON:-python3.11 python3.12 python3}; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    fail "no Python 3.10 to 3.12 with the venv module found (tried: ${PYTHON:-python3.11 python3.10 python3.12 python3}); install python3.11 and python3.11-venv, or set PYTHON."
+    fail "no Python 3.11 or 3.12 with the venv module found (tried: ${PYTHON:-python3.11 python3.12 python3}); install python3.11 and python3.11-venv, or set PYTHON."
 }
 
 # step NAME DESCRIPTION FILE COMMAND...: run COMMAND unless it, FILE and every step before are unchanged since it last worked.
@@ -49,7 +49,7 @@ create_venv() { "$(find_python)" -m venv "$venv"; }
 compile_mmcv() {
     # -O2 without debug information: 6 minutes and a 1 MB library instead of half an hour and 84 MB.
     MAX_JOBS=${MAX_JOBS:-$(nproc)} CFLAGS="-g0 -O2 -w" pip_install --no-build-isolation --no-deps "$1" || return
-    "$venv/bin/python" -W ignore -c 'import mmcv.ops' || fail "mmcv was installed without its compiled operators; is a C++17 compiler (g++) there?"
+    "$venv/bin/python" -W ignore -c 'import mmcv.ops' || fail "mmcv.ops does not import, for the reason above: it is compiled by g++ (C++17), and needs libGL (Debian: libgl1)."
 }
 
 repair_torchvision() {
@@ -61,10 +61,12 @@ repair_torchvision() {
     "$venv/bin/python" -W ignore -c 'import torchvision' || fail "torchvision does not fit this torch, and declaring its operators did not help"
 }
 
+torch_from=${TORCH_INDEX:-"PyPI, with CUDA: 2.7 GB to download, 6 GB in $venv at the end; for the CPU alone about 0.2 and 2 GB: TORCH_INDEX=https://download.pytorch.org/whl/cpu make install"}
+
 installed=no
 [ -x "$venv/bin/python" ] || rm -rf "$stamps"
 step 0-venv "Creating the virtual environment $venv" "" create_venv
-step 1-torch "Installing torch (the largest download)" "$requirements/torch.txt" pip_install -r "$requirements/torch.txt"
+step 1-torch "Installing torch from $torch_from" "$requirements/torch.txt" pip_install -r "$requirements/torch.txt"
 step 2-openmmlab "Installing mmengine, mmdet, mmsegmentation and mmpretrain" "$requirements/openmmlab.txt" pip_install -r "$requirements/openmmlab.txt"
 step 3-torchvision "Installing torchvision" "" pip_install --no-deps torchvision==0.28.0
 step 4-repair "Checking torchvision against torch" requirements/torchvision_repair.py repair_torchvision

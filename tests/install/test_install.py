@@ -1,5 +1,6 @@
 """The set-up script, with a stub in place of Python: what it repeats, what it takes up again, what it says."""
 
+import re
 import shutil
 import subprocess
 
@@ -26,13 +27,12 @@ def project(tmp_path):
     return tmp_path
 
 
-def install(project, python='./stub'):
+def install(project, python='./stub', **env):
     log = project / 'pip.log'
     log.write_text('')
     command = ['bash', 'requirements/install.sh']
-    result = subprocess.run(
-        command, cwd=project, capture_output=True, text=True, env={'PATH': '/usr/bin:/bin', 'PYTHON': python}
-    )
+    env |= dict(PATH='/usr/bin:/bin', PYTHON=python)
+    result = subprocess.run(command, cwd=project, capture_output=True, text=True, env=env)
     return result.returncode, result.stdout + result.stderr, log.read_text().splitlines()
 
 
@@ -42,6 +42,16 @@ def test_the_second_time_nothing_is_installed(project):
     order = ['torch.txt', 'openmmlab.txt', 'torchvision', 'mmcv==2.1.0', 'dev.txt', 'docs.txt', '-e .']
     assert [next(word for word in order if word in call) for call in calls] == order
     assert install(project) == (0, '', [])
+
+
+def test_the_way_out_of_the_cuda_download_is_said(project):
+    _, printed, calls = install(project)
+    (index,) = re.findall(r'TORCH_INDEX=(\S+) make install', printed)
+    assert not any('index' in call for call in calls)
+    shutil.rmtree(project / '.venv')
+    _, printed, calls = install(project, TORCH_INDEX=index)
+    assert 'make install' not in printed
+    assert all(f'--extra-index-url {index} ' in call for call in calls)
 
 
 def test_an_interrupted_install_goes_on_where_it_stopped(project):
@@ -64,4 +74,4 @@ def test_a_changed_pin_repeats_its_step_and_what_builds_on_it(project):
 
 def test_no_python(project):
     code, printed, _ = install(project, python='python-that-is-not-there')
-    assert code == 1 and 'no Python 3.10 to 3.12' in printed
+    assert code == 1 and 'no Python 3.11 or 3.12' in printed

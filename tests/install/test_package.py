@@ -68,7 +68,7 @@ def programs(wheel, tmp_path_factory):
 def test_the_sdist_holds_the_checkout(sdist):
     with tarfile.open(sdist) as file:
         names = {name.partition('/')[2] for name in file.getnames()}
-    wanted = source('mmdenoiserep', 'configs', 'tools', 'studies', 'tests', 'docs', 'demo', 'requirements')
+    wanted = source('mmdenoiserep', 'configs', 'tools', 'studies', 'tests', 'docs', 'demo', 'docker', 'requirements')
     wanted |= {path.name for path in ROOT.iterdir() if path.is_file() and not path.name.startswith('.')}
     assert wanted <= names and len(wanted) > 300
     assert not any(name.endswith('.pyc') or MIM in name for name in names)

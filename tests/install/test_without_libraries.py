@@ -121,6 +121,13 @@ def test_without_mmengine_images_are_corrupted(run, tmp_path):
     assert (tmp_path / 'new/out/a.png').exists()
 
 
+def test_without_mmengine_the_versions_are_printed(run):
+    result = run(PACKAGES, code='import runpy; runpy.run_module("mmdenoiserep.info", run_name="__main__")')
+    found = dict(line.split(': ', 1) for line in result.stdout.splitlines())
+    assert found['torch'].startswith(torch.__version__) and found['mmdenoiserep'], result.stderr
+    assert {found[name] for name in (*PACKAGES, 'mmcv.ops')} == {'not installed'}
+
+
 FIGURES = ['c.py', 'in.pth', 'in.pth', '--out', 'out']
 
 
