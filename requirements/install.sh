@@ -4,7 +4,7 @@
 # A finished step leaves a stamp with the checksum of its inputs. So an interrupted install continues where it stopped, a
 # second call installs nothing, and a changed pin repeats its step and all later steps.
 #
-#   PYTHON       interpreter to build .venv with (default: the first of python3.11, python3.12, python3)
+#   PYTHON       interpreter to build .venv with (default: the first of python3.11, python3.10, python3.12, python3)
 #   TORCH_INDEX  extra package index for torch, e.g. the one with CPU-only or with other CUDA builds
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,13 +18,13 @@ fail() { printf 'install: %s\n' "$*" >&2; exit 1; }
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-python3.11 python3.12 python3}; do
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+    for candidate in ${PYTHON:-python3.11 python3.10 python3.12 python3}; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    fail "no Python 3.11 or 3.12 with the venv module found (tried: ${PYTHON:-python3.11 python3.12 python3}); install python3.11 and python3.11-venv, or set PYTHON."
+    fail "no Python 3.10 to 3.12 with the venv module found (tried: ${PYTHON:-python3.11 python3.10 python3.12 python3}); install python3.11 and python3.11-venv, or set PYTHON."
 }
 
 # step NAME DESCRIPTION FILE COMMAND...: run COMMAND unless it, FILE and every step before are unchanged since it last worked.

@@ -74,4 +74,4 @@ def test_a_changed_pin_repeats_its_step_and_what_builds_on_it(project):
 
 def test_no_python(project):
     code, printed, _ = install(project, python='python-that-is-not-there')
-    assert code == 1 and 'no Python 3.11 or 3.12' in printed
+    assert code == 1 and 'no Python 3.10 to 3.12' in printed
