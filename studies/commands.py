@@ -26,7 +26,11 @@ def run(title: str, *command: str, log: Path | None = None) -> float:
     """
     print(f'\n=== {title}\n$ python {" ".join(command)}', flush=True)
     started = time.perf_counter()
-    environment = {**os.environ, 'PYTHONWARNINGS': 'ignore'}  # the libraries warn often about their own code
+    environment = {
+        'OMP_WAIT_POLICY': 'PASSIVE',  # threads that wait for each other leave the cores to other programs
+        **os.environ,
+        'PYTHONWARNINGS': 'ignore',  # the libraries warn often about their own code
+    }
     with open(log or os.devnull, 'w') as file:
         output = dict(stdout=file, stderr=subprocess.STDOUT) if log else {}
         code = subprocess.run([sys.executable, *command], env=environment, **output).returncode

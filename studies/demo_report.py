@@ -5,6 +5,7 @@ from contextlib import redirect_stdout
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib
@@ -138,15 +139,16 @@ def draw(models: dict[str, nn.Module], logs: dict[str, list[dict]], noisy: Path,
     """Writes a picture with the detections on the first scenes with three or more articles, and the loss curves.
 
     Args:
-        models: Detectors from :func:`load_models`.
-        logs: Logged scalars of each training.
-        noisy: Folder of the validation scenes with noise.
+        models: Detectors from :func:`load_models`; the picture has no columns for those that are missing.
+        logs: Logged scalars of each training; without those of the denoised detector, there are no curves.
+        noisy: Folder of the validation scenes with noise, if there is a fitted detector.
         path: File to write.
         scenes: Number of scenes.
     """
     from matplotlib import pyplot as plt
 
-    clean, with_noise = _dataset(models['baseline']), _dataset(models['baseline'], noisy)
+    clean = _dataset(models['baseline'])
+    with_noise = _dataset(models['baseline'], noisy) if 'fitted' in models else None
     several = (i for i in range(len(clean)) if len(clean[i]['data_samples'].gt_instances) >= 3)
     chosen = list(islice(several, scenes))
     columns = {
@@ -157,8 +159,10 @@ def draw(models: dict[str, nn.Module], logs: dict[str, list[dict]], noisy: Path,
         'noise: baseline': ('baseline', with_noise),
         'noise: fitted to it': ('fitted', with_noise),
     }
-    figure = plt.figure(figsize=(2.75 * len(columns), 2.8 * scenes + 3.4), layout='constrained')
-    pictures, curves = figure.subfigures(2, 1, height_ratios=(2.8 * scenes, 3.4))
+    columns = {title: part for title, part in columns.items() if part[1] and (part[0] is None or part[0] in models)}
+    height = 3.4 if 'denoised' in logs else 0.1
+    figure = plt.figure(figsize=(2.75 * len(columns), 2.8 * scenes + height), layout='constrained')
+    pictures, curves = figure.subfigures(2, 1, height_ratios=(2.8 * scenes, height))
     grid = pictures.subplots(scenes, len(columns))
     for column, (title, (name, dataset)) in zip(grid.T, columns.items(), strict=True):
         batch = [dataset[i] for i in chosen]
@@ -172,7 +176,14 @@ def draw(models: dict[str, nn.Module], logs: dict[str, list[dict]], noisy: Path,
             axes.imshow(_overlay(image, instances, dataset.metainfo['classes']))
             axes.axis('off')
         column[0].set_title(title)
-    left, right = curves.subplots(1, 2)
+    if 'denoised' in logs:
+        _draw_curves(curves, logs)
+    figure.savefig(path, dpi=80)
+
+
+def _draw_curves(figure: Any, logs: dict[str, list[dict]]) -> None:
+    """Draws the detection loss of both fine-tunings, and the loss of the denoisers."""
+    left, right = figure.subplots(1, 2)
     for name in ('control', 'denoised'):
         entries = [entry for entry in logs[name] if 'loss' in entry]
         steps = [entry['step'] for entry in entries]
@@ -182,7 +193,6 @@ def draw(models: dict[str, nn.Module], logs: dict[str, list[dict]], noisy: Path,
     left.set(title='detection loss', xlabel='iteration')
     left.legend()
     right.set(title='loss_denoise (weighted)', xlabel='iteration')
-    figure.savefig(path, dpi=80)
 
 
 def _overlay(image: np.ndarray, instances, classes: tuple[str, ...], scale: int = 4) -> np.ndarray:
