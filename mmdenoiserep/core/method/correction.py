@@ -1,6 +1,6 @@
 """The correction of one layer: ``x' = x - (B x + b~)``, at full and at low rank, with its loss and its fold."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,12 @@ class Correction:
         if parameters.keys() - {'bias'} not in ({'weight'}, {'scale', 'up', 'down'}):
             raise ValueError(f'is incomplete: it has only {", ".join(sorted(parameters))}')
         return Correction(**parameters)
+
+    @staticmethod
+    def stacked(corrections: Sequence['Correction']) -> 'Correction':
+        """Returns the blocks of several corrections of the same shapes, one after the other, as one correction."""
+        names = corrections[0].tensors
+        return Correction(**{name: torch.cat([getattr(one, name) for one in corrections]) for name in names})
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -101,49 +107,53 @@ class Correction:
         folded = folded.reshape(taps.shape).mT.reshape(len(weight), -1)  # (O, C/g * taps), a copy with several taps
         return folded.reshape(weight.shape), bias
 
-    def loss(self, vectors: Tensor, step: ReverseStep) -> Tensor:
-        """Returns the expected squared error of the predicted noise, per channel and averaged over the features x.
+    def losses(self, vectors: Tensor, step: ReverseStep) -> Tensor:
+        """Returns the expected squared error of the predicted noise for each block, per channel, averaged over n.
 
             ``L = E_eps |eps - (D x_t + d)|^2 / C,   x_t = sqrt(abar) x + sqrt(1 - abar) eps``
             ``  = ( |sqrt(abar) D x + d|^2 + |I - sqrt(1 - abar) D|_F^2 ) / C``
 
-        with ``D = (B + (c3 - 1) I) / c1`` and ``d = b~ / c1``. The expectation over the noise eps is exact: no noise is
-        sampled. At low rank, ``|a I - U V|_F^2 = a^2 C - 2 a tr(U V) + sum(U^T U * V V^T)`` needs no C x C matrix.
+        with ``D = (B + (c3 - 1) I) / c1``, ``d = b~ / c1`` and C channels of a block. The expectation over the noise
+        eps is exact: no noise is sampled. At low rank, ``|a I - U V|_F^2 = a^2 C - 2 a tr(U V) + sum(U^T U * V V^T)``
+        needs no C x C matrix.
 
         Args:
             vectors: Features x, (groups, C/g, n), in the dtype of the correction.
-            step: The constants of the layer's timestep.
+            step: The constants of the timestep; tensors, (groups,), for blocks of several layers.
 
         Returns:
-            A scalar; 0 for n = 0.
+            (groups,), whose mean is the loss of a layer; 0 for n = 0.
         """
         if vectors.numel() == 0:
-            return torch.stack([value.sum() * 0 for value in self.tensors.values()]).sum()
+            nothing = torch.stack([value.sum() * 0 for value in self.tensors.values()]).sum()
+            return nothing.expand(self.groups)
         groups, size, _ = vectors.shape
-        noise = step.noise / step.c1
-        x = vectors * step.signal
+        signal, noise, c1, shift = (value.reshape(-1, 1, 1) for value in constants_of(step, vectors))
+        x = vectors * signal
+        ratio = noise / c1  # (groups or 1, 1, 1)
         if self.weight is not None:
             identity = torch.eye(size, device=x.device, dtype=x.dtype)
             correction = self.weight @ x
-            residual = (identity - noise * (self.weight + step.c3_minus_1 * identity)).square().sum()
+            residual = (identity - ratio * (self.weight + shift * identity)).square().sum((1, 2))
         else:
             scale, up, down = self._factors
             correction = torch.baddbmm(x * scale[:, None, None], up, down @ x)  # B x, (groups, C/g, n)
-            rest = 1 - noise * (scale + step.c3_minus_1)  # a, (groups,)
-            trace = noise * (up * down.mT).sum((1, 2))  # tr(U V), (groups,)
-            square = noise**2 * ((up.mT @ up) * (down @ down.mT)).sum((1, 2))  # |U V|_F^2, (groups,)
-            residual = (rest.square() * size - 2 * rest * trace + square).sum()
+            ratio = ratio.flatten()
+            rest = 1 - ratio * (scale + shift.flatten())  # a, (groups,)
+            trace = ratio * (up * down.mT).sum((1, 2))  # tr(U V), (groups,)
+            square = ratio**2 * ((up.mT @ up) * (down @ down.mT)).sum((1, 2))  # |U V|_F^2, (groups,)
+            residual = rest.square() * size - 2 * rest * trace + square
         if self.bias is not None:
             correction = correction + self.bias.reshape(groups, size, 1)
-        prediction = torch.add(correction, x, alpha=step.c3_minus_1) / step.c1  # sqrt(abar) D x + d
-        return prediction.square().mean() + residual / (groups * size)
+        prediction = torch.addcmul(correction, x, shift) / c1  # sqrt(abar) D x + d
+        return prediction.square().mean((1, 2)) + residual / size
 
     @torch.no_grad()
-    def curvature(self, vectors: Tensor, step: ReverseStep) -> Tensor:
-        """Returns an upper bound of the curvature of :meth:`loss` in the parameters, the largest over the groups.
+    def curvatures(self, vectors: Tensor, step: ReverseStep) -> Tensor:
+        """Returns an upper bound of the curvature of each block of :meth:`losses` in the parameters.
 
             full rank:  ``2 / (C c1^2) * (q + 1)``
-            low rank:   ``2 / (C c1^2) * (q (1 + |up|^2 + |down|^2) + 1)``,   ``q = abar E|x|^2 + (1 - abar) C/g``
+            low rank:   ``2 / (C c1^2) * (q (1 + |up|^2 + |down|^2) + 1)``,   ``q = abar E|x|^2 + (1 - abar) C``
 
         It bounds the Gauss-Newton matrix ``2 J^T J`` of the loss ``|r|^2``, where J is the derivative of r. The trace q
         of the second moment of the noised features bounds the largest eigenvalue of that moment. The summand 1 comes
@@ -151,18 +161,19 @@ class Correction:
 
         Args:
             vectors: Features x, (groups, C/g, n), in the dtype of the correction.
-            step: The constants of the layer's timestep.
+            step: The constants of the timestep; tensors, (groups,), for blocks of several layers.
 
         Returns:
-            A scalar; 0 for n = 0.
+            (groups,); 0 for n = 0. The loss of a layer, the mean of g blocks, has 1/g of the largest one.
         """
-        if vectors.numel() == 0:
-            return vectors.new_zeros(())
         groups, size, _ = vectors.shape
-        trace = step.signal**2 * vectors.square().sum(1).mean(1) + step.noise**2 * size  # q, (groups,)
+        if vectors.numel() == 0:
+            return vectors.new_zeros(groups)
+        signal, noise, c1, _ = constants_of(step, vectors)
+        trace = signal**2 * vectors.square().sum(1).mean(1) + noise**2 * size  # q, (groups,)
         if self.weight is None:
             trace = trace * (1 + sum(factor.square().sum((1, 2)) for factor in self._factors[1:]))
-        return 2 / (groups * size * step.c1**2) * (trace.amax() + (self.bias is not None))
+        return 2 / (size * c1**2) * (trace + (self.bias is not None))
 
     def fits(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether the shapes fit each other and a layer with this weight and bias; a Linear layer has one group."""
@@ -194,3 +205,8 @@ class Correction:
         """``scale``, ``up`` and ``down`` of the low-rank form."""
         assert self.scale is not None and self.up is not None and self.down is not None
         return self.scale, self.up, self.down
+
+
+def constants_of(step: ReverseStep, like: Tensor) -> list[Tensor]:
+    """Returns the constants of a timestep, rounded to the dtype of a tensor, on its device."""
+    return [torch.as_tensor(value, dtype=torch.float64, device=like.device).to(like.dtype) for value in step]

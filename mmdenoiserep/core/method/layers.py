@@ -14,7 +14,7 @@ from ..utils.errors import InputError
 from .correction import Correction
 from .denoiser import Denoiser
 from .fold import FusionError, fold_layer
-from .loss import limit_curvature
+from .loss import Part, losses_of
 from .sample import Sample
 from .schedule import NoiseSchedule, ReverseStep
 
@@ -88,7 +88,7 @@ class DenoiseLayer(nn.Module):
         return x - self._constants().apply(x, self._project, self._channel_shape)
 
     def denoise_loss(self, x: Tensor, limit: float = 1.0) -> Tensor:
-        """Returns the expected error of the predicted noise on an input, see :meth:`~.correction.Correction.loss`.
+        """Returns the expected error of the predicted noise on an input, see :meth:`~.correction.Correction.losses`.
 
         Args:
             x: An input of the layer, of any shape that the layer accepts. It is detached.
@@ -108,14 +108,18 @@ class DenoiseLayer(nn.Module):
             limit: See :meth:`denoise_loss`.
         """
         with torch.autocast(self.weight.device.type, enabled=False):
-            dtype = torch.promote_types(next(self.denoiser.parameters()).dtype, torch.float32)
-            correction, step = self.denoiser.correction().to(dtype), self.reverse_step
-            losses, curvatures = [], []
-            for vectors, share in parts:
-                vectors = vectors.detach().to(dtype)
-                losses.append(correction.loss(vectors, step) * share)
-                curvatures.append(correction.curvature(vectors, step) * share)
-            return limit_curvature(torch.stack(losses).sum(), torch.stack(curvatures).sum(), limit)
+            return losses_of(self.loss_parts(parts), 1, limit)[0]
+
+    def loss_parts(self, calls: Sequence[tuple[Tensor, float]], number: int = 0) -> list[Part]:
+        """Returns the calls of this layer for :func:`~.loss.losses_of`, in float64 or float32.
+
+        Args:
+            calls: See :meth:`denoise_loss_of`.
+            number: Number of this layer.
+        """
+        dtype = torch.promote_types(next(self.denoiser.parameters()).dtype, torch.float32)
+        correction, step = self.denoiser.correction().to(dtype), self.reverse_step
+        return [Part(number, correction, step, vectors.detach().to(dtype), share) for vectors, share in calls]
 
     def fuse(self) -> nn.Module:
         """Returns a copy of the layer with the denoiser folded into its weight, of the class before the conversion.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import DenoiseLayer, find_denoise_layers
+from .loss import losses_of
 from .record import find_records
 from .sample import Sample
 
@@ -60,12 +61,13 @@ class DenoiseLosses:
             # a gradient of 0 for every denoiser: distributed training needs the same gradients on all processes
             parameters = [p for layer in self.layers.values() for p in layer.denoiser.parameters()]
             return torch.stack([p.sum() * 0 for p in parameters]).sum()
-        losses = []
-        for name, calls in inputs.items():
-            total = max(sum(size for _, size in calls), 1)
-            parts = [(vectors, size / total) for vectors, size in calls]
-            losses.append(self.layers[name].denoise_loss_of(parts, limit=len(inputs) / weight))
-        return weight * torch.stack(losses).mean()
+        parts = []
+        with torch.autocast(next(iter(self.layers.values())).weight.device.type, enabled=False):
+            for number, (name, calls) in enumerate(inputs.items()):
+                total = max(sum(size for _, size in calls), 1)
+                shares = [(vectors, size / total) for vectors, size in calls]
+                parts += self.layers[name].loss_parts(shares, number)
+            return weight * losses_of(parts, len(inputs), limit=len(inputs) / weight).mean()
 
     def clear(self) -> None:
         """Drops the recorded inputs, and stops recording until the next forward begins."""

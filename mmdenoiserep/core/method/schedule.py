@@ -54,6 +54,7 @@ class NoiseSchedule:
         self.betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64, device='cpu')
         self.alphas = 1 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        self._steps: dict[int, ReverseStep] = {}
 
     def __len__(self) -> int:
         return len(self.betas)
@@ -69,6 +70,11 @@ class NoiseSchedule:
         """
         if not 1 <= timestep < len(self):
             raise ValueError(f'timestep must be between 1 and {len(self) - 1}, got {timestep}')
+        if timestep not in self._steps:
+            self._steps[timestep] = self._compute_step(timestep)
+        return self._steps[timestep]
+
+    def _compute_step(self, timestep: int) -> ReverseStep:
         log_alphas = torch.log1p(-self.betas[: timestep + 1])
         one_minus_abar = -torch.expm1(log_alphas.sum()).item()
         c3_minus_1 = torch.expm1(-0.5 * log_alphas[timestep]).item()

@@ -109,7 +109,7 @@ def test_the_limit_keeps_value_and_direction(kind, rank):
     layer = denoised(kind(12, 6, *([1] if kind is nn.Conv2d else [])).double(), rank)
     x = 30 * torch.randn(5, 12, *([4, 4] if kind is nn.Conv2d else []), dtype=torch.float64)
     parameters = list(layer.denoiser.parameters())
-    bound = layer.denoiser.correction().curvature(Sample()(layer, x), layer.reverse_step).item()
+    bound = layer.denoiser.correction().curvatures(Sample()(layer, x), layer.reverse_step).item()
     assert bound > 1e3
     plain, limited = layer.denoise_loss(x, math.inf), layer.denoise_loss(x, 1.0)
     assert torch.equal(plain, limited)
