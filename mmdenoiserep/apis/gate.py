@@ -199,7 +199,8 @@ def gather_evidence(
         source: Moments in the training domain by layer name.
         training: Distances of the training images.
     """
-    tallies = {name: Tally() for name in candidates.distinct()}
+    twins = candidates.twins()
+    tallies = {name: Tally() for name in dict.fromkeys(twins.values())}
     with evaluating(subject.model), tqdm(total=len(images.dataset), unit='image', disable=get_rank() != 0) as bar:
         for packed in images.packed():
             for name, own in tallies.items():
@@ -216,7 +217,9 @@ def gather_evidence(
     if training:
         candidates.apply(NOTHING)
         distances = measure_distances(subject.part, subject.layers, images, source).relative_to(training)
-    return Evidence(tallies[NOTHING].images, {name: own.score() for name, own in tallies.items()}, distances)
+    scores = {name: own.score() for name, own in tallies.items()}
+    changed = {name: scores[twin] for name, twin in twins.items() if twin != NOTHING}
+    return Evidence(tallies[NOTHING].images, {NOTHING: scores[NOTHING]} | changed, distances)
 
 
 def keep(subject: Subject, candidates: Candidates, name: str, report: CalibrationReport) -> CalibrationReport:

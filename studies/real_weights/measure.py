@@ -133,7 +133,7 @@ class RealWeights:
         for name in CANDIDATES:
             candidates.apply(name)
             scores[name] = self.score(model, test)
-            if name in candidates.distinct():
+            if name == NOTHING or candidates.twins()[name] != NOTHING:
                 seen[name] = self.agreement(model, held)
         candidates.apply('all')
         back = self.score(model, self.test)
