@@ -34,7 +34,8 @@ HELD_OUT = 200
 NEAR, FAR = (0.8, 1.25), 1.5
 """Local damage: range of the lower quartile, and least mean, of the distances relative to those in training.
 
-Measured: occlusion 1.07 and 1.71 (detection), 1.13 and 6.8 (re-identification), and none of 19 other cases.
+Measured: occlusion 1.07 and 1.71 (detection), 1.13 and 6.8 (re-identification), and none of 19 other cases. The mean
+has no error bar: with few images, a refusal costs less than a fit to damaged ones.
 """
 
 
@@ -132,7 +133,7 @@ def is_local_damage(distances: Distances | None) -> bool:
     return (
         distances is not None
         and NEAR[0] <= distances.quartile <= NEAR[1]
-        and distances.mean - ERRORS * distances.error > FAR
+        and distances.mean > FAR
     )
 
 
