@@ -31,11 +31,11 @@ FEW = 10
 """Fewer held-out images show nothing but gross harm."""
 HELD_OUT = 200
 """Largest number of images that are kept from the fit."""
-NEAR, FAR = (0.8, 1.25), 1.5
-"""Local damage: range of the lower quartile, and least mean, of the distances relative to those in training.
+DAMAGE = 1.5
+"""Local damage: least ratio of mean and lower quartile of the distances, divided by the same ratio in training.
 
-Measured: occlusion 1.07 and 1.71 (detection), 1.13 and 6.8 (re-identification), and none of 19 other cases. The mean
-has no error bar: with few images, a refusal costs less than a fit to damaged ones.
+Measured with two seeds of detection, segmentation and re-identification: 1.4 to 5.8 under an occlusion, and at most 1.3
+in the 84 other cases. There is no error bar: with few images, a refusal costs less than a fit to damaged ones.
 """
 
 
@@ -129,12 +129,8 @@ def speaks_against(score: Score, untouched: Score, distances: Distances | None =
 
 
 def is_local_damage(distances: Distances | None) -> bool:
-    """Whether most features are those of training images, and some are far from them, as under an occlusion."""
-    return (
-        distances is not None
-        and NEAR[0] <= distances.quartile <= NEAR[1]
-        and distances.mean > FAR
-    )
+    """Whether some features are much farther from the training domain than most are, as under an occlusion."""
+    return distances is not None and distances.mean > DAMAGE * distances.quartile
 
 
 def explain_nothing(evidence: Evidence) -> str:
