@@ -51,7 +51,7 @@ def scored(*agreements, infomax=None, images=50):
 )
 def test_the_choice(scores, chosen):
     assert decide(scores) == chosen
-    assert decide(scores, Distances(3.0, 4.0)) == chosen
+    assert decide(scores, Distances(3.0, 3.5)) == chosen
     assert decide(scores, Distances(float('nan'), float('nan'))) == chosen
 
 
