@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 from mmdenoiserep.apis.agreement import Tally, tally
-from mmdenoiserep.apis.calibration import choose_strides, measure_vectors
+from mmdenoiserep.apis.calibration import SOME, choose_strides, measure_vectors
 from mmdenoiserep.apis.candidates import CANDIDATES, NOTHING, Candidates
 from mmdenoiserep.apis.corruptions import make_transform
 from mmdenoiserep.apis.distances import measure_distances
@@ -138,7 +138,8 @@ class RealWeights:
         candidates.apply('all')
         back = self.score(model, self.test)
         candidates.apply(NOTHING)
-        distances = measure_distances(model, layers, self.batches(held), self.source).relative_to(self.training)
+        some = self.batches(held) + self.batches(to_fit[:: max(1, len(to_fit) // SOME)])
+        distances = measure_distances(model, layers, some, self.source).relative_to(self.training)
         picked = decide(seen, distances)
         scores[CHECK] = scores[picked]
         best = self.best_filter(corruption)
