@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdenoiserep.apis.calibration import Extractor, choose_strides, measure_vectors
+from mmdenoiserep.apis.calibration import SOME, Extractor, choose_strides, measure_vectors
 from mmdenoiserep.apis.candidates import CANDIDATES, Candidates
 from mmdenoiserep.apis.distances import Distances, measure_distances
 from mmdenoiserep.apis.gate import HELD_OUT, Evidence, decide, gather_evidence
@@ -124,7 +124,8 @@ class FitsRun(RobustnessRun):
         layers = {name: part.get_submodule(name) for name in self.vectors}
         candidates, strides = Candidates(part, layers), choose_strides(self.vectors, len(to_fit))
         fit_domain(part, layers, self.batches(to_fit), source.moments, stride=strides, progress=candidates.note)
-        subject = SimpleNamespace(model=model, part=part, layers=layers)
+        some = self.batches(to_fit[:SOME])
+        subject = SimpleNamespace(model=model, part=part, layers=layers, some_images=lambda: some)
         evidence = gather_evidence(subject, candidates, rest, source.moments, source.distances)
         return Fit(model, candidates, evidence, decide(evidence.scores, evidence.distances))
 

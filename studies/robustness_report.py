@@ -13,24 +13,8 @@ BATCH_NORM, FILTER, LABELLED = 'BatchNorm', 'filter, chosen', 'fine-tuned with l
 HALF_STRENGTH, CHECK = 'half strength', 'what the check writes'
 CANDIDATE_NAMES = dict(first=FIRST_LAYER, early=EARLY_HALF, all=ALL_LAYERS) | {'half-strength': HALF_STRENGTH}
 """Names of the methods by candidate of a fit, but for the untouched model."""
-COLOURED = (
-    CHECK,
-    ALL_LAYERS,
-    EARLY_HALF,
-    FIRST_LAYER,
-    HALF_STRENGTH,
-    'schedule',
-    BATCH_NORM,
-    'entropy',
-    'block alignment',
-    'filter, blind',
-    FILTER,
-    f'{FILTER} + all layers',
-    LABELLED,
-    'fine-tuned',
-    'fine-tuned on noise',
-)
-"""The methods in the order of their colours, the same in every panel."""
+DRAWN = CHECK, FIRST_LAYER, ALL_LAYERS, EARLY_HALF, FILTER, LABELLED, BATCH_NORM, 'block alignment'
+"""The methods in the picture, in the order of their colours, the same in every panel."""
 LATENCY = 0.02
 """Largest deviation of the median ratio of latencies from 1."""
 
@@ -144,13 +128,13 @@ def goals(results: list[Result]) -> list[Goal]:
             if result := by_name.get(name):
                 shares = recovered(result, corruption)
                 text = f'{corruption}, {result.title}: at least 60 % of the lost {result.metric} recovered'
-                found.append(Goal(text, f'{spread(shares, ".0f")} %', statistics.mean(shares) >= 60))
+                found.append(Goal(text, f'{spread(shares, ".1f")} %', statistics.mean(shares) >= 60))
             if result and name != 'segformer':
                 labels, least = result.gain(corruption, LABELLED), 75 if name == 'mask-rcnn' else 60
                 pairs = zip(result.gain(corruption, ALL_LAYERS).differences, labels.differences, strict=True)
                 shares = [100 * ours / theirs if theirs else 0.0 for ours, theirs in pairs]
                 text = f'{corruption}, {result.title}: at least {least} % of what labels gain'
-                found.append(Goal(text, f'{spread(shares, ".0f")} %', statistics.mean(shares) >= least))
+                found.append(Goal(text, f'{spread(shares, ".1f")} %', statistics.mean(shares) >= least))
     if (result := by_name.get('vit')) and 'skewed' in result.runs[0]:
         noise, clean = (result.gain(c, 'skewed', 'scores', c, ALL_LAYERS) for c in ('noise', 'clean'))
         text = f'4 of 10 classes, {result.title}: at least +15 on noise, clean within 1'
@@ -377,6 +361,8 @@ def draw(results: list[Result], path: Path) -> None:
         place.axis('off')
     for place, (panel, result) in zip(axes.flat, panels, strict=False):
         panel(place, result)
+    handles = {label: bar for place in axes.flat for bar, label in zip(*place.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc='outside lower center', ncols=len(DRAWN))
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -385,13 +371,13 @@ def colour(method: str) -> tuple:
     """Returns the colour of a method."""
     import matplotlib
 
-    return matplotlib.colormaps['tab20'](COLOURED.index(method))
+    return matplotlib.colormaps['tab10'](DRAWN.index(method))
 
 
 def draw_bars(axes: Any, result: Result) -> None:
-    """Draws the gain of each method in the first metric by corruption."""
+    """Draws the gain of most of :data:`DRAWN` in the first metric by corruption."""
     found = result.runs[0]['table']
-    methods = [method for method in found['clean'] if method != AS_TRAINED]
+    methods = [method for method in DRAWN if method in found['clean'] and method not in (ALL_LAYERS, EARLY_HALF)]
     width = 0.85 / len(methods)
     for i, method in enumerate(methods):
         gains = [result.gain(corruption, method).differences for corruption in found]
@@ -402,7 +388,6 @@ def draw_bars(axes: Any, result: Result) -> None:
     axes.axhline(0, color='black', lw=0.6)
     axes.set_xticks(range(len(found)), list(found), rotation=20)
     axes.set(title=result.title, ylabel=f'{result.metric}, against as trained')
-    axes.legend(fontsize=6, ncols=2)
 
 
 def draw_curves(axes: Any, result: Result) -> None:
@@ -416,4 +401,3 @@ def draw_curves(axes: Any, result: Result) -> None:
     axes.axhline(0, color='black', lw=0.6)
     axes.set_xscale('log')
     axes.set(title=f'{result.title}: noise (solid), clean (dashed)', xlabel='images to fit on', ylabel=result.metric)
-    axes.legend(fontsize=7)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ RATE = 1e-3
 """Learning rate of entropy minimisation, the original one; a tenth of it gained less in a first study."""
 ITERATIONS = 150
 """Length of the fine-tuning with labels."""
+LOADING = Lock()
+"""mmengine cannot read two configs at once in two threads."""
 
 
 class RivalsRun(RobustnessRun):
@@ -159,7 +162,8 @@ class RivalsRun(RobustnessRun):
 
 def write_noise_config(experiment: study.Experiment, folder: Path) -> str:
     """Writes the config of the control with noise of random strength on every training image; returns its path."""
-    cfg = Config.fromfile(experiment.config('_baseline-ft'))
+    with LOADING:
+        cfg = Config.fromfile(experiment.config('_baseline-ft'))
     noise = dict(type='GaussNoise', std_range=(0.0, SEVERITIES[CLASSIFICATION]['noise']), p=1.0)
     cfg.train_dataloader.dataset.pipeline.insert(-1, dict(type='Albumentations', transforms=[noise]))
     path = folder / 'noise-augmented.py'

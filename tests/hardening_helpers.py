@@ -88,7 +88,7 @@ def commands(small, out, config=None, checkpoint=None):
     reid = [config or small / 'reid.py', checkpoint or small / 'reid.pth']
     name, log = out / 'out.pth', ['--work-dir', small.parent / 'log']
     figures = ['--out', out / 'figures', '--show', 1, '--num-images', 2]
-    source = ['--source', small / 'moments.pth']
+    fit = ['--source', small / 'moments.pth', '--images', small / 'dark', '--accept', 'all']
     export = [both[0], checkpoint or small / 'fused.pth', out / 'out.onnx']
     return dict(
         print_targets=Command('print_targets', both[:1]),
@@ -96,7 +96,12 @@ def commands(small, out, config=None, checkpoint=None):
         verify=Command('fuse_checkpoint', [both[1], name, '--verify', both[0]], name, read_checkpoint),
         moments=Command('calibrate', ['moments', *both, name], name, load_moments),
         schedule=Command('calibrate', ['schedule', *both, name], name, read_checkpoint),
-        domain=Command('calibrate', ['domain', *both, name, *source, '--accept', 'all'], name, read_checkpoint),
+        domain=Command(
+            'calibrate',
+            ['domain', *both, name, *fit],
+            name,
+            read_checkpoint,
+        ),
         extract=Command('extract_features', [*reid, small / 'images', out / 'out.npz'], out / 'out.npz', np.load),
         draw=Command('draw_matches', [both[0], small / 'matches.json', out / 'out.png'], out / 'out.png', read_image),
         test=Command('test', [*both, *log, '--out', out / 'out.pkl'], out / 'out.pkl', read_pickle),
@@ -172,12 +177,16 @@ def small_config(folder, reid=False):
 
 
 def make_small(folder):
-    """Fills a folder: images of two classes, config.py, reid.py, checkpoints and moments of them, and matches.json."""
+    """Fills a folder: images of two classes, dark ones, config.py, reid.py, checkpoints, moments and matches.json."""
     for label in ('cat', 'dog'):
         (folder / 'images' / label).mkdir(parents=True)
         for i in range(2):
             image = np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)
             (folder / 'images' / label / f'{i}.png').write_bytes(cv2.imencode('.png', image)[1].tobytes())
+    (folder / 'dark').mkdir()
+    for i in range(8):  # for a fit, which changes nothing where there is nothing to correct
+        image = np.random.default_rng(i).integers(0, 60, (16, 16, 3), dtype=np.uint8)
+        (folder / 'dark' / f'{i}.png').write_bytes(cv2.imencode('.png', image)[1].tobytes())
     init_default_scope('mmpretrain')
     for name in ('config', 'reid'):
         config = small_config(folder, reid=name == 'reid')

@@ -55,8 +55,8 @@ inverted images, pure noise and a contrast of 0.3.
 """
 
 
-FEW = 200
-"""Number of training images of which the distances are measured."""
+SOME = 200
+"""Number of images of which the distances are measured, of the training domain and of those fitted to."""
 
 
 @dataclass
@@ -89,6 +89,12 @@ class Subject:
     def total(self) -> int:
         """Number of images in all processes, without those left out so far."""
         return sum_processes(len(self.images.dataset) - len(self.images.left_out))
+
+    def some_images(self) -> Batches:
+        """Returns batches of at most :data:`SOME` images in this process, spread over all."""
+        some = copy(self.images)
+        some.take(SOME)
+        return some
 
     def choose_strides(self, inputs: bool = False) -> dict[str, int]:
         """Returns the stride of the sampling for each layer, see :func:`choose_strides`."""
@@ -230,9 +236,7 @@ def gather_source(subject: Subject, stride: int | None = None) -> tuple[dict[str
     with with_progress_bar(subject.images) as batches:
         moments = collect_moments(subject.part, subject.layers, batches, stride=strides)
     about = dict(subject.about, images=subject.total, strides=describe_strides(strides))
-    few = copy(subject.images)
-    few.take(FEW)
-    distances = measure_distances(subject.part, subject.layers, few, moments)
+    distances = measure_distances(subject.part, subject.layers, subject.some_images(), moments)
     return moments, about | {DISTANCES: distances._asdict()}
 
 

@@ -71,13 +71,14 @@ class Candidates:
                     after = torch.lerp(before, after, 0.5)
                 self.owned[number][1].copy_(after)
 
-    def distinct(self) -> list[str]:
-        """Returns the names of the candidates without those that are the same as an earlier one."""
+    def twins(self) -> dict[str, str]:
+        """Returns for each candidate the first one with the same weights, perhaps itself."""
         found: dict[Any, str] = {}
+        twins = {}
         for name in CANDIDATES:
             changed = frozenset(layer for layer in self.names(name) if self.after.get(layer))
-            found.setdefault((changed, bool(changed) and name == HALF_STRENGTH), name)
-        return list(found.values())
+            twins[name] = found.setdefault((changed, bool(changed) and name == HALF_STRENGTH), name)
+        return twins
 
     def names(self, name: str) -> list[str]:
         """Returns the names of the layers that a candidate has fitted."""

@@ -25,17 +25,15 @@ class Distances(NamedTuple):
     Attributes:
         quartile: The lower quartile.
         mean: The mean.
-        error: Standard error of the mean over images.
     """
 
     quartile: float
     mean: float
-    error: float = 0.0
 
     def relative_to(self, other: 'Distances') -> 'Distances':
-        """Returns the ratios to other distances, whose error does not count; NaN where those are 0."""
+        """Returns the ratios to other distances; NaN where those are 0."""
         quartile, mean = (its or torch.nan for its in other[:2])
-        return Distances(self.quartile / quartile, self.mean / mean, self.error / mean)
+        return Distances(self.quartile / quartile, self.mean / mean)
 
     @classmethod
     def read(cls, about: Mapping[str, Any]) -> 'Distances | None':
@@ -60,7 +58,7 @@ def measure_distances(
     name, layer = next(iter(layers.items()))
     features, seen = Features(layer), source[name].to(layer.weight.device)
     if not (seen.count and seen.variance > 0):
-        return Distances(torch.nan, torch.nan, torch.nan)
+        return Distances(torch.nan, torch.nan)
     covariance = add_ridge(seen.covariance, RIDGE * seen.variance)
     root = torch.linalg.cholesky(
         covariance.to(torch.promote_types(layer.weight.dtype, torch.float32))
@@ -78,19 +76,15 @@ def measure_distances(
                 vectors = layer.weight.flatten(1).to(root) @ vectors
                 vectors = vectors if layer.bias is None else vectors + layer.bias.to(root)[:, None]
             whitened = torch.linalg.solve_triangular(root, vectors - seen.mean[..., None].to(root), upper=False)
-            squares = whitened.square().sum((0, 1)).float().cpu()  # (n,)
-            found.append(squares.unflatten(0, (sample.parts(len(squares)), -1)))
+            found.append(whitened.square().sum((0, 1)).float().cpu())  # (n,)
         return output
 
     with evaluating(part), intercepting({name: layer}, note):
         for number, batch in enumerate(batches):  # noqa: B007  (note reads it)
             images = len(batch)
             run_model(part, batch)
-    found = [part for parts in gather_processes(found) for part in parts]  # (images, n / images) each
-    distances = torch.cat([torch.empty(0), *(part.flatten() for part in found)])
+    distances = torch.cat([torch.empty(0), *(part for parts in gather_processes(found) for part in parts)])
     if not len(distances):
-        return Distances(torch.nan, torch.nan, torch.nan)
+        return Distances(torch.nan, torch.nan)
     quartile = distances.kthvalue(len(distances) // 4 + 1).values
-    means = torch.cat([part.mean(1) for part in found])
-    error = means.std() / len(means) ** 0.5 if len(means) > 1 else distances.new_tensor(torch.inf)
-    return Distances(quartile.item(), distances.mean().item(), error.item())
+    return Distances(quartile.item(), distances.mean().item())

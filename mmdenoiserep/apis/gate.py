@@ -7,6 +7,7 @@ agree with those for the mirrored images. :func:`decide` keeps as much of the fi
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from mmengine.dist import get_rank
 from tqdm import tqdm
@@ -31,10 +32,11 @@ FEW = 10
 """Fewer held-out images show nothing but gross harm."""
 HELD_OUT = 200
 """Largest number of images that are kept from the fit."""
-NEAR, FAR = (0.8, 1.25), 1.5
-"""Local damage: range of the lower quartile, and least mean, of the distances relative to those in training.
+DAMAGE = 1.3
+"""Local damage: least ratio of mean and lower quartile of the distances, divided by the same ratio in training.
 
-Measured: occlusion 1.07 and 1.71 (detection), 1.13 and 6.8 (re-identification), and none of 19 other cases.
+Measured on detection, segmentation and re-identification with 32 to 1,000 images: 1.33 to 6.30 under an occlusion, at
+most 1.18 in the 180 other cases. Two of the three seeds chose the number.
 """
 
 
@@ -46,7 +48,8 @@ class Evidence:
         images: Held-out images, in all processes.
         scores: Scores of the candidates.
         distances: Distances of the first layer's features to the training domain, as a multiple of the distances of
-            training images; None if these are not known.
+            training images; of held-out images and some of the others, as the untouched model sees them. None if those
+            of training images are not known.
     """
 
     images: int
@@ -128,12 +131,8 @@ def speaks_against(score: Score, untouched: Score, distances: Distances | None =
 
 
 def is_local_damage(distances: Distances | None) -> bool:
-    """Whether most features are those of training images, and some are far from them, as under an occlusion."""
-    return (
-        distances is not None
-        and NEAR[0] <= distances.quartile <= NEAR[1]
-        and distances.mean - ERRORS * distances.error > FAR
-    )
+    """Whether some features are much farther from the training domain than most are, as under an occlusion."""
+    return distances is not None and distances.mean > DAMAGE * distances.quartile
 
 
 def explain_nothing(evidence: Evidence) -> str:
@@ -199,7 +198,8 @@ def gather_evidence(
         source: Moments in the training domain by layer name.
         training: Distances of the training images.
     """
-    tallies = {name: Tally() for name in candidates.distinct()}
+    twins = candidates.twins()
+    tallies = {name: Tally() for name in dict.fromkeys(twins.values())}
     with evaluating(subject.model), tqdm(total=len(images.dataset), unit='image', disable=get_rank() != 0) as bar:
         for packed in images.packed():
             for name, own in tallies.items():
@@ -215,8 +215,11 @@ def gather_evidence(
     distances = None
     if training:
         candidates.apply(NOTHING)
-        distances = measure_distances(subject.part, subject.layers, images, source).relative_to(training)
-    return Evidence(tallies[NOTHING].images, {name: own.score() for name, own in tallies.items()}, distances)
+        both = chain(images, subject.some_images())
+        distances = measure_distances(subject.part, subject.layers, both, source).relative_to(training)
+    scores = {name: own.score() for name, own in tallies.items()}
+    changed = {name: scores[twin] for name, twin in twins.items() if twin != NOTHING}
+    return Evidence(tallies[NOTHING].images, {NOTHING: scores[NOTHING]} | changed, distances)
 
 
 def keep(subject: Subject, candidates: Candidates, name: str, report: CalibrationReport) -> CalibrationReport:

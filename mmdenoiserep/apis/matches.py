@@ -78,7 +78,7 @@ def read_matches(path: Path) -> list[dict[str, Any]]:
             for match in entry['matches']:
                 float(match['distance']), bool(match['correct'])
             for image in (entry, *entry['matches']):
-                int(image['sample_idx']), image['img_path'], image['pid'], image['camid']
+                int(image['sample_idx']), hash(image['img_path']), image['pid'], image['camid']
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f'{path} is no file of ReIDMetric(matches_file=...): {type(error).__name__} {error}') from None
     if not entries:

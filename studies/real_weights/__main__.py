@@ -21,7 +21,7 @@ from studies.study_report import write_page
 
 ROOT = Path(__file__).absolute().parents[2]
 MODELS = 'efficientnet-lite0', 'dinov2-small'
-COUNTS = 256, 512
+COUNTS = (256,)
 CORRUPTIONS = 'clean', 'noise', 'shot', 'blur', 'jpeg', 'contrast', 'occlusion'
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     """Runs the missing measurements, and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--models', nargs='+', choices=MODELS, default=MODELS, help='default: both')
-    parser.add_argument('--counts', nargs='+', type=int, default=COUNTS, help='crops to fit to (default: 256 512)')
+    parser.add_argument('--counts', nargs='+', type=int, default=COUNTS, help='crops to fit to (default: 256)')
     parser.add_argument(
         '--work-dir', type=Path, default=Path('work_dirs/real-weights'), help='results (default: %(default)s)'
     )

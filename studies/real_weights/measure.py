@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 from mmdenoiserep.apis.agreement import Tally, tally
-from mmdenoiserep.apis.calibration import choose_strides, measure_vectors
+from mmdenoiserep.apis.calibration import SOME, choose_strides, measure_vectors
 from mmdenoiserep.apis.candidates import CANDIDATES, NOTHING, Candidates
 from mmdenoiserep.apis.corruptions import make_transform
 from mmdenoiserep.apis.distances import measure_distances
@@ -120,7 +120,7 @@ class RealWeights:
 
         Returns:
             ``scores`` by method and metric, ``back`` (the scores on clean crops after the fit of all layers),
-            ``filter`` and ``check`` (what was chosen), and ``seen`` (agreement and infomax of each candidate).
+            ``filter`` and ``check`` (what was chosen), ``seen`` (the score of each candidate), and ``distances``.
         """
         pool, test = corrupt(self.pool, corruption, 0), corrupt(self.test, corruption, 1)
         held, to_fit = pool[: self.held], pool[self.held :][: self.count]
@@ -133,13 +133,14 @@ class RealWeights:
         for name in CANDIDATES:
             candidates.apply(name)
             scores[name] = self.score(model, test)
-            if name in candidates.distinct():
+            if name == NOTHING or candidates.twins()[name] != NOTHING:
                 seen[name] = self.agreement(model, held)
         candidates.apply('all')
         back = self.score(model, self.test)
         candidates.apply(NOTHING)
-        distances = measure_distances(model, layers, self.batches(held), self.source)
-        picked = decide(seen, distances.relative_to(self.training))
+        some = self.batches(held) + self.batches(to_fit[:: max(1, len(to_fit) // SOME)])
+        distances = measure_distances(model, layers, some, self.source).relative_to(self.training)
+        picked = decide(seen, distances)
         scores[CHECK] = scores[picked]
         best = self.best_filter(corruption)
         scores['filter, blind'] = self.score(self.model, smooth(test, BLIND))
@@ -148,7 +149,8 @@ class RealWeights:
             normalised = copy.deepcopy(self.model)
             update_bn([self.spec.preprocess(to_fit)], normalised)
             scores['BatchNorm'] = self.score(normalised.eval(), test)
-        return dict(scores=scores, back=back, filter=best, check=picked, seen=seen, images=len(to_fit))
+        found = dict(filter=best, check=picked, seen=seen, distances=distances, images=len(to_fit))
+        return dict(scores=scores, back=back, **found)
 
     def agreement(self, model: nn.Module, images: 'NDArray[np.uint8]') -> Any:
         """Returns the score of a candidate on images that were not fitted to."""

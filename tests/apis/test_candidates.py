@@ -53,11 +53,11 @@ def test_a_candidate_is_the_fit_of_its_layers(name, names):
 
 def test_equal_candidates_are_looked_at_once():
     before, model, candidates = fitted()
-    assert candidates.distinct() == list(CANDIDATES)
+    assert candidates.twins() == {name: name for name in CANDIDATES}
     for name in (LAYERS[0], *LAYERS[3:]):
         candidates.after[name] = {}  # nothing had support there
-    assert candidates.distinct() == ['nothing', 'early', HALF_STRENGTH]
-    assert Candidates(before, dict(before.named_children())).distinct() == ['nothing']
+    assert [*candidates.twins().values()] == ['nothing', 'nothing', 'early', 'early', HALF_STRENGTH]
+    assert {*Candidates(before, dict(before.named_children())).twins().values()} == {'nothing'}
 
 
 def test_half_strength_is_the_mean_of_the_weights():

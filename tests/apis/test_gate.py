@@ -51,7 +51,7 @@ def scored(*agreements, infomax=None, images=50):
 )
 def test_the_choice(scores, chosen):
     assert decide(scores) == chosen
-    assert decide(scores, Distances(3.0, 4.0)) == chosen
+    assert decide(scores, Distances(3.0, 3.5)) == chosen
     assert decide(scores, Distances(float('nan'), float('nan'))) == chosen
 
 
@@ -59,7 +59,6 @@ def test_a_higher_infomax_outweighs_damage_in_places():
     damaged = Distances(1.07, 1.71)
     assert decide(scored(0.6, 0.7, 0.7, 0.7, 0.7), damaged) == 'nothing'
     assert decide(scored(0.6, 0.7, 0.7, 0.7, infomax=[1.0, 1.1, 0.9, 1.0]), damaged) == 'first'
-    assert decide(scored(0.6, 0.7), Distances(1.07, 1.71, 0.2)) == 'first', 'the mean may be 1.3'
 
 
 def test_a_check_that_compares_nothing_refuses():
@@ -92,13 +91,13 @@ def test_an_occlusion_is_seen_as_local_damage(kernel):
     if kernel == 3:
         assert training.mean == pytest.approx(3, rel=0.1), 'the number of channels'
     ratios = [measure_distances(model, layers, [x], source).relative_to(training) for x in (clean, noisy, occluded)]
-    assert ratios[0][:2] == (1, 1) and [is_local_damage(ratio) for ratio in ratios] == [False, False, True]
+    assert ratios[0] == (1, 1) and [is_local_damage(ratio) for ratio in ratios] == [False, False, True]
     unseen = dict(source, **{'0': Moments(*source['0'].mean.shape)})
     assert all(map(np.isnan, measure_distances(model, layers, [clean], unseen)))
 
 
 def test_distances_in_metadata():
-    assert Distances.read(dict(distances=dict(quartile=0.5, mean=1.5, error=0.1))) == (0.5, 1.5, 0.1)
+    assert Distances.read(dict(distances=dict(quartile=0.5, mean=1.5))) == (0.5, 1.5)
     assert Distances.read({}) is None and Distances.read(dict(distances=dict(quartile=0.5))) is None
     assert np.isnan(Distances(1.0, 1.0).relative_to(Distances(0.0, 1.0)).quartile)
 
