@@ -354,7 +354,8 @@ def verify_fit(before: nn.Module, subject: Subject, report: CalibrationReport) -
 
 def source_warning(subject: Subject) -> str:
     """Returns what is wrong with a model whose moments in the training domain are gathered; empty if nothing is."""
-    if subject.meta.get(STAMP, {}).get('mode') != 'domain':
+    stamp = subject.meta.get(STAMP)
+    if not isinstance(stamp, Mapping) or stamp.get('mode') != 'domain':  # a file may hold anything
         return ''
     return (
         f'{subject.checkpoint} is fitted to a domain already, so its features of training images are not those that it '

@@ -49,3 +49,14 @@ def test_strides_follow_the_vectors_of_an_image():
 def test_arguments_that_do_not_work(call, words):
     with pytest.raises(InputError, match=words):
         call(SimpleNamespace(layers=dict(a=torch.nn.Linear(3, 2))))
+
+
+@pytest.mark.parametrize(
+    ('meta', 'warns'),
+    [({}, False), (dict(denoiserep=dict(mode='domain')), True), (dict(denoiserep=dict(mode='schedule')), False)]
+    + [(dict(denoiserep=odd), False) for odd in ('domain', None, 1, ['mode'])],
+)
+def test_only_a_fitted_checkpoint_gives_a_warning(meta, warns):
+    """A stranger's file may have anything under our key."""
+    warning = calibration.source_warning(SimpleNamespace(checkpoint='a.pth', meta=meta))
+    assert warning.startswith('a.pth is fitted to a domain already') == warns and bool(warning) == warns
