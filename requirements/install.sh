@@ -6,6 +6,7 @@
 #
 #   PYTHON       interpreter to build .venv with (default: the first of python3.11, python3.10, python3.12, python3)
 #   TORCH_INDEX  extra package index for torch, e.g. the one with CPU-only or with other CUDA builds
+#   STACK        openmmlab (default), the releases of OpenMMLab, or onedl, the maintained fork; .venv keeps its first one
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=.venv
@@ -15,6 +16,20 @@ chain=""
 
 say() { printf '\n== %s\n' "$*"; }
 fail() { printf 'install: %s\n' "$*" >&2; exit 1; }
+
+choose_stack() {
+    if [ -x "$venv/bin/python" ]; then
+        built=$(cat "$stamps/stack" 2>/dev/null || echo openmmlab)
+    else
+        built=${STACK:-openmmlab}
+    fi
+    [ "${STACK:-$built}" = "$built" ] || fail "$venv holds the stack $built, and both stacks have the same modules; delete $venv to build it with STACK=$STACK."
+    case $built in
+        openmmlab) mmcv=mmcv==2.1.0 ;;
+        onedl) mmcv=onedl-mmcv==2.3.6 ;;
+        *) fail "there is no stack $built; STACK is openmmlab or onedl." ;;
+    esac
+}
 
 find_python() {
     local candidate
@@ -44,7 +59,11 @@ step() {
 
 pip_install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$requirements/constraints.txt" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$@"; }
 
-create_venv() { "$(find_python)" -m venv "$venv"; }
+create_venv() {
+    mkdir -p "$stamps"
+    echo "$built" > "$stamps/stack"
+    "$(find_python)" -m venv "$venv"
+}
 
 compile_mmcv() {
     # -O2 without debug information: 6 minutes and a 1 MB library instead of half an hour and 84 MB.
@@ -65,12 +84,13 @@ torch_from=${TORCH_INDEX:-"PyPI, with CUDA: 2.7 GB to download, 6 GB in $venv at
 
 installed=no
 [ -x "$venv/bin/python" ] || rm -rf "$stamps"
+choose_stack
 step 0-venv "Creating the virtual environment $venv" "" create_venv
 step 1-torch "Installing torch from $torch_from" "$requirements/torch.txt" pip_install -r "$requirements/torch.txt"
-step 2-openmmlab "Installing mmengine, mmdet, mmsegmentation and mmpretrain" "$requirements/openmmlab.txt" pip_install -r "$requirements/openmmlab.txt"
+step 2-openmmlab "Installing mmengine, mmdet, mmsegmentation and mmpretrain ($built)" "$requirements/$built.txt" pip_install -r "$requirements/$built.txt"
 step 3-torchvision "Installing torchvision" "" pip_install --no-deps torchvision==0.28.0
 step 4-repair "Checking torchvision against torch" requirements/torchvision_repair.py repair_torchvision
-step 5-mmcv "Compiling mmcv for this torch (about 7 minutes on 2 cores)" "" compile_mmcv mmcv==2.1.0
+step 5-mmcv "Compiling mmcv for this torch (about 7 minutes on 2 cores)" "" compile_mmcv "$mmcv"
 step 6-dev "Installing what tests and linters need" "$requirements/dev.txt" pip_install -r "$requirements/dev.txt"
 step 7-docs "Installing what builds the pages" "$requirements/docs.txt" pip_install -r "$requirements/docs.txt"
 step 8-package "Installing this project into $venv (editable)" setup.py pip_install --no-build-isolation --no-deps -e .

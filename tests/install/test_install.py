@@ -72,6 +72,28 @@ def test_a_changed_pin_repeats_its_step_and_what_builds_on_it(project):
     assert 'openmmlab.txt' in calls[0]
 
 
+def test_the_stacks(project):
+    _, _, calls = install(project, STACK='onedl')
+    assert [word for word in ('onedl.txt', 'onedl-mmcv==', 'openmmlab.txt') if word in ''.join(calls)] == [
+        'onedl.txt',
+        'onedl-mmcv==',
+    ]
+    assert install(project) == install(project, STACK='onedl') == (0, '', [])  # make test, make lint stay with it
+    code, printed, calls = install(project, STACK='openmmlab')
+    assert code == 1 and calls == []
+    assert '.venv holds the stack onedl' in printed and 'delete .venv to build it with STACK=openmmlab' in printed
+    shutil.rmtree(project / '.venv')
+    code, printed, calls = install(project, STACK='mmlab')
+    assert code == 1 and calls == [] and 'there is no stack mmlab; STACK is openmmlab or onedl' in printed
+
+
+def test_an_environment_from_before_there_were_stacks(project):
+    install(project)
+    (project / '.venv/.install/stack').unlink()
+    assert install(project) == (0, '', [])
+    assert install(project, STACK='onedl')[0] == 1
+
+
 def test_no_python(project):
     code, printed, _ = install(project, python='python-that-is-not-there')
     assert code == 1 and 'no Python 3.10 to 3.12' in printed
