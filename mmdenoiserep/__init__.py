@@ -24,7 +24,7 @@ from .core import (
     verify_fusion,
 )
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 __all__ = [
     'DenoiseConv2d',
     'DenoiseLinear',
