@@ -14,6 +14,8 @@ help:
 	@echo 'make lint     ruff, mypy, docstring coverage, shellcheck, and the schemas of the workflows'
 	@echo 'make format   format the code with ruff'
 	@echo 'make install  only create .venv and install the pinned stack'
+	@echo 'In the environment of the first make: PYTHON=python3.12 chooses the Python, STACK=onedl the maintained fork of'
+	@echo 'OpenMMLab, TORCH_INDEX=URL another build of torch'
 
 install:
 	@bash requirements/install.sh

@@ -10,7 +10,6 @@ import platform
 import re
 import sys
 from importlib import import_module
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
@@ -76,14 +75,15 @@ def machine() -> dict[str, str | int]:
     """Returns the hardware and software that the figures depend on."""
     import torch
 
+    from studies.commands import versions
+
     facts: dict[str, str | int] = dict(
         processor=_processor(),
         cores=os.cpu_count() or 0,
         threads=torch.get_num_threads(),
         Python=platform.python_version(),
     )
-    distributions = packages_distributions()
-    facts |= {name: version(distributions[name][0]) for name in PACKAGES if name in distributions}
+    facts |= versions(PACKAGES)
     facts['torch'] = torch.__version__  # with its build, such as +cpu
     return facts | (dict(GPU=torch.cuda.get_device_name()) if torch.cuda.is_available() else {})
 

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 from mmdenoiserep.core import InputError
@@ -40,6 +42,13 @@ def run(title: str, *command: str, log: Path | None = None) -> float:
     seconds = time.perf_counter() - started
     print(f'=== done in {seconds:.0f} s: {title}', flush=True)
     return seconds
+
+
+def versions(modules: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of the packages that provide some modules, by package; omits what is not installed."""
+    distributions = packages_distributions()
+    packages = [distributions[module][0] for module in modules if module in distributions]
+    return {package: version(package) for package in packages}
 
 
 def last_checkpoint(work_dir: Path) -> str:

@@ -18,12 +18,11 @@ import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 from denoiserep_commands import launch
 from mmdenoiserep.core import InputError
-from studies.commands import last_checkpoint, last_metric, run, scalars
+from studies.commands import last_checkpoint, last_metric, run, scalars, versions
 from studies.study_report import STAGES, Result, report, write_page
 
 ROOT = Path(__file__).absolute().parents[1]
@@ -181,7 +180,6 @@ def run_all(args: argparse.Namespace, one: Callable[..., None], note: str, packa
 def write_note(path: Path, jobs: int, data_sets: list[str], seconds: float, packages: Iterable[str]) -> None:
     """Writes the command, hardware, software and times for the page; times add up over all calls of the program."""
     before = json.loads(path.read_text()) if path.exists() else dict(seconds=0, cpu_seconds=0, images={})
-    distributions = [packages_distributions()[package][0] for package in packages]
     note = dict(
         command=shlex.join(['python', '-m', f'studies.{Path(sys.argv[0]).stem}', *sys.argv[1:]]),
         cores=os.cpu_count(),
@@ -189,7 +187,7 @@ def write_note(path: Path, jobs: int, data_sets: list[str], seconds: float, pack
         seconds=before['seconds'] + seconds,
         cpu_seconds=before['cpu_seconds'] + os.times().children_user + os.times().children_system,
         images=before['images'] | {data: count_images(data) for data in data_sets},
-        versions={'Python': platform.python_version()} | {name: version(name) for name in distributions},
+        versions={'Python': platform.python_version()} | versions(packages),
     )
     path.write_text(json.dumps(note, indent=1))
 

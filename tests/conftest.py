@@ -10,8 +10,10 @@ from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
 from helpers import ROOT
+from mmdenoiserep.apis.config import name_config_packages
 
 torch.set_num_threads(1)  # small layers: threads cost more than they bring
+name_config_packages()  # for tests that read configs by mmengine alone
 
 
 def pytest_addoption(parser):

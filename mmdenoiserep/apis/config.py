@@ -20,6 +20,16 @@ from .errors import ConfigError, config_name, find_missing, importing_place, is_
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 
 
+def name_config_packages() -> None:
+    """Tells mmengine which packages the configs of ``mmseg::`` and ``mmdenoiserep::`` are in.
+
+    mmengine looks for the distribution mmsegmentation, which has another name in the maintained fork of OpenMMLab.
+    """
+    if find_spec('mmseg') and not any(distributions(name='mmsegmentation')):
+        MODULE2PACKAGE['mmseg'] = 'mmseg'
+    MODULE2PACKAGE['mmdenoiserep'] = 'mmdenoiserep'
+
+
 def load_config(
     path: str | Path,
     options: Sequence[str] | None = None,
@@ -46,10 +56,7 @@ def load_config(
     """
     if not isinstance(path, str | Path) or not os.path.isfile(path):
         raise ConfigError(f'the config {path or repr(path)} cannot be read: it is no file')
-    if find_spec('mmseg') and not any(distributions(name='mmsegmentation')):
-        # the distribution of mmseg may have another name, but mmengine looks for mmsegmentation
-        MODULE2PACKAGE['mmseg'] = 'mmseg'
-    MODULE2PACKAGE['mmdenoiserep'] = 'mmdenoiserep'  # for _base_ = 'mmdenoiserep::...'
+    name_config_packages()
     try:
         cfg = Config.fromfile(path)
         if (scope := cfg.get('default_scope')) in LIBRARIES:

@@ -10,12 +10,11 @@ import json
 import os
 import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from denoiserep_commands import launch
 from mmdenoiserep.core.files.atomic import write_file
-from studies.commands import run
+from studies.commands import run, versions
 from studies.robustness import ENVIRONMENT
 from studies.study_report import write_page
 
@@ -58,7 +57,9 @@ def main() -> None:
     from studies.real_weights.report import report
 
     seconds = sum(result['cpu_seconds'] for measured in results.values() for result in measured.values())
-    packages = ', '.join(f'{package} {version(package)}' for package in ('torch', 'mmpretrain', 'albumentations'))
+    packages = ', '.join(
+        f'{name} {number}' for name, number in versions(('torch', 'mmpretrain', 'albumentations')).items()
+    )
     note = f'One thread, {seconds / 60:.0f} minutes of CPU time, Python {platform.python_version()}, {packages}.'
     write_page(args.out, report(results, note))
     print(f'Written to {args.out}')

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 
 import cv2
@@ -50,7 +51,8 @@ def run(tmp_path_factory):
 
     def make(libraries):
         folder = tmp_path_factory.mktemp('site')
-        hidden = set(libraries) | {PACKAGES.get(library, library) for library in libraries}
+        packages = {name for library in libraries for name in packages_distributions().get(library, [library])}
+        hidden = set(libraries) | {name.replace('-', '_') for name in packages}  # as folders of metadata have them
         for source in (Path(path) for path in sys.path if path.endswith('site-packages')):
             for entry in source.iterdir():
                 is_hidden = entry.name.partition('-')[0] in hidden
@@ -193,6 +195,7 @@ def test_a_config_of_a_missing_library(library, run, tmp_path):
     assert f'{PACKAGES[library]} is not installed' in inherits and '|' not in inherits
 
 
+@pytest.mark.skipif(not any(distributions(name='mmdet')), reason='mmdet of the fork imports without mmcv')
 def test_what_a_library_needs_in_turn(run, tmp_path):
     (tmp_path / 'plain.py').write_text(PLAIN.format(library='mmdet'))
     (tmp_path / 'typo.py').write_text(MIXED.format(library='mmdenoiserep.engin'))
