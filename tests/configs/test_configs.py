@@ -157,7 +157,8 @@ def released_checkpoints():
         for path in folder.rglob('meta*.y*ml'):
             content = yaml.load(path.read_text(), yaml.CSafeLoader)
             for model in content.get('Models', []) if isinstance(content, dict) else content:
-                checkpoints[str(model.get('Weights')).strip()] = Path(model.get('Config', '')).stem
+                address = str(model.get('Weights')).strip().replace('//mmassets.onedl.ai/', '//download.openmmlab.com/')
+                checkpoints[address] = Path(model.get('Config', '')).stem  # the fork has a mirror
     return checkpoints
 
 
