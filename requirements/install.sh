@@ -60,15 +60,17 @@ step() {
 pip_install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$requirements/constraints.txt" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$@"; }
 
 create_venv() {
+    local python
+    python=$(find_python) || return
     mkdir -p "$stamps"
     echo "$built" > "$stamps/stack"
-    "$(find_python)" -m venv "$venv"
+    "$python" -m venv "$venv"
 }
 
 compile_mmcv() {
     # -O2 without debug information: 6 minutes and a 1 MB library instead of half an hour and 84 MB.
     MAX_JOBS=${MAX_JOBS:-$(nproc)} CFLAGS="-g0 -O2 -w" pip_install --no-build-isolation --no-deps "$1" || return
-    "$venv/bin/python" -W ignore -c 'import mmcv.ops' || fail "mmcv.ops does not import, for the reason above: it is compiled by g++ (C++17), and needs libGL (Debian: libgl1)."
+    "$venv/bin/python" -W ignore -c 'import mmcv.ops' || fail "mmcv.ops does not import, for the reason above: it is compiled by g++ (C++17) with the headers of Python, and needs libGL and GLib (Debian: g++ python3-dev libgl1 libglib2.0-0)."
 }
 
 repair_torchvision() {

@@ -29,7 +29,7 @@ def run(title: str, *command: str, log: Path | None = None) -> float:
     print(f'\n=== {title}\n$ python {" ".join(command)}', flush=True)
     started = time.perf_counter()
     environment = {
-        'OMP_WAIT_POLICY': 'PASSIVE',  # threads that wait for each other leave the cores to other programs
+        'GOMP_SPINCOUNT': '1000',  # threads that wait for each other soon leave the cores to other programs
         **os.environ,
         'PYTHONWARNINGS': 'ignore',  # the libraries warn often about their own code
     }

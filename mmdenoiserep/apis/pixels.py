@@ -125,11 +125,12 @@ def greatest_of_pnm(data: bytes) -> int:
 
 def open_header(data: bytes) -> Any:
     """Returns the image opened by Pillow without reading its pixels; None if Pillow can't open it."""
-    try:
-        with any_size(), warnings.catch_warnings(action='ignore'):
+    with any_size(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try:
             return Image.open(BytesIO(data))
-    except Exception:  # Pillow fails on broken files in many ways
-        return None
+        except Exception:  # Pillow fails on broken files in many ways
+            return None
 
 
 @contextmanager

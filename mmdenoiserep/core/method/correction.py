@@ -208,5 +208,5 @@ class Correction:
 
 
 def constants_of(step: ReverseStep, like: Tensor) -> list[Tensor]:
-    """Returns the constants of a timestep, rounded to the dtype of a tensor, on its device."""
-    return [torch.as_tensor(value, dtype=torch.float64, device=like.device).to(like.dtype) for value in step]
+    """Returns the constants of a timestep in the dtype of a tensor, on its device."""
+    return [torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in step]

@@ -51,10 +51,10 @@ def losses_of(parts: Sequence[Part], layers: int, limit: float) -> Tensor:
         blocks, first = Correction.stacked([part.correction for part in same]), same[0].vectors
         vectors = torch.cat([part.vectors for part in same])  # (layers * groups, C/g, n)
         constants = torch.tensor([(*part.step, part.share) for part in same], dtype=torch.float64, device='cpu')
-        *values, shares = constants.to(first.device).T  # (layers,) each
+        *values, shares = constants.to(first.dtype).to(first.device).T  # (layers,) each; some devices have no float64
         step = ReverseStep(*(value.repeat_interleave(len(first)) for value in values))  # (layers * groups,) each
-        losses = blocks.losses(vectors, step).reshape(len(same), -1).mean(1) * shares.to(first)
-        curvatures = blocks.curvatures(vectors, step).reshape(len(same), -1).amax(1) * (shares / len(first)).to(first)
+        losses = blocks.losses(vectors, step).reshape(len(same), -1).mean(1) * shares
+        curvatures = blocks.curvatures(vectors, step).reshape(len(same), -1).amax(1) * shares / len(first)
         numbers = torch.tensor([part.layer for part in same], device=first.device)
         found.append((numbers, torch.stack([losses, curvatures])))
     numbers, both = torch.cat([n for n, _ in found]), torch.cat([values for _, values in found], 1)  # (2, parts)

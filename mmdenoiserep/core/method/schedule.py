@@ -3,10 +3,11 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class ReverseStep(NamedTuple):
-    """The constants of one timestep t, as Python floats.
+    """The constants of one timestep t, or of several.
 
     Attributes:
         signal: ``sqrt(abar_t)``, the factor of the feature in the noised feature.
@@ -15,10 +16,10 @@ class ReverseStep(NamedTuple):
         c3_minus_1: ``c3 - 1 = 1 / sqrt(alpha_t) - 1``, where c3 is the factor of the feature in the reverse step.
     """
 
-    signal: float
-    noise: float
-    c1: float
-    c3_minus_1: float
+    signal: float | Tensor
+    noise: float | Tensor
+    c1: float | Tensor
+    c3_minus_1: float | Tensor
 
 
 class NoiseSchedule:
@@ -54,7 +55,6 @@ class NoiseSchedule:
         self.betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64, device='cpu')
         self.alphas = 1 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
-        self._steps: dict[int, ReverseStep] = {}
 
     def __len__(self) -> int:
         return len(self.betas)
@@ -70,9 +70,10 @@ class NoiseSchedule:
         """
         if not 1 <= timestep < len(self):
             raise ValueError(f'timestep must be between 1 and {len(self) - 1}, got {timestep}')
-        if timestep not in self._steps:
-            self._steps[timestep] = self._compute_step(timestep)
-        return self._steps[timestep]
+        steps = self.__dict__.setdefault('_steps', {})  # computed once; models pickled by version 0.1 have none
+        if timestep not in steps:
+            steps[timestep] = self._compute_step(timestep)
+        return steps[timestep]
 
     def _compute_step(self, timestep: int) -> ReverseStep:
         log_alphas = torch.log1p(-self.betas[: timestep + 1])

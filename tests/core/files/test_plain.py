@@ -108,7 +108,13 @@ def test_trusted_pickles_are_cleaned_too(tmp_path):
 @pytest.mark.parametrize('name', ['easydict.EasyDict', 'fvcore.common.config.CfgNode', 'addict.addict.Dict'])
 def test_settings_of_other_libraries(name, tmp_path, clean_allow_list, monkeypatch):
     module, _, kind = name.rpartition('.')
-    cls = type(kind, (dict,), dict(__module__=module, __getattr__=dict.__getitem__))
+
+    def look_up(self, key):
+        if key not in self:
+            raise AttributeError(key)
+        return self[key]
+
+    cls = type(kind, (dict,), dict(__module__=module, __getattr__=look_up))
     for i in range(1, len(module.split('.')) + 1):
         part = '.'.join(module.split('.')[:i])
         monkeypatch.setitem(sys.modules, part, types.ModuleType(part))

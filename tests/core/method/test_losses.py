@@ -288,3 +288,29 @@ def test_copies_and_files_of_a_model_in_training_record_nothing():
 def test_model_without_denoisers():
     with pytest.raises(ValueError, match='apply_denoiserep'), denoise_losses(nn.Linear(3, 3)):
         pass
+
+
+@pytest.mark.parametrize('rank', [None, 1])
+def test_layers_of_one_shape_keep_their_timesteps(rank):
+    """Grouped convolutions that are computed at once, against the expectation over the noise, written out."""
+    torch.manual_seed(0)
+    layers = [denoised(nn.Conv2d(8, 8, 1, groups=4), rank, timestep=timestep) for timestep in (2, 300, 900)]
+    model = nn.Sequential(*layers).double()
+    features = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    with denoise_losses(model, tokens=None) as losses:
+        model(features)
+        loss = losses.mean(1e-9) * 1e9  # far below the limit of the curvature
+
+    expected = []
+    for layer in layers:
+        signal, noise, c1, c3_minus_1 = layer.reverse_step
+        eye = torch.eye(2, dtype=torch.float64)
+        noise_of = (layer.denoiser.matrix() + c3_minus_1 * eye) / c1  # D, (4, 2, 2)
+        vectors = features.unflatten(1, (4, 2)).permute(1, 2, 0, 3, 4).flatten(2)  # (4, 2, n)
+        predicted = signal * noise_of @ vectors + layer.denoiser.bias.reshape(4, 2, 1) / c1
+        expected.append(predicted.square().mean() + (eye - noise * noise_of).square().sum((1, 2)).mean() / 2)
+        features = layer(features).detach()
+    parameters = [parameter for layer in layers for parameter in layer.denoiser.parameters()]
+    torch.testing.assert_close(loss, torch.stack(expected).mean(), rtol=1e-9, atol=0)
+    pairs = (torch.autograd.grad(value, parameters) for value in (loss, torch.stack(expected).mean()))
+    torch.testing.assert_close(*pairs, rtol=1e-9, atol=1e-12)
