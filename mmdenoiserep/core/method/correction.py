@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.tensors import join
 from .schedule import ReverseStep
 
 
@@ -41,7 +42,7 @@ class Correction:
     def stacked(corrections: Sequence['Correction']) -> 'Correction':
         """Returns the blocks of several corrections of the same shapes, one after the other, as one correction."""
         names = corrections[0].tensors
-        return Correction(**{name: torch.cat([getattr(one, name) for one in corrections]) for name in names})
+        return Correction(**{name: join([getattr(one, name) for one in corrections]) for name in names})
 
     @property
     def tensors(self) -> dict[str, Tensor]:

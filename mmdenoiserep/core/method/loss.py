@@ -1,14 +1,19 @@
 """The loss of the denoisers of several layers, with a limited curvature."""
 
+import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..utils.tensors import join
 from .correction import Correction
 from .schedule import ReverseStep
+
+BATCH_ELEMENTS = 2**18
+"""Elements of the features that are computed at a time: 1 MiB in float32, so that no memory is to be seen."""
 
 
 class Part(NamedTuple):
@@ -32,7 +37,7 @@ class Part(NamedTuple):
 def losses_of(parts: Sequence[Part], layers: int, limit: float) -> Tensor:
     """Returns the loss of each layer, the weighted sum over its calls, see :meth:`~.correction.Correction.losses`.
 
-    Calls of the same shapes are computed at once, since small layers cost little but the calls of operators.
+    Small calls of the same shapes are computed at once, since they cost little but the calls of operators.
 
     Args:
         parts: Calls of all layers.
@@ -47,9 +52,9 @@ def losses_of(parts: Sequence[Part], layers: int, limit: float) -> Tensor:
         shapes = tuple((name, value.shape) for name, value in part.correction.tensors.items())
         alike[part.vectors.shape, part.vectors.dtype, shapes].append(part)
     found = []
-    for same in alike.values():
+    for same in itertools.chain.from_iterable(map(_batches, alike.values())):
         blocks, first = Correction.stacked([part.correction for part in same]), same[0].vectors
-        vectors = torch.cat([part.vectors for part in same])  # (layers * groups, C/g, n)
+        vectors = join([part.vectors for part in same])  # (layers * groups, C/g, n)
         constants = torch.tensor([(*part.step, part.share) for part in same], dtype=torch.float64, device='cpu')
         *values, shares = constants.to(first.dtype).to(first.device).T  # (layers,) each; some devices have no float64
         step = ReverseStep(*(value.repeat_interleave(len(first)) for value in values))  # (layers * groups,) each
@@ -60,6 +65,13 @@ def losses_of(parts: Sequence[Part], layers: int, limit: float) -> Tensor:
     numbers, both = torch.cat([n for n, _ in found]), torch.cat([values for _, values in found], 1)  # (2, parts)
     sums = both.new_zeros(2, layers).index_add(1, numbers, both)
     return limit_curvature(sums[0], sums[1].detach(), limit)
+
+
+def _batches(parts: list[Part]) -> Iterator[list[Part]]:
+    """Yields parts of the same shapes, as many at a time as :data:`BATCH_ELEMENTS` allows, but at least one."""
+    number = max(1, BATCH_ELEMENTS // max(1, parts[0].vectors.numel()))
+    for start in range(0, len(parts), number):
+        yield parts[start : start + number]
 
 
 def limit_curvature(loss: Tensor, curvature: Tensor, limit: float) -> Tensor:

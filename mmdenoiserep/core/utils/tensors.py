@@ -1,4 +1,4 @@
-"""Finds the tensors in nested inputs and outputs of models."""
+"""Finds the tensors in nested inputs and outputs of models, and joins tensors."""
 
 import types
 from collections.abc import Iterator, Mapping
@@ -31,6 +31,11 @@ def tensors_in(*values: Any) -> Iterator[Tensor]:
     """Yields every tensor in some values, as :func:`named_tensors` does, without the paths."""
     for _, tensor in named_tensors(values):
         yield tensor
+
+
+def join(tensors: list[Tensor]) -> Tensor:
+    """Concatenates tensors along the first dimension; a single one is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _named(value: Any, name: str, seen: dict[int, Any]) -> Iterator[tuple[str, Tensor]]:
