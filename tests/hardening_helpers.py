@@ -96,12 +96,7 @@ def commands(small, out, config=None, checkpoint=None):
         verify=Command('fuse_checkpoint', [both[1], name, '--verify', both[0]], name, read_checkpoint),
         moments=Command('calibrate', ['moments', *both, name], name, load_moments),
         schedule=Command('calibrate', ['schedule', *both, name], name, read_checkpoint),
-        domain=Command(
-            'calibrate',
-            ['domain', *both, name, *fit],
-            name,
-            read_checkpoint,
-        ),
+        domain=Command('calibrate', ['domain', *both, name, *fit], name, read_checkpoint),
         extract=Command('extract_features', [*reid, small / 'images', out / 'out.npz'], out / 'out.npz', np.load),
         draw=Command('draw_matches', [both[0], small / 'matches.json', out / 'out.png'], out / 'out.png', read_image),
         test=Command('test', [*both, *log, '--out', out / 'out.pkl'], out / 'out.pkl', read_pickle),

@@ -1,6 +1,5 @@
 """The loss of the denoisers of several layers, with a limited curvature."""
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from .correction import Correction
 from .schedule import ReverseStep
 
 BATCH_ELEMENTS = 2**18
-"""Elements of the features that are computed at a time: 1 MiB in float32, so that no memory is to be seen."""
+"""Elements of the features that are computed at a time: 1 MiB in float32, little beside those of a backbone."""
 
 
 class Part(NamedTuple):
@@ -47,12 +46,8 @@ def losses_of(parts: Sequence[Part], layers: int, limit: float) -> Tensor:
     Returns:
         (layers,), in the largest dtype of the parts.
     """
-    alike = defaultdict(list)
-    for part in parts:
-        shapes = tuple((name, value.shape) for name, value in part.correction.tensors.items())
-        alike[part.vectors.shape, part.vectors.dtype, shapes].append(part)
     found = []
-    for same in itertools.chain.from_iterable(map(_batches, alike.values())):
+    for same in _batches(parts):
         blocks, first = Correction.stacked([part.correction for part in same]), same[0].vectors
         vectors = join([part.vectors for part in same])  # (layers * groups, C/g, n)
         constants = torch.tensor([(*part.step, part.share) for part in same], dtype=torch.float64, device='cpu')
@@ -67,11 +62,16 @@ def losses_of(parts: Sequence[Part], layers: int, limit: float) -> Tensor:
     return limit_curvature(sums[0], sums[1].detach(), limit)
 
 
-def _batches(parts: list[Part]) -> Iterator[list[Part]]:
+def _batches(parts: Sequence[Part]) -> Iterator[list[Part]]:
     """Yields parts of the same shapes, as many at a time as :data:`BATCH_ELEMENTS` allows, but at least one."""
-    number = max(1, BATCH_ELEMENTS // max(1, parts[0].vectors.numel()))
-    for start in range(0, len(parts), number):
-        yield parts[start : start + number]
+    alike = defaultdict(list)
+    for part in parts:
+        shapes = tuple((name, value.shape) for name, value in part.correction.tensors.items())
+        alike[part.vectors.shape, part.vectors.dtype, shapes].append(part)
+    for same in alike.values():
+        number = max(1, BATCH_ELEMENTS // max(1, same[0].vectors.numel()))
+        for start in range(0, len(same), number):
+            yield same[start : start + number]
 
 
 def limit_curvature(loss: Tensor, curvature: Tensor, limit: float) -> Tensor:

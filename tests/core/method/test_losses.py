@@ -290,9 +290,11 @@ def test_model_without_denoisers():
         pass
 
 
+@pytest.mark.parametrize('elements', [1, 900, 2**18])
 @pytest.mark.parametrize('rank', [None, 1])
-def test_layers_of_one_shape_keep_their_timesteps(rank):
-    """Grouped convolutions that are computed at once, against the expectation over the noise, written out."""
+def test_layers_of_one_shape_keep_their_timesteps(rank, elements, monkeypatch):
+    """Grouped convolutions, one, two or three at once, against the expectation over the noise, written out."""
+    monkeypatch.setattr('mmdenoiserep.core.method.loss.BATCH_ELEMENTS', elements)
     torch.manual_seed(0)
     layers = [denoised(nn.Conv2d(8, 8, 1, groups=4), rank, timestep=timestep) for timestep in (2, 300, 900)]
     model = nn.Sequential(*layers).double()
