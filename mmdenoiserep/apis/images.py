@@ -697,9 +697,10 @@ def _build(dataset: Any, steps: list[Callable] | None, request: _Request, what: 
     """
     if isinstance(dataset, dict):
         try:
-            dataset = DATASETS.build(_once(dataset, with_steps=steps is None))
-            for part in _parts(dataset):
-                getattr(part, 'full_init', lambda: None)()
+            with _separate_copies():
+                dataset = DATASETS.build(_once(dataset, with_steps=steps is None))
+                for part in _parts(dataset):
+                    getattr(part, 'full_init', lambda: None)()
         except Exception as error:  # data sets fail in many ways
             if 'at least one array to concatenate' in str(error):
                 raise InputError(f'{what} is empty: its annotations name no image, or its filter leaves none') from None
@@ -709,6 +710,21 @@ def _build(dataset: Any, steps: list[Callable] | None, request: _Request, what: 
     while isinstance(dataset, RepeatDataset):
         dataset = dataset.dataset
     return _with_pipeline(dataset, steps, request)
+
+
+@contextlib.contextmanager
+def _separate_copies() -> Iterator[None]:
+    """Gives each copy that ``BaseDataset.get_subset`` makes, as for ``KFoldDataset``, a memo of its own.
+
+    mmengine (0.10.7) has one memo for all copies of a process, the default argument of ``_copy_without_annotation``.
+    Ids of data sets stay in it when they are gone. A new pipeline with such an id is then "copied" to a data set.
+    """
+    shared = BaseDataset._copy_without_annotation
+    BaseDataset._copy_without_annotation = lambda self: shared(self, {})
+    try:
+        yield
+    finally:
+        BaseDataset._copy_without_annotation = shared
 
 
 def _once(dataset: Any, with_steps: bool) -> Any:

@@ -200,7 +200,9 @@ def custom(root, pipeline=PIPELINE, **more):
 
 def names(images):
     """Returns the names of the files of some images, as their data samples have them."""
-    return [Path(images[i]['data_samples'].img_path).name for i in range(len(images))]
+    read = [images[i] for i in range(len(images))]
+    assert not [image.sentence for image in read if isinstance(image, NoImage)]
+    return [Path(image['data_samples'].img_path).name for image in read]
 
 
 def order(root):
@@ -389,6 +391,16 @@ def test_images_are_those_of_the_wrapped_data_set(root, name):
     assert cfg.to_dict() == before, 'the config stays as it is'
     if name in ('fold', 'concat', 'repeat', 'class balanced', 'repeat in concat', 'list'):
         assert names(open_images(config(wrapped))) == expected
+
+
+def test_a_copied_data_set_keeps_its_own_steps(root, monkeypatch):
+    """mmengine's memo of all copies has the ids of objects that are gone, which new objects get again."""
+    step = LoadImageFromFile()
+    fold = dict(type='KFoldDataset', dataset=custom(root, [step, PIPELINE[1]]), fold=1, num_splits=4)
+    monkeypatch.setattr(BaseDataset._copy_without_annotation, '__defaults__', ({id(step): 'an object that is gone'},))
+    images = open_images(config(fold))
+    assert names(images) == wrappers(root)['fold'][1]
+    assert images.dataset.dataset.pipeline.steps[0] is not step, 'the data set was copied'
 
 
 def test_lazy_configs(root, tmp_path):
