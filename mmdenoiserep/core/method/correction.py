@@ -95,16 +95,15 @@ class Correction:
             columns = torch.cat([columns, self.bias.reshape(groups, size, 1)], 2)  # (groups, C/g, count + 1)
         taps = weight.reshape(groups, weight.shape[0] // groups, size, -1).mT  # (groups, O/g, taps, C/g)
         rows = taps.reshape(groups, -1, size)  # (groups, O/g * taps, C/g)
-        # (W B)^T or (W up)^T, and in the last row W b~; in float64 twice as fast as rows @ columns
-        products = columns.mT @ rows.mT  # (groups, count + 1, O/g * taps)
+        products = rows @ columns  # W B or W up, and in the last column W b~, (groups, O/g * taps, count + 1)
         if self.weight is not None:
-            folded = rows - products[:, :count].mT
+            folded = rows - products[..., :count]
         else:
             scale, _, down = self._factors
             folded = rows * (1 - scale[:, None, None])
-            folded.baddbmm_(products[:, :count].mT, down, alpha=-1)
+            folded.baddbmm_(products[..., :count], down, alpha=-1)
         if self.bias is not None and bias is not None:
-            bias = bias - products[:, count].reshape(len(bias), -1).sum(1)  # (O, taps) -> (O,)
+            bias = bias - products[..., count].reshape(len(bias), -1).sum(1)  # (O, taps) -> (O,)
         folded = folded.reshape(taps.shape).mT.reshape(len(weight), -1)  # (O, C/g * taps), a copy with several taps
         return folded.reshape(weight.shape), bias
 
