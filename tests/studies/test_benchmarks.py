@@ -157,7 +157,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert page.read_text() == capsys.readouterr().out
     content = json.loads(file.read_text())
     assert len(content['seconds']['fuse_checkpoint.py']) == 5
-    assert {'processor', 'cores', 'threads', 'torch', 'mmengine', 'mmdet'} <= set(content['machine'])
+    for name in ('processor', 'cores', 'threads', 'torch', 'mmengine', 'mmdet'):
+        assert any(name in key for key in content['machine']), name  # the fork has onedl-mmdetection
     assert set(benchmark.NAMES) >= {'reid_metric', 'cost', deployment.__name__.rpartition('.')[2]}
 
 
